@@ -1,0 +1,27 @@
+"""The tree of errors. Three kinds: a bad argument, a wrong target, a broken harness.
+
+`BadArgument` is the caller's mistake: one line that names the argument, what was given and what is
+allowed. `Mismatch` and the cluster failures are the target's mistake. `HarnessError` is ours.
+"""
+
+from __future__ import annotations
+
+
+class ShardproofError(Exception):
+    """Base of everything Shardproof raises on purpose."""
+
+
+class BadArgument(ShardproofError, ValueError):
+    """A wrong argument, option, layout or file. The message is one line for the person who gave it."""
+
+
+class Mismatch(ShardproofError, AssertionError):
+    """The candidate computed something else than the reference. The message is the explanation."""
+
+
+class HarnessError(ShardproofError, RuntimeError):
+    """Shardproof itself could not do its work; the verdict is `unknown`, never `passed`."""
+
+
+class NotSupported(ShardproofError):
+    """The target does not declare the capability that a case needs."""

@@ -1,0 +1,85 @@
+"""How a rank's local tensor relates to the full one.
+
+`Placements` maps the name of a layout axis to a placement; an axis that is not named holds replicas.
+Where two axes shard the same dimension, the one named first is the outer one. The words are those of
+torch DTensor, with `ZigzagShard` for load-balanced context parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """Every rank of the axis holds the same values."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rank i of n holds the i-th of n equal parts of dimension `dim`.
+
+    With `stride` s the dimension is first cut into s blocks and the i-th part of every block is held,
+    as for packed projections ([gate | up] has stride 2; Megatron's `partition_stride`).
+    """
+
+    dim: int
+    stride: int = 1
+
+
+@dataclass(frozen=True)
+class ZigzagShard:
+    """Rank i of n holds chunks i and 2n-1-i of the 2n equal chunks of dimension `dim`."""
+
+    dim: int
+
+
+@dataclass(frozen=True)
+class Partial:
+    """The full tensor is the sum over the ranks of the axis."""
+
+
+Placement = Replicate | Shard | ZigzagShard | Partial
+Placements = Mapping[str, Placement]
+
+
+def pieces(length: int, placement: Shard | ZigzagShard, size: int) -> list[list[slice]]:
+    """For each of `size` ranks, the slices of a dimension of `length` that it holds, in local order.
+
+    Raises ValueError where the length does not divide.
+    """
+    if isinstance(placement, ZigzagShard):
+        chunk, rest = divmod(length, 2 * size)
+        order = [(rank, 2 * size - 1 - rank) for rank in range(size)]
+        needed = 2 * size
+    else:
+        chunk, rest = divmod(length, placement.stride * size)
+        order = [tuple(block * size + rank for block in range(placement.stride)) for rank in range(size)]
+        needed = placement.stride * size
+    if rest:
+        raise ValueError(f"a dimension of {length} does not divide by {needed} ({placement})")
+    return [[slice(i * chunk, (i + 1) * chunk) for i in indices] for indices in order]
+
+
+def _take(full: Tensor, dim: int, slices: list[slice]) -> Tensor:
+    parts = [full.narrow(dim, s.start, s.stop - s.start) for s in slices]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def shard(
+    full: Tensor, placements: Placements, sizes: Mapping[str, int], coordinates: Mapping[str, int]
+) -> Tensor:
+    """The local part of `full` at `coordinates`. `Partial` axes are left as they are: see `lens`.
+
+    `sizes` and `coordinates` give each axis' size and this rank's index on it.
+    """
+    local = full
+    for axis, placement in placements.items():
+        if isinstance(placement, Shard | ZigzagShard):
+            slices = pieces(local.shape[placement.dim], placement, sizes[axis])[coordinates[axis]]
+            local = _take(local, placement.dim % full.dim(), slices)
+    return local
