@@ -1,0 +1,106 @@
+"""Rank programs for the tests of clusters of processes."""
+
+import ctypes
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+
+
+def total(start: float) -> tuple[int, int, torch.Tensor]:
+    x = torch.full((3,), start + dist.get_rank(), dtype=torch.float64)
+    dist.all_reduce(x)
+    return dist.get_rank(), dist.get_world_size(), x
+
+
+def identity(value):
+    return value
+
+
+def process_id() -> int:
+    return os.getpid()
+
+
+def raise_on(ranks: list[int]) -> None:
+    if dist.get_rank() in ranks:
+        raise ValueError(f"refused on {dist.get_rank()}")
+    dist.all_reduce(torch.ones(2))
+
+
+class Odd(Exception):
+    def __init__(self, one, two):
+        super().__init__(one)
+        self.lock = __import__("threading").Lock()
+
+    def __reduce__(self):
+        raise TypeError("does not pickle")
+
+
+def raise_odd() -> None:
+    if dist.get_rank() == 1:
+        raise Odd("one", "two")
+    dist.barrier()
+
+
+def die(rank: int, how: str) -> None:
+    dist.all_reduce(torch.ones(1))
+    if dist.get_rank() == rank:
+        if how == "exit":
+            os._exit(3)
+        if how == "segfault":
+            ctypes.string_at(0)
+        os.kill(os.getpid(), getattr(signal, how))
+    dist.all_reduce(torch.ones(1))
+
+
+def partial_collective() -> None:
+    if dist.get_rank() != 1:
+        dist.all_reduce(torch.ones(1))
+
+
+def loop_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        while True:
+            time.sleep(0.01)
+    dist.barrier()
+
+
+def hold_the_lock(rank: int) -> None:
+    if dist.get_rank() == rank:
+        ctypes.PyDLL(None).sleep(1000)
+    dist.barrier()
+
+
+def stray_send() -> None:
+    if dist.get_rank() == 0:
+        dist.isend(torch.full((1,), 666.0), dst=1)
+
+
+def send_and_receive(value: float) -> float:
+    x = torch.tensor([value])
+    if dist.get_rank() == 0:
+        dist.send(x, dst=1)
+        return value
+    dist.recv(x.zero_(), src=0)
+    return x.item()
+
+
+def leave_a_group() -> list[int]:
+    group = dist.new_group([0, 1])
+    dist.all_reduce(torch.ones(1), group=group)
+    return dist.get_process_group_ranks(group)
+
+
+def random_number() -> float:
+    return torch.rand(()).item()
+
+
+def cross_wait() -> None:
+    """Each waits for a message that the other does not send."""
+    dist.recv(torch.ones(1), src=1 - dist.get_rank())
+
+
+def unsendable():
+    return object()

@@ -1,0 +1,194 @@
+"""The default process groups of a worker: one for each world size, kept from run to run.
+
+Connecting n processes over gloo costs tens of milliseconds, so a worker keeps the group and gives
+every run a fresh view of it: no subgroups, a group counter at zero, and a store of its own. The
+driver names a new generation when what is connected must not be used again.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup, distributed_c10d
+
+BACKENDS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}
+
+
+@dataclass(frozen=True)
+class WorldSpec:
+    """The world of one run: its rank and size, where its store is, and the generation of its connections."""
+
+    run: int
+    rank: int
+    size: int
+    generation: int
+    backend: str
+    store: tuple[str, int]
+    timeout: float
+
+
+@dataclass
+class _Kept:
+    """A default group and torch.distributed's entries for it."""
+
+    group: ProcessGroup
+    backend: str
+    config: str
+    name: str
+
+
+class PointToPoint:
+    """Counts the sends and receives of this process' groups, so that a driver can tell whether a
+    run left messages behind. It wraps the methods of ProcessGroup that every Python path ends in."""
+
+    def __init__(self) -> None:
+        self.balance: Counter[str] = Counter()
+        for name in ("send", "recv", "recv_anysource"):
+            self._wrap(name)
+
+    def _wrap(self, name: str) -> None:
+        method, balance = getattr(ProcessGroup, name), self.balance
+
+        def counted(group: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+            balance[name.partition("_")[0]] += 1
+            return method(group, *args, **kwargs)
+
+        setattr(ProcessGroup, name, counted)
+
+
+class Worlds:
+    """Enters and leaves the worlds of runs."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, _Kept] = {}
+        self._leftover: list[ProcessGroup] = []
+        self._generation = -1
+        self._connection: dist.Store | None = None
+        self._messages = PointToPoint()
+
+    def enter(self, spec: WorldSpec) -> None:
+        """Make `spec`'s world the default one. Connects all its ranks if the generation is new."""
+        for group in self._leftover:
+            group.shutdown()
+        self._leftover.clear()
+        self._messages.balance.clear()
+        if spec.generation != self._generation:
+            self._forget()
+            self._generation = spec.generation
+        kept = self._kept.get(spec.size)
+        if kept is None:
+            kept = self._connect(spec)
+        else:
+            self._restore(kept, spec)
+        store = dist.PrefixStore(f"run{spec.run}", self._store(spec))
+        distributed_c10d._world.pg_map[kept.group] = (kept.backend, store)
+
+    def leave(self) -> dict[str, int]:
+        """Take the world away again; says how many operations of each kind this rank issued on it,
+        which must be equal on all ranks (and sends equal to receives) for it to be used again."""
+        world = distributed_c10d._world
+        group = world.default_pg
+        if group is None:
+            return {"destroyed": 1}
+        self._leftover += [other for other in world.pg_map if other is not group]
+        counts = {"collectives": _sequence(group), **self._messages.balance}
+        distributed_c10d._update_default_pg(None)
+        for registry in (
+            world.pg_map,
+            world.pg_names,
+            world.pg_group_ranks,
+            world.pg_backend_config,
+            world.pg_to_tag,
+            world.tags_to_pg,
+            world.pg_coalesce_state,
+        ):
+            registry.clear()
+        world.comms.clear()
+        distributed_c10d._unregister_all_process_groups()
+        world.group_count = 0
+        return counts
+
+    def _forget(self) -> None:
+        for kept in self._kept.values():
+            kept.group.shutdown()
+        self._kept.clear()
+        self._connection = None
+
+    def _store(self, spec: WorldSpec) -> dist.Store:
+        if self._connection is None:
+            self._connection = dist.TCPStore(
+                *spec.store, is_master=False, timeout=timedelta(seconds=spec.timeout)
+            )
+        return self._connection
+
+    def _connect(self, spec: WorldSpec) -> _Kept:
+        prefix = f"world{spec.size}.{spec.generation}"
+        store = dist.PrefixStore(prefix, self._store(spec))
+        hook = sys.excepthook
+        dist.init_process_group(
+            BACKENDS[spec.backend],
+            store=store,
+            rank=spec.rank,
+            world_size=spec.size,
+            timeout=timedelta(seconds=spec.timeout),
+        )
+        sys.excepthook = hook
+        world, group = distributed_c10d._world, distributed_c10d._get_default_group()
+        kept = _Kept(
+            group,
+            world.pg_map[group][0],
+            world.pg_backend_config[group],
+            world.pg_names[group],
+        )
+        self._kept[spec.size] = kept
+        return kept
+
+    def _restore(self, kept: _Kept, spec: WorldSpec) -> None:
+        world, group = distributed_c10d._world, kept.group
+        world.pg_names[group] = kept.name
+        world.pg_group_ranks[group] = {rank: rank for rank in range(spec.size)}
+        world.pg_backend_config[group] = kept.config
+        world.pg_to_tag[group] = f"ptd:{kept.name}"
+        world.tags_to_pg.update({"": [group], f"ptd:{kept.name}": [group]})
+        world.group_count = 1
+        distributed_c10d._update_default_pg(group)
+        distributed_c10d._register_process_group(group.group_name, group)
+
+
+def _sequence(group: ProcessGroup) -> int:
+    return group._get_sequence_number_for_group()
+
+
+def cut_connections(kept: int) -> None:
+    """Shut down every network connection of this process but the descriptor `kept`.
+
+    gloo's abort does not wake a thread that waits for a peer; the end of the connection does.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        descriptor = int(name)
+        try:
+            if descriptor == kept or not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(descriptor)) as connection:
+                listens = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                if connection.family in (socket.AF_INET, socket.AF_INET6) and not listens:
+                    connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            continue
+
+
+def reset_process_state() -> None:
+    """What a program may leave behind and the next must not see: seed, default dtype, grad mode."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    torch.use_deterministic_algorithms(False)
