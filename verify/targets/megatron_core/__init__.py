@@ -1,0 +1,176 @@
+"""The target `megatron-core`: PyPI's megatron-core, unmodified, on the CPU or on GPUs.
+
+On the CPU the modules in `stand_ins` take the place of CUDA; in rank threads the state that
+`rank_state` finds is kept apart for each rank. Both are listed in the report of every run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from verify.case import Case
+from verify.errors import BadArgument
+from verify.layout import Layout
+from verify.targets.megatron_core import stand_ins
+
+if TYPE_CHECKING:
+    from verify.target import RankState, Subject
+    from verify.targets.megatron_core.rank_state import Found, GlobalState
+
+DISTRIBUTION, PACKAGE = "megatron-core", "megatron.core"
+SEED = 1234
+
+# What only runs with CUDA, so that no rank on a CPU writes it; swapping it would cost every hand-over.
+_NEEDS_CUDA = (
+    "megatron.core.distributed.fsdp",
+    "megatron.core.inference",
+    "megatron.core.nccl_allocator",
+    "megatron.core.transformer.cuda_graphs",
+    "megatron.core.transformer.moe.fused_a2a",
+)
+
+_OPTIONS: dict[str, frozenset[str]] = {
+    "column_linear": frozenset({"bias", "gather_output", "skip_bias_add", "frozen_weight"}),
+    "row_linear": frozenset({"bias", "input_is_parallel", "skip_bias_add", "frozen_weight"}),
+    "vocab_embedding": frozenset({"scatter", "frozen_weight"}),
+    "vocab_cross_entropy": frozenset({"label_smoothing", "ignored", "mask_padding"}),
+    "tp_mlp": frozenset({"bias", "activation"}),
+    "gather_from_sp": frozenset({"tensor_parallel_output_grad"}),
+}
+_BY_THE_HARNESS = frozenset({"strides"})
+
+
+class Session:
+    """megatron-core on one rank, its groups made for one layout."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def groups(self) -> Mapping[str, tuple[int, ...]]:
+        from verify.targets.megatron_core.groups import members
+
+        return members()
+
+    def probe(self, kind: str) -> list[int]:
+        """The global ranks that an all-gather over the real group of `kind` brings together, in order.
+
+        Raises BadArgument for a kind that this rank has no group of.
+        """
+        from verify.targets.megatron_core.groups import group_of
+
+        group = group_of(kind)
+        if group is None:
+            raise BadArgument(
+                f"kind: rank {dist.get_rank()} has no {kind!r} group in megatron-core"
+            )
+        mine = torch.tensor([dist.get_rank()], device=_device())
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(everyone, mine, group=group)
+        return [int(rank) for rank in everyone]
+
+    def build(self, case: Case) -> Subject:
+        from verify.targets.megatron_core.subjects import BUILDERS
+
+        return BUILDERS[case.concept](case)
+
+
+class Target:
+    """PyPI's megatron-core as an implementation under test."""
+
+    name = DISTRIBUTION
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("megatron") is None:
+            raise BadArgument(
+                f"target: {DISTRIBUTION} is not installed; pip install {DISTRIBUTION}"
+            )
+
+    def version(self) -> str:
+        return importlib.metadata.version(DISTRIBUTION)
+
+    def stand_ins(self) -> tuple[str, ...]:
+        return stand_ins.listed()
+
+    def supports(self, case: Case) -> str | None:
+        from verify.targets.megatron_core.subjects import BUILDERS
+
+        if case.concept not in BUILDERS:
+            return f"no adapter for {case.concept}"
+        if foreign := set(case.options) - _OPTIONS.get(case.concept, frozenset()) - _BY_THE_HARNESS:
+            return f"{case.concept} has no option {', '.join(sorted(foreign))}"
+        if case.concept == "vocab_cross_entropy":
+            return _cross_entropy_lacks(case)
+        if case.options.get("activation", "gelu") != "gelu":
+            return f"no adapter for the activation {case.options['activation']}"
+        return None
+
+    def rank_state(self) -> tuple[RankState, ...]:
+        return (_state(),)
+
+    def rank_state_report(self) -> dict[str, tuple[str, ...]]:
+        """Process-global state by what was done about it: `found` in the source of the imported
+        modules, `swapped` at hand-overs so far, `shared` between the ranks."""
+        state, found = _state(), _found()
+        shared = [each for each in found if each.how == "shared" or _needs_cuda(each)]
+        return {
+            "found": tuple(map(str, found)),
+            "swapped": state.swapped(),
+            "shared": tuple(map(str, shared)),
+        }
+
+    @contextlib.contextmanager
+    def session(self, layout: Layout) -> Iterator[Session]:
+        from megatron.core import tensor_parallel
+        from verify.targets.megatron_core import groups
+
+        state, generator = _state(), torch.get_rng_state()
+        with stand_ins.applied():
+            try:
+                groups.initialise(layout)
+                tensor_parallel.model_parallel_cuda_manual_seed(SEED)
+                yield Session(layout)
+            finally:
+                groups.destroy()
+                state.load(state.fresh())
+                torch.set_rng_state(generator)
+
+
+def _cross_entropy_lacks(case: Case) -> str | None:
+    if case.options.get("ignored", False):
+        return "vocab_parallel_cross_entropy has no ignore_index"
+    if case.options.get("mask_padding", False):
+        return "vocab_parallel_cross_entropy does not mask the padding of the vocabulary"
+    if case.dtype == "float64":
+        return "vocab_parallel_cross_entropy computes in float32, whatever its input"
+    return None
+
+
+def _device() -> torch.device:
+    return torch.device("cpu") if stand_ins.needed() else torch.device("cuda")
+
+
+def _needs_cuda(found: Found) -> bool:
+    return stand_ins.needed() and found.owner.startswith(_NEEDS_CUDA)
+
+
+@cache
+def _found() -> tuple[Found, ...]:
+    import verify.targets.megatron_core.subjects  # noqa: F401  (imports all of megatron-core in use)
+    from verify.targets.megatron_core import rank_state
+
+    return tuple(rank_state.find(PACKAGE))
+
+
+@cache
+def _state() -> GlobalState:
+    from verify.targets.megatron_core.rank_state import GlobalState
+
+    return GlobalState(each for each in _found() if not _needs_cuda(each))

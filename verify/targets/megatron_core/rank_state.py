@@ -1,0 +1,256 @@
+"""Which state megatron-core keeps once per process, found by reading its source, and its hand-over.
+
+On a real cluster every rank is a process; in the `sim` cluster the ranks share one, so what a rank
+writes into a module would be read by the next. Found here, in every imported module of a package:
+
+* names that a function declares `global`;
+* mutable module-level objects (dict, list, set, deque, an instance of the package's own classes) that
+  some module of the package changes in place, through any name it is imported under;
+* class attributes that a function assigns, as `Class.attribute = ...` or `cls.attribute = ...`.
+
+A mutable object that no code changes is a constant and is left alone. `functools` caches and function
+attributes (a `warned` flag) are listed as shared.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import is_not, itemgetter
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any, Literal
+
+How = Literal["global", "in place", "class attribute", "shared"]
+
+_CHANGES = frozenset(
+    "add append appendleft clear discard extend insert pop popitem popleft remove setdefault update "
+    "reset".split()
+)
+
+
+@dataclass(frozen=True, order=True)
+class Found:
+    """One piece of process-global state: `owner` is a module's name, or `module.Class`."""
+
+    owner: str
+    name: str
+    how: How
+
+    def __str__(self) -> str:
+        return f"{self.owner}.{self.name} ({self.how})"
+
+
+class _Writes(ast.NodeVisitor):
+    """The names that a module's functions write, gathered by how they are written."""
+
+    def __init__(self) -> None:
+        self.defined: set[str] = set()
+        self.globals: set[str] = set()
+        self.in_place: set[str] = set()
+        self.attributes: set[tuple[str, str]] = set()
+        self._classes: list[str] = []
+        self._depth = 0
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        self._classes.append(node.name)
+        self.generic_visit(node)
+        self._classes.pop()
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        self._depth += 1
+        self.generic_visit(node)
+        self._depth -= 1
+
+    visit_AsyncFunctionDef = visit_FunctionDef  # type: ignore[assignment]
+
+    def visit_Global(self, node: ast.Global) -> None:
+        self.globals.update(node.names)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if isinstance(node.func, ast.Attribute) and node.func.attr in _CHANGES:
+            self._changed(node.func.value)
+        self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        for target in node.targets:
+            self._assigned(target)
+        self.generic_visit(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self._assigned(node.target)
+        self._changed(node.target)
+        self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        self._assigned(node.target)
+        self.generic_visit(node)
+
+    def visit_Delete(self, node: ast.Delete) -> None:
+        for target in node.targets:
+            self._assigned(target)
+
+    def _assigned(self, target: ast.expr) -> None:
+        if isinstance(target, ast.Name) and not self._depth and not self._classes:
+            self.defined.add(target.id)
+        elif isinstance(target, ast.Tuple | ast.List):
+            for element in target.elts:
+                self._assigned(element)
+        elif isinstance(target, ast.Subscript):
+            self._changed(target.value)
+        elif isinstance(target, ast.Attribute):
+            self._changed(target.value)
+            if isinstance(target.value, ast.Name) and self._depth:
+                self._attribute(target.value.id, target.attr)
+
+    def _attribute(self, owner: str, name: str) -> None:
+        if owner == "cls" and self._classes:
+            owner = self._classes[-1]
+        self.attributes.add((owner, name))
+
+    def _changed(self, value: ast.expr) -> None:
+        """`value` is changed in place, inside a function: by its own name or as somebody's attribute."""
+        while isinstance(value, ast.Subscript):
+            value = value.value
+        if not self._depth:
+            return
+        if isinstance(value, ast.Name):
+            self.in_place.add(value.id)
+        elif isinstance(value, ast.Attribute):
+            self.in_place.add(value.attr)
+            if isinstance(value.value, ast.Name):
+                self._attribute(value.value.id, value.attr)
+
+
+def _writes(module: ModuleType) -> _Writes:
+    found = _Writes()
+    if module.__file__ is not None and module.__file__.endswith(".py"):
+        found.visit(ast.parse(Path(module.__file__).read_text(encoding="utf-8")))
+    return found
+
+
+def _is_mutable(value: object, package: str) -> bool:
+    if isinstance(value, dict | list | set | deque):
+        return True
+    kind = type(value)
+    return kind.__module__.startswith(package) and not isinstance(value, type | FunctionType)
+
+
+def modules_of(package: str) -> list[ModuleType]:
+    """The imported modules of `package`, by name."""
+    names = sorted(n for n in sys.modules if n == package or n.startswith(package + "."))
+    return [sys.modules[name] for name in names]
+
+
+def find(package: str) -> list[Found]:
+    """All process-global state in the imported modules of `package`."""
+    modules = modules_of(package)
+    writes = {module.__name__: _writes(module) for module in modules}
+    return sorted({found for module in modules for found in _in_module(module, package, writes)})
+
+
+def _in_module(module: ModuleType, package: str, writes: dict[str, _Writes]) -> Iterator[Found]:
+    own = writes[module.__name__]
+    changed = {name for each in writes.values() for name in each.in_place}
+    for name, value in vars(module).items():
+        if name.startswith("__"):
+            continue
+        if name in own.globals:
+            yield Found(module.__name__, name, "global")
+        elif _is_mutable(value, package) and name in changed & own.defined:
+            yield Found(module.__name__, name, "in place")
+        elif hasattr(value, "cache_clear") and value.__module__ == module.__name__:
+            yield Found(module.__name__, name, "shared")
+    yield from _attributes(module, writes)
+
+
+def _attributes(module: ModuleType, writes: dict[str, _Writes]) -> Iterator[Found]:
+    """Attributes of the module's classes and functions that some module's functions write."""
+    written = {pair for each in writes.values() for pair in each.attributes}
+    for owner, name in written:
+        value = vars(module).get(owner)
+        if getattr(value, "__module__", None) != module.__name__:
+            continue
+        if isinstance(value, type) and name in vars(value):
+            yield Found(f"{module.__name__}.{owner}", name, "class attribute")
+        elif isinstance(value, FunctionType) and name in vars(value):
+            yield Found(f"{module.__name__}.{owner}", name, "shared")
+
+
+class _Names:
+    """Some globals of one module, or attributes of one class, read and written together."""
+
+    def __init__(self, owner: str, names: Sequence[str]) -> None:
+        self.owner, self.names = owner, tuple(names)
+        holder: Any = sys.modules.get(owner) or _class(owner)
+        self._holder = holder
+        self._namespace: Mapping[str, Any] = vars(holder)
+        # itemgetter returns a lone value bare, so a lone name is asked for twice.
+        self._asked = self.names * 2 if len(self.names) == 1 else self.names
+        self.read = partial(itemgetter(*self._asked), self._namespace)
+        self.start = copy.deepcopy(self.read())
+
+    def write(self, values: tuple[Any, ...]) -> None:
+        if isinstance(self._namespace, dict):
+            self._namespace.update(zip(self._asked, values, strict=True))
+        else:
+            for name, value in zip(self.names, values, strict=False):
+                setattr(self._holder, name, value)
+
+
+def _class(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    found = vars(sys.modules[module])[name]
+    if not isinstance(found, type):
+        raise TypeError(f"{path} is not a class")
+    return found
+
+
+_IMMUTABLE = (type(None), bool, int, float, str, bytes, type, FunctionType, ModuleType)
+
+
+class GlobalState:
+    """All found state of a package as one value, swapped at every hand-over.
+
+    A rank starts with its own deep copies of what is mutable. What is immutable at the start (None, most
+    often) is the same for all ranks until one assigns it: it is watched, and swapped from then on.
+    `swapped()` says which names that has come to be.
+    """
+
+    def __init__(self, found: Iterable[Found]) -> None:
+        self._swapped: list[_Names] = []
+        self._watched: list[_Names] = []
+        by_owner: dict[str, list[str]] = {}
+        for each in found:
+            if each.how != "shared":
+                by_owner.setdefault(each.owner, []).append(each.name)
+        for owner, names in by_owner.items():
+            namespace = vars(sys.modules.get(owner) or _class(owner))
+            fixed = [name for name in names if isinstance(namespace[name], _IMMUTABLE)]
+            own = [name for name in names if name not in fixed]
+            self._swapped += [_Names(owner, own)] if own else []
+            self._watched += [_Names(owner, fixed)] if fixed else []
+
+    def swapped(self) -> tuple[str, ...]:
+        """The full names that have been swapped so far."""
+        return tuple(f"{each.owner}.{name}" for each in self._swapped for name in each.names)
+
+    def fresh(self) -> dict[_Names, tuple[Any, ...]]:
+        return {each: copy.deepcopy(each.start) for each in self._swapped}
+
+    def save(self) -> dict[_Names, tuple[Any, ...]]:
+        for each in self._watched:
+            if any(map(is_not, each.read(), each.start)):
+                self._watched = [other for other in self._watched if other is not each]
+                self._swapped.append(each)
+        return {each: each.read() for each in self._swapped}
+
+    def load(self, value: object) -> None:
+        values: dict[_Names, tuple[Any, ...]] = value  # type: ignore[assignment]
+        for each in self._swapped:
+            each.write(values.get(each, each.start))

@@ -1,0 +1,290 @@
+"""What stands in for CUDA while a rank of a CPU cluster runs megatron-core. Nothing else does.
+
+`applied()` is entered by each rank and left by it. Functions are replaced in the process when the
+first rank enters and put back when the last one leaves, because ranks may be threads of one process;
+device arguments are redirected in the calling thread only. A rank that runs on CUDA gets nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+class _Event:
+    """A CUDA stream or event where everything has already happened when the call returns."""
+
+    cuda_stream = 0
+    device = CPU
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __enter__(self) -> _Event:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def nothing(self, *args: object, **kwargs: object) -> None:
+        """Order is program order, so there is nothing to wait for or to record."""
+
+    synchronize = wait_stream = wait_event = wait = record = nothing
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event if event is not None else _Event()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 0.0
+
+
+class _Generators(tuple[torch.Generator, ...]):
+    """`torch.cuda.default_generators` where every device is the CPU, whatever it is indexed by."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return torch.default_generator
+
+
+_STREAM = _Event()
+
+
+def _always(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
+def _run_now(callback: Callable[[], Any], **kwargs: object) -> None:
+    callback()
+
+
+def _get_rng_state(device: object = None) -> Tensor:
+    return torch.default_generator.get_state()
+
+
+def _set_rng_state(state: Tensor, device: object = None) -> None:
+    torch.default_generator.set_state(state)
+
+
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(int(seed))
+
+
+def _current_device() -> torch.device:
+    return CPU
+
+
+def _barrier_of(original: Callable[..., Any]) -> Callable[..., Any]:
+    def barrier(group: Any = None, async_op: bool = False, device_ids: object = None) -> Any:
+        return original(group=group, async_op=async_op)
+
+    return barrier
+
+
+def _all_to_all_single_of(original: Callable[..., Any]) -> Callable[..., Any]:
+    def as_list(sizes: Any) -> Any:
+        return sizes.tolist() if isinstance(sizes, Tensor) else sizes
+
+    def all_to_all_single(
+        output: Tensor,
+        input: Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        outgoing, incoming = as_list(input_split_sizes), as_list(output_split_sizes)
+        return original(output, input, incoming, outgoing, group, async_op)
+
+    return all_to_all_single
+
+
+def _on_cpu(value: Any) -> Any:
+    """The CPU where `value` names a CUDA device, else `value`."""
+    if isinstance(value, str):
+        return CPU if value.startswith("cuda") else value
+    if isinstance(value, torch.device):
+        return CPU if value.type == "cuda" else value
+    return value
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """In this thread: a device argument that names CUDA means the CPU, pinning memory does nothing."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if function is Tensor.cuda:
+            return args[0]
+        if function is Tensor.pin_memory:
+            return args[0]
+        if function is Tensor.to:
+            args = (args[0], *(_on_cpu(value) for value in args[1:]))
+        if not kwargs:
+            return function(*args)
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": _on_cpu(kwargs["device"])}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        return function(*args, **kwargs)
+
+
+class _NotAboutTheSharedGenerator(logging.Filter):
+    """Drops the one warning that follows from the CUDA and the CPU generator being the same here."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.getMessage() != "CPU RNG state changed within GPU RNG context"
+
+
+_SHARED_GENERATOR = _NotAboutTheSharedGenerator()
+_RNG_MODULE = "megatron.core.tensor_parallel.random"
+
+# (what the report says, ((object path, attribute, replacement or factory from the original), ...))
+_Replacement = tuple[str, str, Any]
+_LIST: tuple[tuple[str, tuple[_Replacement, ...]], ...] = (
+    (
+        "torch.cuda.current_device answers the CPU: its answer is used as the device of new tensors",
+        (("torch.cuda", "current_device", _current_device),),
+    ),
+    (
+        "the CUDA random generator is the rank's default CPU generator: get, set and seed of its state, "
+        "at once and not when CUDA starts; the warning that the CPU state changed with it is dropped",
+        (
+            ("torch.cuda", "default_generators", _Generators((torch.default_generator,))),
+            ("torch.cuda", "get_rng_state", _get_rng_state),
+            ("torch.cuda", "set_rng_state", _set_rng_state),
+            ("torch.cuda.random", "get_rng_state", _get_rng_state),
+            ("torch.cuda.random", "set_rng_state", _set_rng_state),
+            ("torch.cuda", "manual_seed", _seed),
+            ("torch.cuda", "manual_seed_all", _seed),
+            (_RNG_MODULE, "_lazy_call", _run_now),
+            (_RNG_MODULE, "_lazy_init", _always(None)),
+        ),
+    ),
+    (
+        "CUDA streams, events and synchronize are without effect: the CPU works in program order",
+        (
+            ("torch.cuda", "Stream", _Event),
+            ("torch.cuda", "Event", _Event),
+            ("torch.cuda", "stream", _always(_STREAM)),
+            ("torch.cuda", "current_stream", _always(_STREAM)),
+            ("torch.cuda", "default_stream", _always(_STREAM)),
+            ("torch.cuda", "synchronize", _always(None)),
+        ),
+    ),
+    (
+        "CUDA memory counters answer 0 and empty_cache has no effect; nvtx ranges are not recorded",
+        (
+            ("torch.cuda", "memory_allocated", _always(0)),
+            ("torch.cuda", "max_memory_allocated", _always(0)),
+            ("torch.cuda", "memory_reserved", _always(0)),
+            ("torch.cuda", "reset_peak_memory_stats", _always(None)),
+            ("torch.cuda", "empty_cache", _always(None)),
+            ("torch.cuda.nvtx", "range_push", _always(0)),
+            ("torch.cuda.nvtx", "range_pop", _always(0)),
+        ),
+    ),
+)
+_WRAPPED: tuple[tuple[str, str, Callable[..., Any]], ...] = (
+    (
+        "torch.distributed.barrier is called without device_ids, which only NCCL takes",
+        "barrier",
+        _barrier_of,
+    ),
+    (
+        "torch.distributed.all_to_all_single gets split sizes as lists where they are given as tensors, "
+        "which the Python signature does not promise and only NCCL takes",
+        "all_to_all_single",
+        _all_to_all_single_of,
+    ),
+)
+_REDIRECTED = (
+    "a device argument that names CUDA, Tensor.cuda and Tensor.to('cuda') mean the CPU, and pinned "
+    "memory is ordinary memory"
+)
+
+
+def listed() -> tuple[str, ...]:
+    """One line for each stand-in, for the report; empty where this process would run on CUDA."""
+    if not needed():
+        return ()
+    return (*(line for line, _ in _LIST), _REDIRECTED, *(line for line, _, _ in _WRAPPED))
+
+
+def needed() -> bool:
+    """Whether ranks of this process compute on the CPU: there is no CUDA device, or the default
+    device, which a cluster on CUDA sets in each rank, is not one."""
+    return not torch.cuda.is_available() or torch.get_default_device().type != "cuda"
+
+
+class _Patches:
+    """The process-wide replacements, in place while at least one rank is inside."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ranks = 0
+        self._originals: list[tuple[object, str, Any]] = []
+
+    def enter(self) -> None:
+        with self._lock:
+            self._ranks += 1
+            if self._ranks == 1:
+                self._replace()
+
+    def leave(self) -> None:
+        with self._lock:
+            self._ranks -= 1
+            if self._ranks == 0:
+                self._restore()
+
+    def _replace(self) -> None:
+        from importlib import import_module
+
+        for _, replacements in _LIST:
+            for path, name, value in replacements:
+                self._set(import_module(path), name, value)
+        for _, name, wrap in _WRAPPED:
+            self._set(dist, name, wrap(getattr(dist, name)))
+        logging.getLogger(_RNG_MODULE).addFilter(_SHARED_GENERATOR)
+
+    def _set(self, module: object, name: str, value: Any) -> None:
+        self._originals.append((module, name, getattr(module, name)))
+        setattr(module, name, value)
+
+    def _restore(self) -> None:
+        logging.getLogger(_RNG_MODULE).removeFilter(_SHARED_GENERATOR)
+        while self._originals:
+            module, name, value = self._originals.pop()
+            setattr(module, name, value)
+
+
+_PATCHES = _Patches()
+
+
+@contextlib.contextmanager
+def applied() -> Iterator[None]:
+    """While inside, this rank's megatron-core finds the stand-ins instead of CUDA. Undone at the end."""
+    if not needed():
+        yield
+        return
+    _PATCHES.enter()
+    try:
+        with _CudaMeansCpu():
+            yield
+    finally:
+        _PATCHES.leave()
