@@ -104,3 +104,32 @@ def cross_wait() -> None:
 
 def unsendable():
     return object()
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+def raise_unprintable() -> None:
+    if dist.get_rank() == 1:
+        raise Unprintable
+    dist.barrier()
+
+
+def leave() -> None:
+    if dist.get_rank() == 1:
+        raise SystemExit(0)
+    dist.barrier()
+
+
+def raise_in_turn(seconds: float) -> None:
+    time.sleep(seconds * dist.get_rank())
+    raise ValueError("late")
+
+
+def slow(seconds: float) -> int:
+    if dist.get_rank() == 0:
+        time.sleep(seconds)
+    dist.barrier()
+    return dist.get_rank()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from verify.cluster import wire
 from verify.cluster.base import Deadlock, RankFailure, RankFailures
 from verify.cluster.wire import Closed
-from verify.cluster.worker import CutConnections, Raised, Returned, WhereAreYou, Whereabouts
+from verify.cluster.worker import CutConnections, Raised, Returned, Whereabouts, WhereAreYou
 
 if TYPE_CHECKING:
     from verify.cluster.pool import WorkerPool
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _FIRST_LOOK = 0.5
 _LOOK_EVERY = 0.25
 _LOOK_EVERY_AFTER_FAILURE = 0.05
-_SETTLED = 0.5
+_SETTLED = 0.25
 _GRACE = 10.0
 _RELEASE = 3.0
 _LOST_PEER = re.compile(
@@ -61,6 +61,7 @@ class Attempt:
         self._failed: dict[int, RankFailure] = {}
         self._echoes: dict[int, RankFailure] = {}
         self._sights = {rank: _Sight() for rank in range(size)}
+        self._answered = time.monotonic()
         self._cut = False
 
     def unanswered(self) -> list[int]:
@@ -73,6 +74,7 @@ class Attempt:
         how = self.pool.discard(rank)
         fate = self.pool.launcher.fate(rank)
         stack = fate[1] if fate else ""
+        self._answered = time.monotonic()
         self._failed[rank] = RankFailure(rank, "WorkerDied", f"its process {how}", stack)
 
     def finish(self) -> tuple[list[Any], bool]:
@@ -81,12 +83,11 @@ class Attempt:
         Raises RankFailures with every rank that failed of itself, or for ranks that do not finish.
         """
         overdue = self._collect()
-        hung = self.unanswered() if overdue else []
-        last = {rank: self._describe(rank) for rank in hung}
-        if self._failed or self._echoes or hung:
-            self._release()
-            self._raise(overdue, last)
-        return [self._results[rank] for rank in range(self.size)], self._balanced()
+        if not overdue and not self._failed and not self._echoes:
+            return [self._results[rank] for rank in range(self.size)], self._balanced()
+        error = self._hang(overdue) if overdue else None
+        self._release()
+        raise error or self._blame()
 
     def _collect(self) -> str | None:
         """Wait until nothing more can come: None, or `stalled` or `overdue`."""
@@ -109,9 +110,14 @@ class Attempt:
         return None
 
     def _still(self, seconds: float) -> bool:
-        """Whether all ranks without an answer have waited for a peer for so long."""
+        """Whether all ranks without an answer have waited for a peer for so long, and were still
+        seen waiting that long after the last answer, which may be what they waited for."""
         now = time.monotonic()
-        return all(self._sights[rank].waited(now) >= seconds for rank in self.unanswered())
+        sights = [self._sights[rank] for rank in self.unanswered()]
+        return all(
+            sight.waited(now) >= seconds and sight.seen - self._answered >= seconds
+            for sight in sights
+        )
 
     def _ask(self) -> None:
         for rank in self.unanswered():
@@ -145,7 +151,9 @@ class Attempt:
             return
         if isinstance(message, Whereabouts):
             self._sights[rank].update(time.monotonic(), message)
-        elif isinstance(message, Returned):
+            return
+        self._answered = time.monotonic()
+        if isinstance(message, Returned):
             self._results[rank], self._counts[rank] = message.result, message.counts
         elif isinstance(message, Raised):
             failure = RankFailure(rank, message.kind, message.message, message.traceback)
@@ -164,38 +172,44 @@ class Attempt:
     def _release(self) -> None:
         """Free the ranks that wait for a failed one; replace those that cannot be freed."""
         self._cut = True
+        for rank in self.unanswered():
+            if not self._sights[rank].waited(time.monotonic()):
+                self.pool.discard(rank)
         for rank in range(self.size):
             self._tell(rank, CutConnections())
         until = time.monotonic() + _RELEASE
-        while self.unanswered() and (left := until - time.monotonic()) > 0:
+        while self._reachable() and (left := until - time.monotonic()) > 0:
             self._take(left)
-        for rank in self.unanswered():
+        for rank in self._reachable():
             self.pool.discard(rank)
 
-    def _raise(self, overdue: str | None, hung: dict[int, RankFailure]) -> None:
-        if hung:
-            failures = {**self._failed, **hung}
-            listed = [failures[rank] for rank in sorted(failures)]
-            raise self._hang(overdue, hung, listed)
-        blamed = self._failed or self._echoes
-        headline = None
-        if not self._failed:
-            done = sorted(self._results)
-            headline = "the connection to a peer was lost" + (
-                f"; {_ranks(done)} had already finished" if done else ""
-            )
-        raise RankFailures([blamed[rank] for rank in sorted(blamed)], headline)
+    def _reachable(self) -> list[int]:
+        return [rank for rank in self.unanswered() if self.pool.channel(rank)]
 
-    def _hang(
-        self, overdue: str | None, hung: dict[int, RankFailure], listed: list[RankFailure]
-    ) -> RankFailures:
+    def _blame(self) -> RankFailures:
+        """What ranks raised; lost connections only where nothing else explains them."""
+        if self._failed:
+            return RankFailures([self._failed[rank] for rank in sorted(self._failed)])
+        done = sorted(self._results)
+        finished = f"; {_ranks(done)} had already finished" if done else ""
+        failures = [self._echoes[rank] for rank in sorted(self._echoes)]
+        return RankFailures(failures, f"the connection to a peer was lost{finished}")
+
+    def _hang(self, overdue: str) -> RankFailures:
+        """Ranks that did not finish. Those that wait for a rank that is stuck elsewhere are not
+        themselves to blame; the headline says where they wait."""
+        hung = {rank: self._describe(rank) for rank in self.unanswered()}
         done = sorted(self._results)
         finished = f"{_ranks(done)} finished" if done else "no rank finished"
         if overdue == "stalled":
             waits = f"{_ranks(sorted(hung))} waited for each other for {self.pool.stall:g} s"
-            return Deadlock(listed, f"{waits} without progress; {finished}")
-        late = f"{_ranks(sorted(hung))} did not finish within {self.pool.timeout:g} s"
-        return RankFailures(listed, f"{late}; {finished}")
+            return Deadlock(list(hung.values()), f"{waits} without progress; {finished}")
+        late = f"{_ranks(sorted(hung))} did not finish within {self.pool.timeout:g} s; {finished}"
+        waiting = [rank for rank in hung if self._sights[rank].waited(time.monotonic())]
+        blamed = [failure for rank, failure in hung.items() if rank not in waiting]
+        if blamed:
+            late += "".join(f"; rank {rank} {hung[rank].message}" for rank in waiting)
+        return RankFailures(blamed or list(hung.values()), late)
 
     def _balanced(self) -> bool:
         """Whether all ranks issued equally much, so that no message of this run is left over."""

@@ -1,9 +1,9 @@
 """The driver of a pool of workers: it hands every rank its job and learns what became of each.
 
-Nothing here waits without a bound. A run ends when every rank has answered; or, after a failure, when
-all the others wait for a peer; or when all ranks have waited for each other for `stall` seconds; or
-after `timeout` seconds. Ranks that are then still inside have their connections cut, and are replaced
-if that does not free them.
+Nothing here waits without a bound. A run ends when every rank has answered; or, after a failure,
+when all the others wait for a peer; or when all ranks have waited for each other for `stall`
+seconds; or after `timeout` seconds. Ranks that are then still inside have their connections cut,
+and are replaced if that does not free them.
 """
 
 from __future__ import annotations
@@ -106,14 +106,15 @@ class WorkerPool(Cluster):
     ) -> list[T]:
         """Run `program(*args)` on every rank of a world; the results by rank, tensors on the CPU.
 
-        `rank_states` says what state of a process each rank must have for itself, which workers have
-        by being processes. Raises RankFailures, or Deadlock where all ranks waited for each other.
+        `rank_states` says what state of a process each rank must have for itself, which workers
+        have by being processes. Raises RankFailures, or Deadlock where ranks waited for each other.
         """
         if self._closed:
             raise HarnessError(f"the {self.name} cluster is closed")
         if not 1 <= world_size <= self.max_world_size:
             raise BadArgument(
-                f"world_size: {world_size} is not between 1 and this cluster's {self.max_world_size}"
+                f"world_size: {world_size} is not between 1 and {self.max_world_size}, the most "
+                "this cluster was opened for"
             )
         reference = wire.reference(program)
         self._open(range(world_size))

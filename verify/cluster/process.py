@@ -1,6 +1,6 @@
 """The `process` cluster: persistent worker processes on this machine, over gloo or nccl.
 
-Workers are forked by a server that has imported torch once, so that replacing one takes milliseconds.
+Workers are forked by a server that has imported torch once, so replacing one takes milliseconds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _STATES = {"T": "is stopped (SIGSTOP)", "t": "is stopped by a debugger", "D": "w
 
 
 class LocalLauncher:
-    """Starts workers on this machine. `devices[slot]` is the GPU of a slot's worker, if it has one."""
+    """A `Launcher` of workers on this machine; `devices[slot]` is the GPU of a slot, if any."""
 
     def __init__(self, devices: list[int | None]) -> None:
         self._devices = devices
@@ -40,6 +40,7 @@ class LocalLauncher:
         self._finalizer = weakref.finalize(self, _clean, self._processes, self._folder)
 
     def start(self, slot: int, address: tuple[str, int], secret: str) -> None:
+        """Fork the worker of a slot."""
         dump = self._dump(slot)
         dump.write_text("")
         berth = Berth(slot, address, secret, self._devices[slot], str(dump))
@@ -50,6 +51,7 @@ class LocalLauncher:
         self._processes[slot] = process
 
     def kill(self, slot: int) -> str:
+        """End the worker of a slot if it lives; how it ended."""
         process = self._processes.get(slot)
         if process is None:
             return "never started"
@@ -60,12 +62,14 @@ class LocalLauncher:
         return _ending(process.exitcode)
 
     def fate(self, slot: int) -> tuple[str, str] | None:
+        """How the worker of a slot ended, and the stack of a crash; None while it lives."""
         process = self._processes.get(slot)
         if process is None or process.exitcode is None:
             return None
         return _ending(process.exitcode), self._dump(slot).read_text()
 
     def examine(self, slot: int) -> tuple[str, str]:
+        """State and stack of a worker that does not answer, by the kernel and by a signal."""
         process = self._processes[slot]
         if process.exitcode is not None:
             return _ending(process.exitcode), self._dump(slot).read_text()
@@ -86,6 +90,7 @@ class LocalLauncher:
         """Workers can always be started here."""
 
     def close(self) -> None:
+        """End every worker."""
         self._finalizer()
 
     def _dump(self, slot: int) -> Path:
@@ -93,11 +98,11 @@ class LocalLauncher:
 
 
 class ProcessCluster(WorkerPool):
-    """Worker processes that are started once and reused for every run, of any size up to the maximum.
+    """Worker processes, started once and reused for every run of any size up to the maximum.
 
-    `timeout` bounds a run in seconds; ranks that wait for each other without any progress for `stall`
-    seconds are taken to be deadlocked. With backend `nccl` every rank has a GPU of its own, which is
-    its current device, and CPU tensors go over gloo.
+    `timeout` bounds a run in seconds; ranks that wait for each other without any progress for
+    `stall` seconds are taken to be deadlocked. With backend `nccl` every rank has a GPU of its own,
+    which is its current device, and CPU tensors go over gloo.
     """
 
     name = "process"
@@ -115,7 +120,8 @@ class ProcessCluster(WorkerPool):
             present = torch.cuda.device_count()
             if present < world_size:
                 raise BadArgument(
-                    f"backend: nccl needs one GPU a rank; world_size is {world_size}, GPUs are {present}"
+                    f"backend: nccl needs one GPU a rank; world_size is {world_size}, "
+                    f"this machine has {present} GPUs"
                 )
             devices = list(range(world_size))
         super().__init__(

@@ -49,8 +49,8 @@ def reference(thing: Callable[..., Any]) -> str:
         found = None
     if found is not thing:
         raise BadArgument(
-            f"program: {thing!r} cannot be sent to another process; allowed are functions and classes "
-            "at the top level of an importable module"
+            f"program: {thing!r} cannot be sent to another process; allowed are functions and "
+            "classes at the top level of an importable module"
         )
     return f"{module}:{name}"
 
@@ -104,17 +104,19 @@ class _Encoder:
 
     def _tensor(self, value: Tensor) -> Any:
         if value.layout is not torch.strided or value.is_quantized:
-            raise BadArgument(f"a tensor of layout {value.layout} does not travel; allowed is strided")
+            raise BadArgument(
+                f"a tensor of layout {value.layout} does not travel; allowed is strided"
+            )
         local = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        raw = local.reshape(-1).view(torch.uint8).numpy() if local.numel() else np.empty(0, np.uint8)
+        flat = local.reshape(-1).view(torch.uint8) if local.numel() else torch.empty(0)
         dtype = str(value.dtype).removeprefix("torch.")
-        return ["tensor", dtype, list(value.shape), self.buffer(memoryview(raw))]
+        return ["tensor", dtype, list(value.shape), self.buffer(flat.numpy().data)]
 
     def _array(self, value: Any) -> Any:
         array = np.ascontiguousarray(value)
         if array.dtype.hasobject:
             raise BadArgument("a numpy array of objects does not travel")
-        raw = memoryview(array.reshape(-1).view(np.uint8))
+        raw = array.reshape(-1).view(np.uint8).data
         shape = list(np.shape(value))
         return ["array", array.dtype.str, shape, self.buffer(raw), isinstance(value, np.generic)]
 
@@ -133,9 +135,9 @@ class _Encoder:
         if kind is complex:
             return ["complex", [value.real, value.imag]]
         raise BadArgument(
-            f"a {kind.__module__}.{kind.__qualname__} does not travel between processes; allowed are "
-            "numbers, strings, bytes, lists, tuples, sets, dictionaries, dataclasses, enumerations, "
-            "tensors, arrays, dtypes and top-level functions"
+            f"a {kind.__module__}.{kind.__qualname__} does not travel between processes; allowed "
+            "are numbers, strings, bytes, lists, tuples, sets, dictionaries, dataclasses, "
+            "enumerations, tensors, arrays, dtypes and top-level functions"
         )
 
 
@@ -260,6 +262,7 @@ class Channel:
         self._pending = bytearray()
 
     def fileno(self) -> int:
+        """The socket's descriptor, for select."""
         return self.sock.fileno()
 
     def send(self, frame: bytes) -> None:
@@ -295,4 +298,5 @@ class Channel:
         return size if len(self._pending) >= size else None
 
     def close(self) -> None:
+        """Close the connection."""
         self.sock.close()

@@ -1,8 +1,8 @@
 """A worker: one process that runs one rank of one program after another, and says where it is.
 
-The main thread runs programs; a second thread reads the driver's messages, so that the driver can ask
-a rank that hangs where it is and cut its connections. A worker ends with its driver: at the end of the
-stream, or, if it holds the interpreter lock, with the process that forked it.
+The main thread runs programs; a second thread reads the driver's messages, so that the driver can
+ask a rank that hangs where it is and cut its connections. A worker ends with its driver: at the end
+of the stream, or, if it holds the interpreter lock, with the process that forked it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from types import FrameType
 from typing import Any
 
@@ -31,7 +32,6 @@ from verify.cluster.world import Worlds, WorldSpec, cut_connections, reset_proce
 from verify.errors import HarnessError
 
 _PR_SET_PDEATHSIG = 1
-_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _DISTRIBUTED = os.path.dirname(os.path.abspath(dist.__file__)) + os.sep
 _LINES = 60
 
@@ -45,9 +45,6 @@ class Berth:
     secret: str
     device: int | None
     dump: str
-
-
-# ------------------------------------------------------------------ messages: driver to worker
 
 
 @dataclass(frozen=True)
@@ -73,9 +70,6 @@ class CutConnections:
 @dataclass(frozen=True)
 class Stop:
     """End the process."""
-
-
-# ------------------------------------------------------------------ messages: worker to driver
 
 
 @dataclass(frozen=True)
@@ -120,9 +114,21 @@ def die_with_parent() -> None:
         os._exit(0)
 
 
+def _let_go_of_the_fork_server() -> None:
+    """Close the descriptor by which a fork server is kept alive.
+
+    Each forked process holds one, so a worker that hangs would keep the server, and the server the
+    worker, after their driver died.
+    """
+    descriptor = getattr(forkserver._forkserver, "_forkserver_alive_fd", None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
 def serve(berth: Berth) -> None:
     """The life of a worker: introduce oneself, then run what comes until told to stop."""
     die_with_parent()
+    _let_go_of_the_fork_server()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     dump = open(berth.dump, "w")  # noqa: SIM115 - faulthandler needs it as long as the process lives
     faulthandler.enable(dump)

@@ -25,7 +25,7 @@ BACKENDS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}
 
 @dataclass(frozen=True)
 class WorldSpec:
-    """The world of one run: its rank and size, where its store is, and the generation of its connections."""
+    """The world of one run: rank and size, its store's address, the generation of connections."""
 
     run: int
     rank: int
@@ -43,12 +43,12 @@ class _Kept:
     group: ProcessGroup
     backend: str
     config: str
-    name: str
+    name: Any
 
 
 class PointToPoint:
-    """Counts the sends and receives of this process' groups, so that a driver can tell whether a
-    run left messages behind. It wraps the methods of ProcessGroup that every Python path ends in."""
+    """Counts this process' sends and receives, so that a driver can tell whether a run left
+    messages behind. It wraps the methods of ProcessGroup that every Python path ends in."""
 
     def __init__(self) -> None:
         self.balance: Counter[str] = Counter()
@@ -164,7 +164,7 @@ class Worlds:
         distributed_c10d._register_process_group(group.group_name, group)
 
 
-def _sequence(group: ProcessGroup) -> int:
+def _sequence(group: Any) -> int:
     return group._get_sequence_number_for_group()
 
 
@@ -191,4 +191,5 @@ def reset_process_state() -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
-    torch.use_deterministic_algorithms(False)
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)
