@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 DISTRIBUTION, PACKAGE = "megatron-core", "megatron.core"
 SEED = 1234
 
-# What only runs with CUDA, so that no rank on a CPU writes it; swapping it would cost every hand-over.
+# What only runs with CUDA, so no rank on a CPU writes it; swapping it would cost every hand-over.
 _NEEDS_CUDA = (
     "megatron.core.distributed.fsdp",
     "megatron.core.inference",
@@ -40,7 +40,7 @@ _NEEDS_CUDA = (
 _OPTIONS: dict[str, frozenset[str]] = {
     "column_linear": frozenset({"bias", "gather_output", "skip_bias_add", "frozen_weight"}),
     "row_linear": frozenset({"bias", "input_is_parallel", "skip_bias_add", "frozen_weight"}),
-    "vocab_embedding": frozenset({"scatter", "frozen_weight"}),
+    "vocab_embedding": frozenset({"scatter"}),
     "vocab_cross_entropy": frozenset({"label_smoothing", "ignored", "mask_padding"}),
     "tp_mlp": frozenset({"bias", "activation"}),
     "gather_from_sp": frozenset({"tensor_parallel_output_grad"}),
@@ -55,12 +55,13 @@ class Session:
         self.layout = layout
 
     def groups(self) -> Mapping[str, tuple[int, ...]]:
+        """This rank's members of each kind of group that `parallel_state` has."""
         from verify.targets.megatron_core.groups import members
 
         return members()
 
     def probe(self, kind: str) -> list[int]:
-        """The global ranks that an all-gather over the real group of `kind` brings together, in order.
+        """The global ranks that an all-gather over the real group of `kind` brings together.
 
         Raises BadArgument for a kind that this rank has no group of.
         """
@@ -77,6 +78,7 @@ class Session:
         return [int(rank) for rank in everyone]
 
     def build(self, case: Case) -> Subject:
+        """The subject of a supported case; raises what megatron-core raises where it refuses."""
         from verify.targets.megatron_core.subjects import BUILDERS
 
         return BUILDERS[case.concept](case)
@@ -94,12 +96,15 @@ class Target:
             )
 
     def version(self) -> str:
+        """The installed version of the distribution."""
         return importlib.metadata.version(DISTRIBUTION)
 
     def stand_ins(self) -> tuple[str, ...]:
+        """What takes the place of CUDA, one line each; empty where ranks run on CUDA."""
         return stand_ins.listed()
 
     def supports(self, case: Case) -> str | None:
+        """None, or why megatron-core or this adapter cannot do the case."""
         from verify.targets.megatron_core.subjects import BUILDERS
 
         if case.concept not in BUILDERS:
@@ -113,6 +118,7 @@ class Target:
         return None
 
     def rank_state(self) -> tuple[RankState, ...]:
+        """One object for all of megatron-core; ask before the first rank runs."""
         return (_state(),)
 
     def rank_state_report(self) -> dict[str, tuple[str, ...]]:
@@ -128,7 +134,9 @@ class Target:
 
     @contextlib.contextmanager
     def session(self, layout: Layout) -> Iterator[Session]:
+        """Collective: make Megatron's groups and its random states for `layout`; undo both."""
         from megatron.core import tensor_parallel
+
         from verify.targets.megatron_core import groups
 
         state, generator = _state(), torch.get_rng_state()

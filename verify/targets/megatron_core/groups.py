@@ -23,7 +23,7 @@ _GETTERS: dict[str, Callable[[], ProcessGroup | None]] = {
 
 
 def initialise(layout: Layout) -> None:
-    """Make Megatron's groups. Collective over the world; raises what Megatron raises where it refuses."""
+    """Make Megatron's groups. Collective; raises what Megatron raises where it refuses."""
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -36,7 +36,7 @@ def initialise(layout: Layout) -> None:
 
 
 def destroy() -> None:
-    """Forget Megatron's groups and destroy them in torch.distributed, in the order they were made."""
+    """Forget Megatron's groups and destroy them, in the order they were made."""
     made = mpu._global_process_group_list or []
     for group in made:
         if group is not None:
@@ -45,7 +45,7 @@ def destroy() -> None:
 
 
 def group_of(kind: str) -> ProcessGroup | None:
-    """This rank's group of a kind; None where it is in none. Raises BadArgument for an unknown kind."""
+    """This rank's group of a kind, None where it is in none. Raises BadArgument if unknown."""
     if kind not in _GETTERS:
         raise BadArgument(f"kind: {kind!r} is not one of {', '.join(_GETTERS)}")
     return _GETTERS[kind]()

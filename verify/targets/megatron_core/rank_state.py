@@ -4,12 +4,12 @@ On a real cluster every rank is a process; in the `sim` cluster the ranks share 
 writes into a module would be read by the next. Found here, in every imported module of a package:
 
 * names that a function declares `global`;
-* mutable module-level objects (dict, list, set, deque, an instance of the package's own classes) that
-  some module of the package changes in place, through any name it is imported under;
+* mutable module-level objects (dict, list, set, deque, an instance of the package's own classes)
+  that some module of the package changes in place, through any name it is imported under;
 * class attributes that a function assigns, as `Class.attribute = ...` or `cls.attribute = ...`.
 
-A mutable object that no code changes is a constant and is left alone. `functools` caches and function
-attributes (a `warned` flag) are listed as shared.
+A mutable object that no code changes is a constant and is left alone. `functools` caches and
+function attributes (a `warned` flag) are listed as shared.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import ast
 import copy
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import is_not, itemgetter
@@ -28,10 +28,8 @@ from typing import Any, Literal
 
 How = Literal["global", "in place", "class attribute", "shared"]
 
-_CHANGES = frozenset(
-    "add append appendleft clear discard extend insert pop popitem popleft remove setdefault update "
-    "reset".split()
-)
+_ADD = frozenset({"add", "append", "appendleft", "extend", "insert", "setdefault", "update"})
+_REMOVE = frozenset({"clear", "discard", "pop", "popitem", "popleft", "remove", "reset"})
 
 
 @dataclass(frozen=True, order=True)
@@ -73,7 +71,7 @@ class _Writes(ast.NodeVisitor):
         self.globals.update(node.names)
 
     def visit_Call(self, node: ast.Call) -> None:
-        if isinstance(node.func, ast.Attribute) and node.func.attr in _CHANGES:
+        if isinstance(node.func, ast.Attribute) and node.func.attr in _ADD | _REMOVE:
             self._changed(node.func.value)
         self.generic_visit(node)
 
@@ -114,7 +112,7 @@ class _Writes(ast.NodeVisitor):
         self.attributes.add((owner, name))
 
     def _changed(self, value: ast.expr) -> None:
-        """`value` is changed in place, inside a function: by its own name or as somebody's attribute."""
+        """`value` is changed in place by a function, under its own name or as an attribute."""
         while isinstance(value, ast.Subscript):
             value = value.value
         if not self._depth:
@@ -141,6 +139,22 @@ def _is_mutable(value: object, package: str) -> bool:
     return kind.__module__.startswith(package) and not isinstance(value, type | FunctionType)
 
 
+_IMMUTABLE = (type(None), bool, int, float, str, bytes, type, FunctionType, ModuleType)
+
+
+def _class(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    found = vars(sys.modules[module])[name]
+    if not isinstance(found, type):
+        raise TypeError(f"{path} is not a class")
+    return found
+
+
+def _holder(owner: str) -> Any:
+    """The namespace of a module or a class; a module's may be written."""
+    return vars(sys.modules[owner]) if owner in sys.modules else vars(_class(owner))
+
+
 def modules_of(package: str) -> list[ModuleType]:
     """The imported modules of `package`, by name."""
     names = sorted(n for n in sys.modules if n == package or n.startswith(package + "."))
@@ -151,7 +165,23 @@ def find(package: str) -> list[Found]:
     """All process-global state in the imported modules of `package`."""
     modules = modules_of(package)
     writes = {module.__name__: _writes(module) for module in modules}
-    return sorted({found for module in modules for found in _in_module(module, package, writes)})
+    found = {each for module in modules for each in _in_module(module, package, writes)}
+    return sorted(found | set(_aliases(found, modules)))
+
+
+def _aliases(found: Iterable[Found], modules: Iterable[ModuleType]) -> Iterator[Found]:
+    """Names under which other modules hold the same mutable object (`from state import QUEUE`)."""
+    values = [_holder(each.owner)[each.name] for each in found if each.how != "shared"]
+    objects = {id(value) for value in values if not isinstance(value, _IMMUTABLE)}
+    for module in modules:
+        for name, value in vars(module).items():
+            if id(value) in objects and not name.startswith("__"):
+                yield Found(module.__name__, name, _how(found, module.__name__, name))
+
+
+def _how(found: Iterable[Found], owner: str, name: str) -> How:
+    known = [each.how for each in found if (each.owner, each.name) == (owner, name)]
+    return known[0] if known else "in place"
 
 
 def _in_module(module: ModuleType, package: str, writes: dict[str, _Writes]) -> Iterator[Found]:
@@ -187,39 +217,27 @@ class _Names:
 
     def __init__(self, owner: str, names: Sequence[str]) -> None:
         self.owner, self.names = owner, tuple(names)
-        holder: Any = sys.modules.get(owner) or _class(owner)
-        self._holder = holder
-        self._namespace: Mapping[str, Any] = vars(holder)
+        self._class = None if owner in sys.modules else _class(owner)
+        self._namespace = _holder(owner)
         # itemgetter returns a lone value bare, so a lone name is asked for twice.
         self._asked = self.names * 2 if len(self.names) == 1 else self.names
         self.read = partial(itemgetter(*self._asked), self._namespace)
-        self.start = copy.deepcopy(self.read())
+        self.start = self.read()
 
     def write(self, values: tuple[Any, ...]) -> None:
-        if isinstance(self._namespace, dict):
+        if self._class is None:
             self._namespace.update(zip(self._asked, values, strict=True))
         else:
             for name, value in zip(self.names, values, strict=False):
-                setattr(self._holder, name, value)
-
-
-def _class(path: str) -> type:
-    module, _, name = path.rpartition(".")
-    found = vars(sys.modules[module])[name]
-    if not isinstance(found, type):
-        raise TypeError(f"{path} is not a class")
-    return found
-
-
-_IMMUTABLE = (type(None), bool, int, float, str, bytes, type, FunctionType, ModuleType)
+                setattr(self._class, name, value)
 
 
 class GlobalState:
     """All found state of a package as one value, swapped at every hand-over.
 
-    A rank starts with its own deep copies of what is mutable. What is immutable at the start (None, most
-    often) is the same for all ranks until one assigns it: it is watched, and swapped from then on.
-    `swapped()` says which names that has come to be.
+    A rank starts with its own deep copies of what is mutable. What is immutable at the start (None,
+    most often) is the same for all ranks until one assigns it: it is watched, and swapped from then
+    on. `swapped()` says which names that has come to be.
     """
 
     def __init__(self, found: Iterable[Found]) -> None:
@@ -230,20 +248,31 @@ class GlobalState:
             if each.how != "shared":
                 by_owner.setdefault(each.owner, []).append(each.name)
         for owner, names in by_owner.items():
-            namespace = vars(sys.modules.get(owner) or _class(owner))
+            namespace = _holder(owner)
             fixed = [name for name in names if isinstance(namespace[name], _IMMUTABLE)]
             own = [name for name in names if name not in fixed]
             self._swapped += [_Names(owner, own)] if own else []
             self._watched += [_Names(owner, fixed)] if fixed else []
+        self._copy_starts()
+
+    def _copy_starts(self) -> None:
+        """Copy at once, so that what is one object under several names stays one in each copy."""
+        for each, start in zip(
+            self._swapped, copy.deepcopy([each.start for each in self._swapped]), strict=True
+        ):
+            each.start = start
 
     def swapped(self) -> tuple[str, ...]:
         """The full names that have been swapped so far."""
         return tuple(f"{each.owner}.{name}" for each in self._swapped for name in each.names)
 
     def fresh(self) -> dict[_Names, tuple[Any, ...]]:
-        return {each: copy.deepcopy(each.start) for each in self._swapped}
+        """A new rank's own values of what is swapped so far; the rest is as at the start."""
+        starts = copy.deepcopy([each.start for each in self._swapped])
+        return dict(zip(self._swapped, starts, strict=True))
 
     def save(self) -> dict[_Names, tuple[Any, ...]]:
+        """The running rank's values."""
         for each in self._watched:
             if any(map(is_not, each.read(), each.start)):
                 self._watched = [other for other in self._watched if other is not each]
@@ -251,6 +280,7 @@ class GlobalState:
         return {each: each.read() for each in self._swapped}
 
     def load(self, value: object) -> None:
+        """Put a rank's values in place."""
         values: dict[_Names, tuple[Any, ...]] = value  # type: ignore[assignment]
         for each in self._swapped:
             each.write(values.get(each, each.start))

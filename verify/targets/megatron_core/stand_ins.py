@@ -1,8 +1,8 @@
 """What stands in for CUDA while a rank of a CPU cluster runs megatron-core. Nothing else does.
 
 `applied()` is entered by each rank and left by it. Functions are replaced in the process when the
-first rank enters and put back when the last one leaves, because ranks may be threads of one process;
-device arguments are redirected in the calling thread only. A rank that runs on CUDA gets nothing.
+first rank enters and put back when the last one leaves, because ranks may be threads of one
+process; device arguments are redirected in the calling thread only. On CUDA there are none.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _on_cpu(value: Any) -> Any:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """In this thread: a device argument that names CUDA means the CPU, pinning memory does nothing."""
+    """In this thread: a device argument that names CUDA means the CPU, memory is never pinned."""
 
     def __torch_function__(
         self,
@@ -145,7 +145,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 class _NotAboutTheSharedGenerator(logging.Filter):
-    """Drops the one warning that follows from the CUDA and the CPU generator being the same here."""
+    """Drops the one warning that follows from CUDA and CPU sharing a generator here."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.getMessage() != "CPU RNG state changed within GPU RNG context"
@@ -158,12 +158,12 @@ _RNG_MODULE = "megatron.core.tensor_parallel.random"
 _Replacement = tuple[str, str, Any]
 _LIST: tuple[tuple[str, tuple[_Replacement, ...]], ...] = (
     (
-        "torch.cuda.current_device answers the CPU: its answer is used as the device of new tensors",
+        "torch.cuda.current_device answers the CPU: Megatron uses it as the device of new tensors",
         (("torch.cuda", "current_device", _current_device),),
     ),
     (
-        "the CUDA random generator is the rank's default CPU generator: get, set and seed of its state, "
-        "at once and not when CUDA starts; the warning that the CPU state changed with it is dropped",
+        "the CUDA random generator is the rank's default CPU generator: its state is got, set and "
+        "seeded, at once and not when CUDA starts; the warning that CPU state changed is dropped",
         (
             ("torch.cuda", "default_generators", _Generators((torch.default_generator,))),
             ("torch.cuda", "get_rng_state", _get_rng_state),
@@ -207,8 +207,8 @@ _WRAPPED: tuple[tuple[str, str, Callable[..., Any]], ...] = (
         _barrier_of,
     ),
     (
-        "torch.distributed.all_to_all_single gets split sizes as lists where they are given as tensors, "
-        "which the Python signature does not promise and only NCCL takes",
+        "torch.distributed.all_to_all_single gets lists where split sizes are given as tensors, "
+        "which only NCCL takes",
         "all_to_all_single",
         _all_to_all_single_of,
     ),
@@ -278,7 +278,7 @@ _PATCHES = _Patches()
 
 @contextlib.contextmanager
 def applied() -> Iterator[None]:
-    """While inside, this rank's megatron-core finds the stand-ins instead of CUDA. Undone at the end."""
+    """While inside, this rank finds the stand-ins instead of CUDA. Undone at the end."""
     if not needed():
         yield
         return

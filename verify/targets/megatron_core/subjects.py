@@ -1,8 +1,8 @@
 """megatron-core's modules and operations as subjects, one builder for each concept.
 
-Every builder returns what a user of megatron-core would build, with its defaults; the adapters only
-rename tensors and parameters and, where Megatron returns a bias to be added by the caller, add it as
-its transformer layer does. Names and placements are those of the contract in `verify.oracle`.
+Every builder returns what a user of megatron-core would build, with its defaults. The adapters only
+rename tensors and parameters and, where Megatron's MLP returns a bias for the caller to add, add it
+as its transformer layer does. Names and placements are those of the contract in `verify.oracle`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import (
     _allreduce_non_tensor_model_parallel_grads,
 )
-from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -25,7 +24,6 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from verify.case import Case
-from verify.errors import BadArgument, NotSupported
 from verify.placement import Placements
 from verify.targets.megatron_attributes import placements_of
 
@@ -33,8 +31,11 @@ Tensors = Mapping[str, Tensor]
 
 
 def config_of(case: Case, **sizes: Any) -> TransformerConfig:
-    """The configuration of a module in `case.dtype`, on `case.layout`. Sequence parallelism over one
-    rank is left out, because Megatron's configuration refuses it where it would have no effect."""
+    """The configuration of a module in `case.dtype`, on `case.layout`.
+
+    Sequence parallelism over one rank is left out, because Megatron's configuration refuses it
+    where it would have no effect.
+    """
     layout = case.layout
     given: dict[str, Any] = {
         "num_layers": 1,
@@ -65,6 +66,7 @@ class ModuleSubject:
         self._names = names or {}
 
     def parameters(self) -> Mapping[str, tuple[Parameter, Placements]]:
+        """Every parameter by the contract's name, with the placement that its attributes say."""
         return {
             self._name(name): (parameter, placements_of(parameter))
             for name, parameter in self.module.named_parameters()
@@ -75,11 +77,12 @@ class ModuleSubject:
         return f"{self._names.get(prefix, prefix)}.{last}" if prefix else last
 
     def forward(self, inputs: Tensors) -> Tensors:
+        """Local inputs to local outputs."""
         return self._call(inputs)
 
     def finish_gradients(self) -> None:
-        """Megatron's own sum over tensor parallel ranks of what is replicated and was computed from a
-        part of the sequence, as `finalize_model_grads` calls it."""
+        """Megatron's own sum over tensor parallel ranks, as `finalize_model_grads` calls it, of the
+        gradients of replicated parameters that each rank computed from its part of the sequence."""
         self.module.ddp_config = DistributedDataParallelConfig()
         _allreduce_non_tensor_model_parallel_grads([self.module], self.config)
 
@@ -91,9 +94,11 @@ class OperationSubject:
         self._call = call
 
     def parameters(self) -> Mapping[str, tuple[Parameter, Placements]]:
+        """None."""
         return {}
 
     def forward(self, inputs: Tensors) -> Tensors:
+        """Local inputs to local outputs."""
         return self._call(inputs)
 
     def finish_gradients(self) -> None:
@@ -110,6 +115,7 @@ def _named(output: Tensor, bias: Tensor | None) -> Tensors:
 
 
 def column_linear(case: Case) -> ModuleSubject:
+    """`ColumnParallelLinear`; with skip_bias_add the bias is a second output."""
     config = config_of(case)
     module = tensor_parallel.ColumnParallelLinear(
         case.shape["in_features"],
@@ -125,6 +131,7 @@ def column_linear(case: Case) -> ModuleSubject:
 
 
 def row_linear(case: Case) -> ModuleSubject:
+    """`RowParallelLinear`; with skip_bias_add the bias is a second output."""
     config = config_of(case)
     module = tensor_parallel.RowParallelLinear(
         case.shape["in_features"],
@@ -140,6 +147,7 @@ def row_linear(case: Case) -> ModuleSubject:
 
 
 def vocab_embedding(case: Case) -> ModuleSubject:
+    """`VocabParallelEmbedding` of tokens [batch, sequence]."""
     config = config_of(case)
     module = tensor_parallel.VocabParallelEmbedding(
         case.shape["vocabulary"],
@@ -148,11 +156,11 @@ def vocab_embedding(case: Case) -> ModuleSubject:
         reduce_scatter_embeddings=bool(case.options.get("scatter", False)),
         config=config,
     )
-    _freeze(module, case)
     return ModuleSubject(module, config, lambda inputs: {"y": module(inputs["tokens"])})
 
 
 def vocab_cross_entropy(case: Case) -> OperationSubject:
+    """`vocab_parallel_cross_entropy` of logits [sequence, batch, vocabulary / tp]."""
     smoothing = float(case.options.get("label_smoothing", 0.0) or 0.0)
 
     def call(inputs: Tensors) -> Tensors:
@@ -193,6 +201,7 @@ def _mapping(operation: Callable[[Tensor], Tensor], case: Case) -> OperationSubj
 
 
 def gather_from_sp(case: Case) -> OperationSubject:
+    """`gather_from_sequence_parallel_region`, its backward a reduce-scatter or a split."""
     partial_gradient = bool(case.options.get("tensor_parallel_output_grad", True))
     gather = partial(
         mappings.gather_from_sequence_parallel_region,

@@ -1,0 +1,284 @@
+"""The target `megatron-core`: stand-ins come and go, ranks are apart, groups are right."""
+
+import importlib.util
+import logging
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from verify.case import Case
+from verify.cluster import open_cluster
+from verify.layout import Layout
+from verify.targets.megatron_core import Target, rank_state, stand_ins
+
+needs_megatron = pytest.mark.skipif(
+    importlib.util.find_spec("megatron") is None,
+    reason="megatron-core is not installed: pip install 'shardproof[megatron-core]'",
+)
+
+_SOURCES = {
+    "__init__": "",
+    "state": """
+import functools
+COUNT = 0
+TABLE = {}
+CONSTANT = {"one": 1}
+QUEUE = []
+class Scaler:
+    scale = None
+    fixed = 3
+    members = {}
+    @classmethod
+    def set(cls, value):
+        cls.scale = value
+    def join(self, name):
+        Scaler.members[name] = self
+def step():
+    global COUNT
+    COUNT += 1
+def note(key, value):
+    TABLE[key] = value
+def local():
+    CONSTANT = {}
+    return len(CONSTANT)
+@functools.lru_cache
+def cached(n):
+    return n
+def warn():
+    warn.done = True
+warn.done = False
+""",
+    "user": """
+from small.state import QUEUE
+def push(value):
+    QUEUE.append(value)
+""",
+}
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """An imported package of a few modules with every sort of state."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    for name, source in _SOURCES.items():
+        (folder / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("small.user")
+    yield sys.modules["small.state"]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "small"]:
+        del sys.modules[name]
+
+
+def _found(package: str) -> dict[str, str]:
+    return {f"{each.owner}.{each.name}": each.how for each in rank_state.find(package)}
+
+
+def test_state_is_found_in_the_source(small: ModuleType) -> None:
+    assert _found("small") == {
+        "small.state.COUNT": "global",
+        "small.state.TABLE": "in place",
+        "small.state.QUEUE": "in place",
+        "small.state.Scaler.scale": "class attribute",
+        "small.state.Scaler.members": "class attribute",
+        "small.state.cached": "shared",
+        "small.state.warn.done": "shared",
+        "small.user.QUEUE": "in place",
+    }
+
+
+def test_ranks_do_not_see_each_others_writes(small: ModuleType) -> None:
+    state = rank_state.GlobalState(rank_state.find("small"))
+    user = sys.modules["small.user"]
+    values = {rank: state.fresh() for rank in range(3)}
+    for turn in range(3):
+        for rank in (2, 0, 1):
+            state.load(values[rank])
+            if rank != 1:
+                small.step()
+                small.note(rank, turn)
+                user.push(turn)
+                small.Scaler.set(10 * rank + turn)
+                small.Scaler().join(str(rank))
+            values[rank] = state.save()
+    state.load(values[2])
+    assert (small.COUNT, small.TABLE, small.Scaler.scale) == (3, {2: 2}, 22)
+    assert list(small.Scaler.members) == ["2"]
+    state.load(values[1])
+    assert (small.COUNT, small.TABLE, small.Scaler.scale) == (0, {}, None)
+    state.load(state.fresh())
+    assert (small.COUNT, small.QUEUE, small.Scaler.members) == (0, [], {})
+
+
+def test_an_object_imported_elsewhere_is_swapped_there_too(small: ModuleType) -> None:
+    state = rank_state.GlobalState(rank_state.find("small"))
+    user = sys.modules["small.user"]
+    first, second = state.fresh(), state.fresh()
+    state.load(first)
+    user.push("of the first rank")
+    first = state.save()
+    state.load(second)
+    assert user.QUEUE == []
+    state.load(first)
+    assert user.QUEUE == ["of the first rank"]
+    assert user.QUEUE is small.QUEUE
+
+
+@needs_megatron
+def test_what_megatron_keeps_is_found() -> None:
+    report = Target().rank_state_report()
+    for expected in (
+        "megatron.core.parallel_state._TENSOR_MODEL_PARALLEL_GROUP (global)",
+        "megatron.core.tensor_parallel.random._CUDA_RNG_STATE_TRACKER (global)",
+        "megatron.core.num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR (global)",
+        "megatron.core.transformer.moe.moe_utils._MOE_LAYER_WISE_LOGGING_TRACKER (global)",
+        "megatron.core.transformer.moe.moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale"
+        " (class attribute)",
+        "megatron.core.utils._nvtx_range_messages (in place)",
+    ):
+        assert expected in report["found"]
+    assert not set(report["swapped"]) & {each.partition(" ")[0] for each in report["shared"]}
+
+
+@needs_megatron
+def test_stand_ins_are_undone_by_the_last_rank_to_leave() -> None:
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    def present() -> tuple[object, ...]:
+        return (
+            torch.cuda.current_device,
+            torch.cuda.Stream,
+            torch.cuda.default_generators,
+            megatron_random._lazy_call,
+            dist.barrier,
+            dist.all_to_all_single,
+            tuple(logging.getLogger(megatron_random.__name__).filters),
+        )
+
+    before = present()
+    outer, inner = stand_ins.applied(), stand_ins.applied()
+    outer.__enter__()
+    inner.__enter__()
+    assert torch.cuda.current_device() == torch.device("cpu")
+    inner.__exit__(None, None, None)
+    assert torch.cuda.current_device() == torch.device("cpu")
+    with pytest.raises(KeyError), stand_ins.applied():
+        raise KeyError
+    outer.__exit__(None, None, None)
+    assert present() == before
+
+
+@needs_megatron
+def test_cuda_means_the_cpu_only_inside() -> None:
+    with stand_ins.applied():
+        made = [
+            torch.zeros(2, device="cuda"),
+            torch.tensor([1.0], device=torch.device("cuda", 0)),
+            torch.ones(1).cuda(),
+            torch.ones(1).to("cuda"),
+            torch.ones(1).to(device="cuda:1", dtype=torch.float64),
+            torch.empty(1, pin_memory=True),
+            torch.nn.Linear(1, 1).cuda().weight,
+        ]
+        assert all(each.device.type == "cpu" for each in made)
+        torch.cuda.manual_seed(3)
+        state = torch.cuda.get_rng_state()
+        first = torch.rand(4)
+        torch.cuda.set_rng_state(state)
+        assert torch.equal(first, torch.rand(4))
+    if not torch.cuda.is_available():
+        with pytest.raises((AssertionError, RuntimeError)):
+            torch.zeros(2, device="cuda")
+
+
+def _state_of_a_rank(layout: Layout) -> dict[str, object]:
+    """What this rank reads back of Megatron's state after other ranks wrote theirs."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    target, rank = Target(), dist.get_rank()
+    assert not parallel_state.model_parallel_is_initialized()
+    with target.session(layout):
+        tracker = tensor_parallel.get_cuda_rng_tracker()
+        tracker.add(f"of rank {rank}", 1000 + rank)
+        parallel_state.set_tensor_model_parallel_rank(10 + rank)
+        dist.barrier()
+        seen = {
+            "tracker": sorted(tensor_parallel.get_cuda_rng_tracker().get_states()),
+            "same tracker": tensor_parallel.get_cuda_rng_tracker() is tracker,
+            "tp rank": parallel_state.get_tensor_model_parallel_rank(),
+            "dp group": dist.get_process_group_ranks(parallel_state.get_data_parallel_group()),
+        }
+        parallel_state.set_tensor_model_parallel_rank(None)
+    seen["left over"] = parallel_state.model_parallel_is_initialized()
+    seen["groups left over"] = len(dist.distributed_c10d._world.pg_map)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with open_cluster("sim", world_size=12) as opened:
+        yield opened
+
+
+@needs_megatron
+def test_ranks_do_not_see_each_others_megatron(cluster) -> None:
+    seen = cluster.run(_state_of_a_rank, Layout(dp=2), world_size=2)
+    trackers = ["data-parallel-rng", "expert-parallel-rng", "model-parallel-rng"]
+    for rank, each in enumerate(seen):
+        assert each == {
+            "tracker": [*trackers, f"of rank {rank}"],
+            "same tracker": True,
+            "tp rank": 10 + rank,
+            "dp group": [0, 1],
+            "left over": False,
+            "groups left over": 1,
+        }
+
+
+def _members(layout: Layout) -> dict[str, tuple[tuple[int, ...], list[int]]]:
+    with Target().session(layout) as session:
+        return {kind: (ranks, session.probe(kind)) for kind, ranks in session.groups().items()}
+
+
+@needs_megatron
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tp=2, cp=2, dp=3),
+        Layout(tp=3, pp=2, dp=2, order="dp-tp-pp-cp-ep"),
+        Layout(tp=2, dp=2, pp=2, ep=2, etp=1),
+    ],
+    ids=str,
+)
+def test_a_group_brings_together_the_ranks_it_names(cluster, layout: Layout) -> None:
+    for rank, kinds in enumerate(cluster.run(_members, layout, world_size=layout.world_size)):
+        for kind, (members, gathered) in kinds.items():
+            assert rank in members, kind
+            assert list(members) == gathered, kind
+        coordinates = [layout.coordinates(other) for other in range(layout.world_size)]
+        for axis in ("tp", "cp", "dp", "pp"):
+            others = {a: i for a, i in coordinates[rank].items() if a != axis}
+            expected = [r for r, c in enumerate(coordinates) if others.items() <= c.items()]
+            assert list(kinds[axis][0]) == expected
+
+
+@needs_megatron
+@pytest.mark.parametrize(
+    ("concept", "options", "dtype", "reason"),
+    [
+        ("column_linear", {"bias": True, "strides": "transposed"}, "float64", None),
+        ("column_linear", {"colour": 3}, "float64", "column_linear has no option colour"),
+        ("quantum_linear", {}, "float64", "no adapter for quantum_linear"),
+        ("vocab_cross_entropy", {"ignored": True}, "float32", "ignore_index"),
+        ("vocab_cross_entropy", {"mask_padding": True}, "float32", "padding"),
+        ("vocab_cross_entropy", {}, "float64", "computes in float32"),
+        ("vocab_cross_entropy", {"label_smoothing": 0.1}, "float32", None),
+    ],
+)
+def test_what_is_not_supported_is_declared(concept, options, dtype, reason) -> None:
+    case = Case(concept=concept, layout=Layout(tp=2), options=options, dtype=dtype)
+    answer = Target().supports(case)
+    assert (answer is None) if reason is None else (answer is not None and reason in answer)
