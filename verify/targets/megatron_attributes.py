@@ -8,8 +8,11 @@ from verify.placement import Placements, Shard
 
 
 def placements_of(parameter: Parameter, *, axis: str = "tp") -> Placements:
-    """`parameter`'s placement over `axis`: `tensor_model_parallel` says that it is sharded, along
-    `partition_dim`, in `partition_stride` blocks. A parameter without the attributes is replicated."""
+    """The placement of `parameter` over `axis`.
+
+    `tensor_model_parallel` says that it is sharded, along `partition_dim`, in `partition_stride`
+    blocks. A parameter without the attributes is replicated.
+    """
     if not getattr(parameter, "tensor_model_parallel", False):
         return {}
     dim, stride = parameter.partition_dim, parameter.partition_stride  # type: ignore[attr-defined]

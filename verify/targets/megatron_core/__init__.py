@@ -7,10 +7,13 @@ On the CPU the modules in `stand_ins` take the place of CUDA; in rank threads th
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,9 +82,7 @@ class Session:
 
     def build(self, case: Case) -> Subject:
         """The subject of a supported case; raises what megatron-core raises where it refuses."""
-        from verify.targets.megatron_core.subjects import BUILDERS
-
-        return BUILDERS[case.concept](case)
+        return _subjects().BUILDERS[case.concept](case)
 
 
 class Target:
@@ -105,9 +106,7 @@ class Target:
 
     def supports(self, case: Case) -> str | None:
         """None, or why megatron-core or this adapter cannot do the case."""
-        from verify.targets.megatron_core.subjects import BUILDERS
-
-        if case.concept not in BUILDERS:
+        if case.concept not in _subjects().BUILDERS:
             return f"no adapter for {case.concept}"
         if foreign := set(case.options) - _OPTIONS.get(case.concept, frozenset()) - _BY_THE_HARNESS:
             return f"{case.concept} has no option {', '.join(sorted(foreign))}"
@@ -170,10 +169,19 @@ def _needs_cuda(found: Found) -> bool:
 
 
 @cache
+def _subjects() -> ModuleType:
+    """The module of adapters, which imports all of megatron-core that is in use. What it warns of
+    then is that TransformerEngine and apex are missing, and neither runs on a CPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module("verify.targets.megatron_core.subjects")
+
+
+@cache
 def _found() -> tuple[Found, ...]:
-    import verify.targets.megatron_core.subjects  # noqa: F401  (imports all of megatron-core in use)
     from verify.targets.megatron_core import rank_state
 
+    _subjects()
     return tuple(rank_state.find(PACKAGE))
 
 

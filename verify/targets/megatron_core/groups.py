@@ -12,13 +12,26 @@ from torch.distributed import ProcessGroup
 from verify.errors import BadArgument
 from verify.layout import Layout
 
+_with_cp = partial(mpu.get_data_parallel_group, with_context_parallel=True)
+
+# The kinds are those of `verify.layout.KINDS`.
 _GETTERS: dict[str, Callable[[], ProcessGroup | None]] = {
     "tp": mpu.get_tensor_model_parallel_group,
     "cp": mpu.get_context_parallel_group,
     "dp": mpu.get_data_parallel_group,
-    "dp_cp": partial(mpu.get_data_parallel_group, with_context_parallel=True),
     "pp": mpu.get_pipeline_model_parallel_group,
+    "dp_cp": _with_cp,
+    "tp_cp": mpu.get_tensor_and_context_parallel_group,
+    "tp_dp": mpu.get_tensor_and_data_parallel_group,
+    "tp_dp_cp": partial(mpu.get_tensor_and_data_parallel_group, with_context_parallel=True),
     "tp_pp": mpu.get_model_parallel_group,
+    "embedding": partial(mpu.get_embedding_group, check_initialized=False),
+    "position_embedding": partial(mpu.get_position_embedding_group, check_initialized=False),
+    "ep": mpu.get_expert_model_parallel_group,
+    "etp": mpu.get_expert_tensor_parallel_group,
+    "edp": mpu.get_expert_data_parallel_group,
+    "etp_ep": mpu.get_expert_tensor_and_model_parallel_group,
+    "etp_ep_pp": mpu.get_expert_tensor_model_pipeline_parallel_group,
 }
 
 
