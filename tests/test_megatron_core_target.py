@@ -275,6 +275,7 @@ def test_a_group_brings_together_the_ranks_it_names(cluster, layout: Layout) -> 
         ("vocab_cross_entropy", {"ignored": True}, "float32", "ignore_index"),
         ("vocab_cross_entropy", {"mask_padding": True}, "float32", "padding"),
         ("vocab_cross_entropy", {}, "float64", "computes in float32"),
+        ("vocab_cross_entropy", {"strides": "transposed"}, "float32", "not contiguous"),
         ("vocab_cross_entropy", {"label_smoothing": 0.1}, "float32", None),
     ],
 )
