@@ -62,6 +62,15 @@ class Launcher(Protocol):
         ...
 
 
+def listen(host: str, backlog: int) -> socket.socket:
+    """A listening socket on the interface that `host` names, or on all where that is not one of
+    this machine's own (a name for the node that only others resolve to it)."""
+    try:
+        return socket.create_server((host, 0), backlog=backlog)
+    except OSError:
+        return socket.create_server(("", 0), backlog=backlog)
+
+
 class WorkerPool(Cluster):
     """A cluster made of workers that some launcher starts."""
 
@@ -90,7 +99,7 @@ class WorkerPool(Cluster):
         self.backend, self.timeout, self.stall = backend, timeout, stall
         self._host, self._start_timeout = host, start_timeout
         self._secret = secrets.token_hex(16)
-        self._door = socket.create_server((host, 0), backlog=world_size)
+        self._door = listen(host, world_size)
         self._channels: dict[int, Channel] = {}
         self._numbers = itertools.count()
         self._generation = 0
@@ -197,7 +206,7 @@ class WorkerPool(Cluster):
         missing = {slot for slot in slots if slot not in self._channels}
         for slot in missing:
             self.launcher.kill(slot)
-            self.launcher.start(slot, self._door.getsockname()[:2], self._secret)
+            self.launcher.start(slot, (self._host, self._door.getsockname()[1]), self._secret)
         deadline = time.monotonic() + self._start_timeout
         while missing:
             self.launcher.check()

@@ -14,7 +14,8 @@ import sys
 import tempfile
 import time
 import weakref
-from multiprocessing.context import ForkServerProcess
+from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -29,13 +30,17 @@ _STATES = {"T": "is stopped (SIGSTOP)", "t": "is stopped by a debugger", "D": "w
 
 
 class LocalLauncher:
-    """A `Launcher` of workers on this machine; `devices[slot]` is the GPU of a slot, if any."""
+    """A `Launcher` of workers on this machine; `devices[slot]` is the GPU of a slot, if any.
 
-    def __init__(self, devices: list[int | None]) -> None:
+    `method` is `forkserver`, or `fork` in a process that has one thread and did nothing with torch.
+    """
+
+    def __init__(self, devices: Mapping[int, int | None], *, method: str = "forkserver") -> None:
         self._devices = devices
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOADED)
-        self._processes: dict[int, ForkServerProcess] = {}
+        self._context = multiprocessing.get_context(method)
+        if method == "forkserver":
+            self._context.set_forkserver_preload(_PRELOADED)
+        self._processes: dict[int, BaseProcess] = {}
         self._folder = tempfile.mkdtemp(prefix="shardproof-")
         self._finalizer = weakref.finalize(self, _clean, self._processes, self._folder)
 
@@ -44,7 +49,7 @@ class LocalLauncher:
         dump = self._dump(slot)
         dump.write_text("")
         berth = Berth(slot, address, secret, self._devices[slot], str(dump))
-        process = self._context.Process(
+        process = self._context.Process(  # type: ignore[attr-defined]
             target=serve, args=(berth,), name=f"shardproof-{slot}", daemon=True
         )
         process.start()
@@ -115,7 +120,7 @@ class ProcessCluster(WorkerPool):
         timeout: float = 60.0,
         stall: float = 5.0,
     ) -> None:
-        devices: list[int | None] = [None] * world_size
+        devices: dict[int, int | None] = dict.fromkeys(range(world_size))
         if backend == "nccl":
             present = torch.cuda.device_count()
             if present < world_size:
@@ -123,7 +128,7 @@ class ProcessCluster(WorkerPool):
                     f"backend: nccl needs one GPU a rank; world_size is {world_size}, "
                     f"this machine has {present} GPUs"
                 )
-            devices = list(range(world_size))
+            devices = {rank: rank for rank in range(world_size)}
         super().__init__(
             LocalLauncher(devices),
             world_size=world_size,
@@ -152,7 +157,7 @@ def _kernel_state(pid: int | None) -> str:
         return ""
 
 
-def _clean(processes: dict[int, ForkServerProcess], folder: str) -> None:
+def _clean(processes: dict[int, BaseProcess], folder: str) -> None:
     """End every worker, first by asking, and remove what they wrote."""
     for process in processes.values():
         process.join(0.5)

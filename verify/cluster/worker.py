@@ -28,7 +28,13 @@ import torch.distributed as dist
 
 from verify.cluster import wire
 from verify.cluster.wire import Channel, Closed
-from verify.cluster.world import Worlds, WorldSpec, cut_connections, reset_process_state
+from verify.cluster.world import (
+    Worlds,
+    WorldSpec,
+    cut_connections,
+    network_connections,
+    reset_process_state,
+)
 from verify.errors import HarnessError
 
 _PR_SET_PDEATHSIG = 1
@@ -125,10 +131,20 @@ def _let_go_of_the_fork_server() -> None:
         os.close(descriptor)
 
 
+def _let_go_of_connections() -> None:
+    """Put nothing in the place of connections that a fork copied. They are the parent's, and to cut
+    them would cut the parent off; their owners' copies here may close the descriptor again."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in network_connections():
+        os.dup2(nothing, descriptor)
+    os.close(nothing)
+
+
 def serve(berth: Berth) -> None:
     """The life of a worker: introduce oneself, then run what comes until told to stop."""
     die_with_parent()
     _let_go_of_the_fork_server()
+    _let_go_of_connections()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     dump = open(berth.dump, "w")  # noqa: SIM115 - faulthandler needs it as long as the process lives
     faulthandler.enable(dump)

@@ -7,6 +7,7 @@ driver names a new generation when what is connected must not be used again.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
@@ -168,22 +169,34 @@ def _sequence(group: Any) -> int:
     return group._get_sequence_number_for_group()
 
 
+def network_connections() -> list[int]:
+    """The descriptors of this process that are connected TCP sockets."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as connection:
+                listens = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                if connection.family in (socket.AF_INET, socket.AF_INET6) and not listens:
+                    found.append(int(name))
+        except OSError:
+            continue
+    return found
+
+
 def cut_connections(kept: int) -> None:
     """Shut down every network connection of this process but the descriptor `kept`.
 
     gloo's abort does not wake a thread that waits for a peer; the end of the connection does.
     """
-    for name in os.listdir("/proc/self/fd"):
-        descriptor = int(name)
-        try:
-            if descriptor == kept or not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-                continue
-            with socket.socket(fileno=os.dup(descriptor)) as connection:
-                listens = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-                if connection.family in (socket.AF_INET, socket.AF_INET6) and not listens:
-                    connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            continue
+    for descriptor in network_connections():
+        if descriptor != kept:
+            with (
+                contextlib.suppress(OSError),
+                socket.socket(fileno=os.dup(descriptor)) as connection,
+            ):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def reset_process_state() -> None:
