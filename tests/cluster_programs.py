@@ -133,3 +133,14 @@ def slow(seconds: float) -> int:
         time.sleep(seconds)
     dist.barrier()
     return dist.get_rank()
+
+
+def defective_sum(values: list[int]) -> int:
+    """The sum over ranks of the sum of `values`, wrong for large sums on more than two ranks;
+    rank 1 raises where a value repeats."""
+    if dist.get_rank() == 1 and len(set(values)) < len(values):
+        raise ValueError(f"repeated value in {values}")
+    x = torch.tensor([float(sum(values))], dtype=torch.float64)
+    dist.all_reduce(x)
+    wrong = dist.get_world_size() > 2 and sum(values) > 30
+    return int(x.item()) + wrong
