@@ -144,6 +144,48 @@ def test_what_megatron_keeps_is_found() -> None:
 
 
 @needs_megatron
+def test_megatrons_state_follows_the_rank() -> None:
+    from megatron.core import num_microbatches_calculator, parallel_state, tensor_parallel
+    from megatron.core.transformer.moe.moe_utils import (
+        MoEAuxLossAutoScaler,
+        save_to_aux_losses_tracker,
+    )
+
+    (state,) = Target().rank_state()
+    saved = [state.fresh() for _ in range(3)]
+    trackers = []
+    with stand_ins.applied():
+        for rank in (1, 0):
+            state.load(saved[rank])
+            parallel_state.set_tensor_model_parallel_rank(rank)
+            trackers.append(tensor_parallel.get_cuda_rng_tracker())
+            trackers[-1].add("mine", rank)
+            num_microbatches_calculator.init_num_microbatches_calculator(rank, None, 4, 2 - rank, 1)
+            MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(float(rank)))
+            save_to_aux_losses_tracker(f"of {rank}", torch.ones(()), 1, 1)
+            saved[rank] = state.save()
+        for rank in (0, 1):
+            state.load(saved[rank])
+            assert parallel_state.get_tensor_model_parallel_rank() == rank
+            assert tensor_parallel.get_cuda_rng_tracker() is trackers[1 - rank]
+            assert tensor_parallel.get_cuda_rng_tracker().seeds_ == {rank}
+            assert num_microbatches_calculator.get_micro_batch_size() == 2 - rank
+            assert MoEAuxLossAutoScaler.main_loss_backward_scale == float(rank)
+            assert list(_auxiliary_losses()) == [f"of {rank}"]
+        state.load(saved[2])
+        assert not tensor_parallel.random._CUDA_RNG_STATE_TRACKER_INITIALIZED
+        assert parallel_state._MPU_TENSOR_MODEL_PARALLEL_RANK is None
+        assert list(_auxiliary_losses()) == []
+
+
+def _auxiliary_losses() -> dict[str, object]:
+    """The tracker of auxiliary losses that the running rank sees."""
+    from megatron.core.transformer.moe import moe_utils
+
+    return moe_utils.get_moe_layer_wise_logging_tracker()
+
+
+@needs_megatron
 def test_stand_ins_are_undone_by_the_last_rank_to_leave() -> None:
     import megatron.core.tensor_parallel.random as megatron_random
 
