@@ -3,7 +3,8 @@
 Nothing here waits without a bound. A run ends when every rank has answered; or, after a failure,
 when all the others wait for a peer; or when all ranks have waited for each other for `stall`
 seconds; or after `timeout` seconds. Ranks that are then still inside have their connections cut,
-and are replaced if that does not free them.
+and are replaced if that does not free them. A failure over nccl replaces every worker of the run,
+because an aborted communicator may leave its GPU's streams blocked.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ class WorkerPool(Cluster):
             results, clean = attempt.finish()
         except BaseException:
             self._generation += 1
-            for rank in attempt.unanswered():
+            spent = range(world_size) if self.backend == "nccl" else attempt.unanswered()
+            for rank in spent:
                 self.discard(rank)
             raise
         if not clean:

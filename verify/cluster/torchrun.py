@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import secrets
 import select
+import signal
 import socket
 import sys
 import time
@@ -140,7 +141,11 @@ class Joined:
 
 
 def serve(place: Place, *, join_timeout: float = 300.0) -> int:
-    """What every rank but 0 does: start and end its worker as rank 0 says. The exit code."""
+    """What every rank but 0 does: start and end its worker as rank 0 says. The exit code.
+
+    An interrupt from the keyboard is for rank 0, which ends the others in order.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     store = place.store(join_timeout)
     try:
         meeting = json.loads(store.get(_KEY))
