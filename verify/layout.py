@@ -321,9 +321,10 @@ def _check_optimizer_instances(layout: Layout) -> None:
     given, dp_cp = layout.optimizer_instances, layout.dp * layout.cp
     both = gcd(dp_cp, layout.edp)
     if both % given:
+        allowed = ", ".join(str(n) for n in range(1, both + 1) if both % n == 0)
         raise BadArgument(
-            f"layout.optimizer_instances: {given} must divide dp*cp = {dp_cp} and edp = {layout.edp};"
-            f" allowed are {', '.join(str(n) for n in range(1, both + 1) if both % n == 0)}"
+            f"layout.optimizer_instances: {given} must divide dp*cp = {dp_cp} and"
+            f" edp = {layout.edp}; allowed are {allowed}"
         )
 
 

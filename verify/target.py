@@ -43,6 +43,14 @@ class Session(Protocol):
         """For each kind of group in `verify.layout.KINDS` that the target has, this rank's members."""
         ...
 
+    def probe(self, kind: str) -> list[int]:
+        """The global ranks that an all-gather over this rank's real group of `kind` brings
+        together, in group order. Collective over that group.
+
+        Raises BadArgument for a kind that this rank has no group of.
+        """
+        ...
+
     def build(self, case: Case) -> Subject:
         """The subject that `case.concept` names, with its shapes and options, in `case.dtype`.
 
