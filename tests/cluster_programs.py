@@ -144,3 +144,22 @@ def defective_sum(values: list[int]) -> int:
     dist.all_reduce(x)
     wrong = dist.get_world_size() > 2 and sum(values) > 30
     return int(x.item()) + wrong
+
+
+def stray_collective() -> None:
+    if dist.get_rank() == 0:
+        dist.all_reduce(torch.full((3,), 666.0, dtype=torch.float64), async_op=True)
+
+
+def stray_receive() -> None:
+    if dist.get_rank() == 0:
+        dist.irecv(torch.ones(1), src=1)
+
+
+def destroy() -> None:
+    dist.all_reduce(torch.ones(1))
+    dist.destroy_process_group()
+
+
+def mismatched_shapes() -> None:
+    dist.all_reduce(torch.ones(3 + dist.get_rank()))

@@ -6,13 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import cluster_programs as programs
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verify.case import Case
@@ -192,6 +193,35 @@ def test_closing_ends_every_worker():
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
     with pytest.raises(HarnessError, match="closed"):
         cluster.run(programs.process_id, world_size=1)
+
+
+RUNS = {
+    programs.stray_send: set(),
+    programs.stray_receive: set(),
+    programs.stray_collective: set(),
+    programs.destroy: set(),
+    programs.leave_a_group: set(),
+    partial(programs.raise_on, [1]): {(1, "ValueError")},
+    partial(programs.raise_on, [0, 1]): {(0, "ValueError"), (1, "ValueError")},
+    partial(programs.die, 0, "SIGKILL"): {(0, "WorkerDied")},
+    partial(programs.die, 1, "exit"): {(1, "WorkerDied")},
+}
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.sampled_from(list(RUNS)), st.integers(2, 4)), max_size=4))
+def test_no_run_reaches_into_a_later_one(cluster, runs):
+    for run, world_size in runs:
+        program, args = (run.func, run.args) if isinstance(run, partial) else (run, ())
+        failed = set()
+        try:
+            cluster.run(program, *args, world_size=world_size)
+        except RankFailures as error:
+            failed = {(f.rank, f.kind) for f in error.failures}
+        assert failed == RUNS[run]
+    for world_size in (2, 4, 3):
+        assert_usable(cluster, world_size)
+        assert cluster.run(programs.send_and_receive, 3.0, world_size=2) == [3.0, 3.0]
 
 
 DRIVER = """

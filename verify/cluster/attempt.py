@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import select
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -138,7 +137,7 @@ class Attempt:
         channels = {rank: self.pool.channel(rank) for rank in self.unanswered()}
         by_file = {channel.fileno(): rank for rank, channel in channels.items() if channel}
         self.pool.launcher.check()
-        for descriptor in select.select(list(by_file), [], [], min(max(seconds, 0.0), 0.5))[0]:
+        for descriptor in wire.readable(by_file, min(seconds, 0.5)):
             rank = by_file[descriptor]
             try:
                 for message in channels[rank].receive():  # type: ignore[union-attr]
@@ -214,10 +213,10 @@ class Attempt:
     def _balanced(self) -> bool:
         """Whether all ranks issued equally much, so that no message of this run is left over."""
         counts = list(self._counts.values())
-        collectives = {count.get("collectives", -1) for count in counts}
+        collectives = {count["collectives"] for count in counts}
         sends, receives = (sum(count.get(name, 0) for count in counts) for name in ("send", "recv"))
-        destroyed = any("destroyed" in count for count in counts)
-        return len(collectives) == 1 and sends == receives and not destroyed
+        left = any(count["groups left"] for count in counts)
+        return len(collectives) == 1 and -1 not in collectives and sends == receives and not left
 
 
 def _ranks(ranks: list[int]) -> str:

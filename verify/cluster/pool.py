@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import secrets
-import select
 import socket
 import sys
 import time
@@ -219,7 +218,7 @@ class WorkerPool(Cluster):
                 raise HarnessError(
                     f"workers {sorted(missing)} did not start within {self._start_timeout:.0f} s"
                 )
-            if select.select([self._door], [], [], 0.2)[0]:
+            if wire.readable([self._door.fileno()], 0.2):
                 self._admit(missing)
 
     def _drop_if_ended(self, slot: int) -> None:

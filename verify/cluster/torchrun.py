@@ -19,7 +19,6 @@ import json
 import multiprocessing
 import os
 import secrets
-import select
 import signal
 import socket
 import sys
@@ -151,8 +150,12 @@ def serve(place: Place, *, join_timeout: float = 300.0) -> int:
         meeting = json.loads(store.get(_KEY))
     except RuntimeError as error:
         return _lost(place, f"rank 0 did not open the cluster within {join_timeout:.0f} s: {error}")
-    connection = socket.create_connection(tuple(meeting["address"]), timeout=join_timeout)
-    wire.introduce(connection, meeting["secret"], place.rank)
+    host, port = meeting["address"]
+    try:
+        connection = socket.create_connection((host, port), timeout=join_timeout)
+        wire.introduce(connection, meeting["secret"], place.rank)
+    except OSError as error:
+        return _lost(place, f"rank 0 cannot be reached at {host}:{port}: {error}")
     channel = Channel(connection)
     keep_alive(connection)
     device = place.device()
@@ -227,7 +230,7 @@ class Command:
         if self._lost:
             raise WorldLost(self._lost)
         by_file = {channel.fileno(): rank for rank, channel in self._channels.items()}
-        for descriptor in select.select(list(by_file), [], [], 0)[0]:
+        for descriptor in wire.readable(by_file, 0):
             self._lose(by_file[descriptor])
 
     def leave(self) -> None:
@@ -248,7 +251,7 @@ class Command:
         self._store.set(_KEY, json.dumps({"address": address, "secret": secret}))
         deadline, missing = time.monotonic() + timeout, set(range(1, self.place.world_size))
         while missing:
-            if not select.select([door], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not wire.readable([door.fileno()], deadline - time.monotonic()):
                 ranks = ", ".join(map(str, sorted(missing)))
                 raise HarnessError(f"ranks {ranks} did not join within {timeout:.0f} s")
             connection, _ = door.accept()
@@ -286,7 +289,10 @@ def join(*, join_timeout: float = 300.0) -> Command:
     if _Command.held is None:
         place = Place.from_environment()
         if place.rank:
-            code = serve(place, join_timeout=join_timeout)
+            try:
+                code = serve(place, join_timeout=join_timeout)
+            except HarnessError as error:
+                code = _lost(place, str(error))
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)

@@ -16,7 +16,7 @@ import secrets
 import select
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType, MappingProxyType
 from typing import Any
 
@@ -246,6 +246,14 @@ def admit(connection: socket.socket, secret: str, timeout: float = 10.0) -> int 
     return slot if secrets.compare_digest(word, secret.encode()) else None
 
 
+def readable(files: Iterable[int], timeout: float | None) -> list[int]:
+    """Which of these descriptors can be read, or have ended, within `timeout` seconds."""
+    poll = select.poll()
+    for descriptor in files:
+        poll.register(descriptor, select.POLLIN)
+    return [found for found, _ in poll.poll(None if timeout is None else 1000 * max(timeout, 0.0))]
+
+
 class Closed(Exception):
     """The other end is gone."""
 
@@ -274,7 +282,7 @@ class Channel:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Whether something has come within `timeout` seconds (None: however long it takes)."""
-        return bool(select.select([self.sock], [], [], timeout)[0])
+        return bool(readable([self.fileno()], timeout))
 
     def receive(self) -> list[Any]:
         """The values of the frames that are complete after one read. Call it when readable."""

@@ -161,7 +161,7 @@ class _Worker:
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self.worlds = Worlds()
+        self.worlds = Worlds(channel.fileno())
         self.run_number = -1
         self._thread = threading.get_ident()
         self._send_lock = threading.Lock()

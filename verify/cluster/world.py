@@ -67,9 +67,10 @@ class PointToPoint:
 
 
 class Worlds:
-    """Enters and leaves the worlds of runs."""
+    """Enters and leaves the worlds of runs. `driver` is the descriptor of the driver's end."""
 
-    def __init__(self) -> None:
+    def __init__(self, driver: int) -> None:
+        self._driver = driver
         self._kept: dict[int, _Kept] = {}
         self._leftover: list[ProcessGroup] = []
         self._generation = -1
@@ -78,9 +79,6 @@ class Worlds:
 
     def enter(self, spec: WorldSpec) -> None:
         """Make `spec`'s world the default one. Connects all its ranks if the generation is new."""
-        for group in self._leftover:
-            group.shutdown()
-        self._leftover.clear()
         self._messages.balance.clear()
         if spec.generation != self._generation:
             self._forget()
@@ -94,14 +92,15 @@ class Worlds:
         distributed_c10d._world.pg_map[kept.group] = (kept.backend, store)
 
     def leave(self) -> dict[str, int]:
-        """Take the world away again; says how many operations of each kind this rank issued on it,
-        which must be equal on all ranks (and sends equal to receives) for it to be used again."""
+        """Take the world away again. How many operations of each kind this rank issued on it, which
+        must be equal on all ranks (and sends equal to receives) for it to be used again; and how
+        many groups were left, of which there must be none."""
         world = distributed_c10d._world
         group = world.default_pg
-        if group is None:
-            return {"destroyed": 1}
-        self._leftover += [other for other in world.pg_map if other is not group]
-        counts = {"collectives": _sequence(group), **self._messages.balance}
+        left = [other for other in world.pg_map if other is not group]
+        self._leftover += left
+        counts = {**self._messages.balance, "groups left": len(left)}
+        counts["collectives"] = -1 if group is None else _sequence(group)
         distributed_c10d._update_default_pg(None)
         for registry in (
             world.pg_map,
@@ -119,8 +118,12 @@ class Worlds:
         return counts
 
     def _forget(self) -> None:
-        for kept in self._kept.values():
-            kept.group.shutdown()
+        """Drop every connection. They are cut first, because gloo waits in `shutdown` for what is
+        still in flight, which may wait for a peer that never answers."""
+        cut_connections(self._driver)
+        for group in [*self._leftover, *(kept.group for kept in self._kept.values())]:
+            group.shutdown()
+        self._leftover.clear()
         self._kept.clear()
         self._connection = None
 
