@@ -6,6 +6,11 @@ allowed. `Mismatch` and the cluster failures are the target's mistake. `HarnessE
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from verify.finding import Finding
+
 
 class ShardproofError(Exception):
     """Base of everything Shardproof raises on purpose."""
@@ -16,7 +21,12 @@ class BadArgument(ShardproofError, ValueError):
 
 
 class Mismatch(ShardproofError, AssertionError):
-    """The candidate computed something else than the reference. The message is the explanation."""
+    """The candidate computed something else than the reference. The message is the explanation;
+    `finding` holds it in parts, where a check of `verify.property` raised it."""
+
+    def __init__(self, message: str = "", finding: Finding | None = None) -> None:
+        super().__init__(message)
+        self.finding = finding
 
 
 class HarnessError(ShardproofError, RuntimeError):
