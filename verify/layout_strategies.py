@@ -1,0 +1,82 @@
+"""Hypothesis strategies of layouts: every size, order and split that a world can have."""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import Any
+
+from hypothesis import strategies as st
+
+from verify.errors import BadArgument
+from verify.layout import AXES, DEFAULT_ORDER, Layout
+
+
+def divisors(number: int) -> list[int]:
+    """What divides `number`, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+@st.composite
+def layouts_of_every_kind(draw: st.DrawFn, max_world_size: int) -> Layout:
+    """Valid layouts of 1 to `max_world_size` ranks: all axes, orders (with axes of size one left
+    out or not), expert sizes, optimizer instances and levels of context parallelism.
+
+    Shrinks towards one rank, the default order and no experts.
+    """
+    sizes: dict[str, Any] = {}
+    left = max_world_size
+    for axis in draw(st.permutations(("tp", "cp", "dp", "pp"))):
+        sizes[axis] = draw(st.integers(1, min(left, 16)))
+        left //= sizes[axis]
+    order = draw(st.just(DEFAULT_ORDER) | st.permutations(AXES).map("-".join))
+    sizes |= {"vpp": draw(st.integers(1, 3))} if sizes["pp"] > 1 else {}
+    order, expert = draw(st.sampled_from(_experts(sizes, order)))
+    layout = Layout(**sizes, **expert, order=order)
+    if draw(st.booleans()):
+        layout = Layout(**sizes, **expert, order=_short(layout))
+    instances = draw(st.sampled_from(divisors(gcd(layout.dp * layout.cp, layout.edp))))
+    return Layout(
+        **sizes,
+        **expert,
+        order=layout.order,
+        optimizer_instances=instances,
+        hierarchical_cp=draw(st.none() | _levels(layout.cp)),
+        sequence_parallel=draw(st.booleans()),
+    )
+
+
+def _experts(sizes: dict[str, Any], order: str) -> list[tuple[str, dict[str, Any]]]:
+    """The expert sizes that fit; with pp moved to the end of an order that none fits."""
+    stage = sizes["tp"] * sizes["cp"] * sizes["dp"]
+    given: list[dict[str, Any]] = [{}]
+    given += [{"etp": e, "ep": n} for e in divisors(stage) for n in divisors(stage // e)]
+    found = [(order, expert) for expert in given if _fits(sizes, order, expert)]
+    if found:
+        return found
+    order = "-".join([axis for axis in order.split("-") if axis != "pp"] + ["pp"])
+    return [(order, expert) for expert in given]
+
+
+def _fits(sizes: dict[str, Any], order: str, expert: dict[str, Any]) -> bool:
+    try:
+        Layout(**sizes, **expert, order=order)
+    except BadArgument:
+        return False
+    return True
+
+
+def _short(layout: Layout) -> str:
+    """The order without the axes that are of size one in both meshes."""
+    size = layout.sizes | {"ep": layout.ep}
+    size["tp"] = max(layout.tp, layout.expert_tp)
+    size["dp"] = max(layout.dp, layout.edp)
+    named = [axis for axis in layout.order.split("-") if size[axis] > 1]
+    return "-".join(named) or layout.order
+
+
+@st.composite
+def _levels(draw: st.DrawFn, cp: int) -> tuple[int, ...]:
+    inner = draw(st.sampled_from(divisors(cp)))
+    middle = draw(st.sampled_from(divisors(cp // inner)))
+    levels = (inner, middle, cp // inner // middle)
+    return levels if draw(st.booleans()) else (inner, cp // inner)
