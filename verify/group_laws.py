@@ -99,10 +99,11 @@ def groups_check(case: Case, *, target_name: str, cluster: Cluster) -> tuple[str
     views = cluster.run(_views, target_name, layout, world_size=layout.world_size)
     court = _Court(layout, target_name)
     members = [view.members for view in views]
-    kinds = sorted({kind for named in members for kind in named})
-    court.complete(dict.fromkeys(kinds, ()))
+    named = {kind for each in members for kind in each}
+    kinds = [kind for kind in layout.kinds if kind in named]
+    court.complete(dict.fromkeys(named, ()))
     for kind in kinds:
-        court.agreement(kind, [named.get(kind) for named in members])
+        court.agreement(kind, [each.get(kind) for each in members])
     table = {kind: sorted({m[kind] for m in members if kind in m}) for kind in kinds}
     judge(table, layout, who=target_name)
     for rank, view in enumerate(views):
@@ -188,9 +189,8 @@ class _Court:
         for mesh in MESHES:
             for one, other in combinations([axis for axis in mesh if axis in of], 2):
                 for rank, group in of[one].items():
-                    if (both := set(group) & set(of[other][rank])) != {rank}:
-                        got = f"{_text(sorted(both))} in common with its {other} group"
-                        raise self.mismatch(4, one, rank, got)
+                    if set(group) & set(of[other][rank]) != {rank}:
+                        raise self.relation(4, (one, other), rank, of)
 
     def products(self, of: Groups) -> None:
         """Law 5."""
@@ -199,7 +199,7 @@ class _Court:
                 continue
             for rank, group in of[kind].items():
                 if set(group) != {r for member in of[one][rank] for r in of[other][member]}:
-                    raise self.mismatch(5, kind, rank, group)
+                    raise self.relation(5, (one, other, kind), rank, of)
 
     def containments(self, of: Groups) -> None:
         """Law 6."""
@@ -209,7 +209,17 @@ class _Court:
                 continue
             for rank, group in of[kind].items():
                 if not set(group) <= set(of[whole].get(rank, ())):
-                    raise self.mismatch(6, kind, rank, group)
+                    raise self.relation(6, (whole, kind), rank, of)
+
+    def relation(self, law: int, kinds: Sequence[str], rank: int, of: Groups) -> Exception:
+        """The error for kinds that do not go together at `rank`: it names the one that is wrong."""
+        for kind in kinds:
+            for each in (rank, *range(self.layout.world_size)):
+                if of[kind].get(each) != self.expected(kind, each):
+                    return self.mismatch(law, kind, each, of[kind].get(each))
+        return HarnessError(
+            f"groups: the oracle's {', '.join(kinds)} break law {law} ({self.layout})"
+        )
 
     def agreement(self, kind: str, named: Sequence[Ranks | None]) -> None:
         """Law 7, by what each rank names: `named[rank]` is its group, None where it has none."""

@@ -1,0 +1,110 @@
+"""Targets that have process groups and nothing else: impl's, and wrong variants of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+
+from impl.groups import Groups, build_groups
+from verify.case import Case
+from verify.layout import Layout
+from verify.target import RankState
+
+
+class Session:
+    def __init__(self, groups: Groups) -> None:
+        self.bundle = groups
+
+    def groups(self) -> Mapping[str, tuple[int, ...]]:
+        kinds = self.bundle.layout.kinds
+        return {kind: self.bundle.ranks(kind) for kind in kinds if self.bundle.group(kind)}
+
+    def probe(self, kind: str) -> list[int]:
+        mine = torch.tensor([dist.get_rank()])
+        everyone = [torch.empty_like(mine) for _ in range(self.bundle.size(kind))]
+        dist.all_gather(everyone, mine, group=self.bundle.group(kind))
+        return [int(rank) for rank in everyone]
+
+
+class Right:
+    """impl's groups."""
+
+    name = "groups"
+    wrong = Session
+
+    def version(self) -> str:
+        return "0"
+
+    def stand_ins(self) -> tuple[str, ...]:
+        return ()
+
+    def supports(self, case: Case) -> str | None:
+        return None
+
+    def rank_state(self) -> tuple[RankState, ...]:
+        return ()
+
+    def layout(self, layout: Layout) -> Layout:
+        return layout
+
+    @contextlib.contextmanager
+    def session(self, layout: Layout) -> Iterator[Session]:
+        groups = build_groups(self.layout(layout))
+        yield self.wrong(groups)
+        groups.destroy()
+
+
+class OtherOrder(Right):
+    """tp and cp are laid out the other way round."""
+
+    def layout(self, layout: Layout) -> Layout:
+        return Layout(**{**layout.to_json(), "order": "cp-tp-ep-dp-pp"})
+
+
+class LacksData(Right):
+    """Creation of the dp group sits one loop too far out: only the last pipeline stage has one."""
+
+    class wrong(Session):
+        def groups(self) -> Mapping[str, tuple[int, ...]]:
+            found = dict(super().groups())
+            layout = self.bundle.layout
+            if layout.coordinates(dist.get_rank())["pp"] != layout.pp - 1:
+                del found["dp"]
+            return found
+
+
+class NoTensor(Right):
+    """The adapter forgot the tensor-parallel group."""
+
+    class wrong(Session):
+        def groups(self) -> Mapping[str, tuple[int, ...]]:
+            return {kind: ranks for kind, ranks in super().groups().items() if kind != "tp"}
+
+
+class FirstReplica(Right):
+    """Every rank believes that its context-parallel group is that of rank 0."""
+
+    class wrong(Session):
+        def groups(self) -> Mapping[str, tuple[int, ...]]:
+            first = self.bundle.layout.group_of("cp", 0)
+            assert first is not None
+            return {**super().groups(), "cp": first}
+
+
+class OtherCommunicator(Right):
+    """Names the data-parallel group right, and communicates over the tensor-parallel one."""
+
+    class wrong(Session):
+        def probe(self, kind: str) -> list[int]:
+            return super().probe("tp" if kind == "dp" else kind)
+
+
+class Foreign(Right):
+    """Has a group that no layout knows."""
+
+    class wrong(Session):
+        def groups(self) -> Mapping[str, tuple[int, ...]]:
+            return {**super().groups(), "amax": (dist.get_rank(),)}
