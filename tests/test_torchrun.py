@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from verify.cluster import open_cluster
-from verify.cluster.torchrun import EXIT_WORLD_LOST, Place
+from verify.cluster.place import Place
+from verify.cluster.torchrun import EXIT_WORLD_LOST
 from verify.errors import BadArgument
 
 MAIN = Path(__file__).parent / "torchrun_main.py"
