@@ -45,10 +45,12 @@ def test_impl_has_every_group(cluster, layout) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs megatron-core")
-@pytest.mark.parametrize("layout", LAYOUTS[:4], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
 def test_megatron_core_obeys_the_laws(cluster, layout) -> None:
-    missing = _check(cluster, layout, "megatron-core")
-    assert not {"tp", "cp", "dp", "pp", "ep", "etp", "edp", "embedding"} & set(missing)
+    if layout.optimizer_instances > 1 or layout.hierarchical_cp:
+        pytest.importorskip("einops", reason="Megatron splits groups with einops")
+    none = ("optimizer_inter",) if layout.optimizer_instances == 1 else ()
+    assert _check(cluster, layout, "megatron-core") == none
 
 
 @pytest.mark.parametrize(
