@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -50,9 +50,17 @@ class Cluster(Protocol):
     name: str
     max_world_size: int
 
-    def run(self, program: Callable[..., T], *args: Any, world_size: int) -> list[T]:
+    def run(
+        self,
+        program: Callable[..., T],
+        *args: Any,
+        world_size: int,
+        rank_states: Iterable[object] = (),
+    ) -> list[T]:
         """Run `program(*args)` on every rank with torch.distributed initialised; results by rank.
 
+        `rank_states` (`verify.target.RankState`) is process-global state to keep apart for each
+        rank, where ranks share a process.
         Raises RankFailures (or Deadlock, CollectiveMismatch) and stays usable.
         """
         ...

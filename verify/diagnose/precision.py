@@ -1,0 +1,75 @@
+"""Explanations by the size of the error, and descriptions of where it is: the weak ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from verify.diagnose.evidence import Evidence
+from verify.finding import Explanation
+
+_SURE, _SIZED, _WHERE = 0.95, 0.6, 0.0
+_LOWER = ("float32", "bfloat16", "float16")
+# A rounding error of a sum lies between a small part and some multiples of one unit roundoff.
+_LEAST, _MOST = 1 / 32, 16
+# An element's error below this part of the largest is taken for rounding.
+_ABOVE = 1e-3
+
+
+def lower_precision(evidence: Evidence) -> Iterator[Explanation]:
+    """The error is everywhere and of the size of a lower precision's rounding; sure where the
+    values are of that dtype."""
+    expected = torch.cat([evidence.expected[rank].reshape(-1) for rank in evidence.wrong])
+    found = torch.cat([evidence.candidate[rank].reshape(-1) for rank in evidence.wrong])
+    apart, norm = (found - expected).abs(), float(expected.norm())
+    widespread = float((apart > apart.max() * _ABOVE).double().mean()) > 0.5
+    own = torch.finfo(evidence.dtype).eps / 2
+    fitting = []
+    for name in _LOWER if norm and widespread else ():
+        roundoff = torch.finfo(getattr(torch, name)).eps / 2
+        if roundoff > own and _LEAST * roundoff <= evidence.error / norm <= _MOST * roundoff:
+            fitting.append(name)
+    for name in fitting:
+        if torch.equal(found.to(getattr(torch, name)).double(), found):
+            yield Explanation(f"{evidence.name} was rounded to {name}: all its values are", _SURE)
+    if fitting:
+        names = " or ".join(fitting)
+        yield Explanation(
+            f"the error is of the size of {names} rounding: something under {evidence.name} is"
+            f" computed, accumulated or sent in {names}",
+            _SIZED,
+        )
+
+
+def subset(evidence: Evidence) -> Iterator[Explanation]:
+    """Where the error is, if it is not everywhere: on some ranks, or in some rows."""
+    coordinates = evidence.ranks.coordinates
+    for axis in evidence.groups:
+        wrong = {coordinates[rank][axis] for rank in evidence.wrong}
+        right = {coordinates[rank][axis] for rank in evidence.candidate} - wrong
+        if right:
+            which = ", ".join(f"{axis}={index}" for index in sorted(wrong))
+            yield Explanation(f"only ranks with {which} are wrong", _WHERE)
+    shape = evidence.expected[evidence.wrong[0]].shape
+    for dim, length in enumerate(shape):
+        rows = _wrong_along(evidence, dim)
+        if 0 < len(rows) <= length // 2:
+            first, last = rows[0], rows[-1]
+            run = last - first + 1 == len(rows) and len(rows) > 1
+            where = f"{first} to {last}" if run else ", ".join(map(str, rows[:8]))
+            yield Explanation(
+                f"only {where} of {length} along dimension {dim} of {evidence.name} are wrong",
+                _WHERE,
+            )
+
+
+def _wrong_along(evidence: Evidence, dim: int) -> list[int]:
+    """The indices along a dimension at which a wrong rank's error is, above rounding."""
+    found: set[int] = set()
+    for rank in evidence.wrong:
+        difference = (evidence.candidate[rank] - evidence.expected[rank]).abs()
+        others = [d for d in range(difference.dim()) if d != dim]
+        along = difference.amax(others) if others else difference
+        found |= set((along > float(difference.max()) * _ABOVE).nonzero().reshape(-1).tolist())
+    return sorted(found)

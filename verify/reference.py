@@ -1,0 +1,149 @@
+"""The single-device computation of a case: results in float64, in the native dtype, or disturbed.
+
+Results are named in the order of execution: every output by its name, then the gradients, `grad x`
+for the input x and `grad weight` for the parameter weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from verify.case import Case
+from verify.errors import HarnessError
+from verify.lens import Generated, Problem, dtype_of
+from verify.oracle.contract import Contract
+
+Results = dict[str, Tensor]
+Change = Callable[[str, Generated], Tensor]
+
+
+def result_names(contract: Contract) -> tuple[str, ...]:
+    """The names of everything that is compared, in the order of execution."""
+    inputs = [name for name, spec in contract.inputs.items() if spec.grad_placements is not None]
+    parameters = [name for name in contract.parameters if name not in contract.frozen]
+    return (*contract.outputs, *(f"grad {name}" for name in (*inputs, *parameters)))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reference of one replica. `problem` is what it is given."""
+
+    case: Case
+    contract: Contract
+    problem: Problem
+
+    @cached_property
+    def results(self) -> Results:
+        """Full results in float64. Raises HarnessError where they are not finite, or all zero
+        although nothing asked for that."""
+        results = self.evaluate(torch.float64)
+        for name, value in results.items():
+            if not value.isfinite().all():
+                raise HarnessError(f"reference: {name} of {self.case} is not finite")
+        if not self._may_vanish() and not any(value.any() for value in results.values()):
+            raise HarnessError(f"reference: every result of {self.case} is zero; it shows nothing")
+        if self.case.lens == "exact":
+            self._check_exact()
+        return results
+
+    @cached_property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """The dtype of every result when it is computed in the case's."""
+        return {name: value.dtype for name, value in self.native.items()}
+
+    @cached_property
+    def native(self) -> Results:
+        """Full results computed in the case's dtype."""
+        dtype = dtype_of(self.case)
+        return self.results if dtype is torch.float64 else self.evaluate(dtype)
+
+    def disturbed(self, draw: int) -> Results:
+        """Full results in the case's dtype, of inputs, parameters and upstream gradients each moved
+        by one unit roundoff up or down; `draw` chooses the directions."""
+        dtype = dtype_of(self.case)
+        roundoff = torch.finfo(dtype).eps / 2
+        generator = torch.Generator().manual_seed(draw)
+
+        def change(name: str, given: Generated) -> Tensor:
+            signs = torch.randint(0, 2, given.full.shape, generator=generator) * 2 - 1
+            # 1 + u is 1 in float64; 1 + 2u is not.
+            step = roundoff if dtype is not torch.float64 else 2 * roundoff
+            return given.full * (1 + step * signs)
+
+        return self.evaluate(dtype, change)
+
+    def evaluate(self, dtype: torch.dtype, change: Change | None = None) -> Results:
+        """Full results in `dtype`; `change` gives other values for what is generated, by name
+        (`grad y` for the upstream gradient of y)."""
+        inputs = {n: self._leaf(n, g, dtype, change) for n, g in self.problem.inputs.items()}
+        parameters = {
+            n: self._leaf(n, g, dtype, change) for n, g in self.problem.parameters.items()
+        }
+        for name, spec in self.contract.inputs.items():
+            inputs[name].requires_grad_(spec.grad_placements is not None)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name not in self.contract.frozen)
+        with torch.enable_grad():
+            outputs = self.contract.reference(inputs, parameters)
+        if set(outputs) != set(self.contract.outputs):
+            raise HarnessError(
+                f"reference: {self.case.concept} returns {sorted(outputs)}, its contract names"
+                f" {sorted(self.contract.outputs)}"
+            )
+        results = {name: outputs[name].detach() for name in self.contract.outputs}
+        leaves = {f"grad {n}": t for n, t in (*inputs.items(), *parameters.items())}
+        leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+        return results | self._gradients(outputs, leaves, dtype, change)
+
+    def _gradients(
+        self,
+        outputs: Mapping[str, Tensor],
+        leaves: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        change: Change | None,
+    ) -> Results:
+        names = [name for name in self.problem.upstream if outputs[name].requires_grad]
+        if not names or not leaves:
+            return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        upstream = [
+            self._leaf(f"grad {n}", self.problem.upstream[n], dtype, change).to(outputs[n].dtype)
+            for n in names
+        ]
+        found = torch.autograd.grad(
+            [outputs[name] for name in names],
+            list(leaves.values()),
+            upstream,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return dict(zip(leaves, found, strict=True))
+
+    @staticmethod
+    def _leaf(name: str, given: Generated, dtype: torch.dtype, change: Change | None) -> Tensor:
+        if not given.full.is_floating_point():
+            return given.full
+        value = given.full if change is None else change(name, given)
+        return value.detach().to(dtype, copy=True)
+
+    def _may_vanish(self) -> bool:
+        """Whether something in the case explains results that are all zero."""
+        asked = self.case.options.get("zeros") or self.case.options.get("ignored")
+        classes = [spec.high for spec in self.contract.inputs.values() if spec.high is not None]
+        return bool(asked) or any(high == 1 for high in classes)
+
+    def _check_exact(self) -> None:
+        """The results of the absolute values of everything bound every partial sum of the real
+        ones, in whatever order it is taken. Raises HarnessError where one is not representable."""
+        limit = 2 / torch.finfo(torch.float64).eps
+        largest = self.evaluate(torch.float64, lambda name, given: given.magnitude)
+        for name, value in largest.items():
+            if value.numel() and float(value.max()) >= limit:
+                raise HarnessError(
+                    f"lens: {name} of {self.case} reaches {float(value.max()):.3g}; the exact lens"
+                    f" needs every sum below {limit:.3g}"
+                )

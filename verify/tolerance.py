@@ -1,0 +1,180 @@
+"""How far from the reference a candidate may be, measured tensor by tensor.
+
+A local tensor is held against the same cut of the reference in two norms: the Frobenius norm of all
+of it, and the norm of each row (the last dimension; single elements of a vector), so that a wrong
+row cannot hide in a large tensor. In both, with u the unit roundoff of the case's dtype,
+
+    allowed = multiple * max(u * scale, deviation)
+
+`scale` is the norm of the reference there, and at least what a tensor of the full reference's root
+mean square would have, because a row whose terms cancel keeps the rounding errors of its terms.
+
+`deviation` is what the reference itself does in the case's dtype: the largest distance from
+float64, in the same norm of the same part, of the plain run and of runs whose inputs, weights and
+upstream gradients were all moved by one unit roundoff. A few runs measure it; a candidate is
+rejected only by many, so that no lucky run decides. It also measures what `scale` cannot know: a
+difference of large numbers, such as log-sum-exp minus logit, is as uncertain as they are.
+
+The multiples. `fp64` is for algebra, not for rounding: 1e3 unit roundoffs are 1e-13 of a tensor's
+scale, below any wrong term and above any order of summation at the sizes that are drawn. `native`:
+a sum over n ranks rounds n partial sums and n - 1 additions where the reference rounds once; these
+are independent, so the error grows as sqrt(2 n), 8 for the 32 ranks of the largest drawn layout.
+`exact` allows nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from verify.errors import HarnessError
+from verify.lens import dtype_of
+from verify.reference import Reference
+
+Cut = Callable[[Tensor], Tensor]
+
+MULTIPLES = {"fp64": 1e3, "native": 8.0}
+# Disturbed runs behind a bound: none first, because most candidates are nearer than that.
+EFFORTS = (0, 4, 32)
+
+
+@dataclass(frozen=True)
+class Excess:
+    """A local tensor that is too far from the reference. `index` is its worst element; `error` and
+    `bound` are in the norm that `norm` names (`element`, `row`, `tensor`)."""
+
+    index: tuple[int, ...]
+    reference: float
+    candidate: float
+    error: float
+    bound: float
+    norm: str
+
+
+@dataclass
+class Tolerance:
+    """Judges local tensors of one replica. `slack` multiplies every bound: 2 for a candidate that
+    is compared with another candidate, because each may be off by one."""
+
+    reference: Reference
+    slack: float = 1.0
+    _distances: dict[str, list[Tensor]] = field(default_factory=dict)
+    _runs: list[dict[str, Tensor]] = field(default_factory=list)
+    _rms: dict[str, float] = field(default_factory=dict)
+
+    def excess(self, name: str, candidate: Tensor, expected: Tensor, cut: Cut) -> Excess | None:
+        """None where `candidate` is as near to `expected` as result `name` allows.
+
+        Both are float64 and of one shape; `cut` takes the full tensor to their part of it.
+        """
+        difference = candidate - expected
+        if not candidate.isfinite().all():
+            return _at(
+                _first_not_finite(candidate), candidate, expected, difference, 0.0, "element"
+            )
+        lens = self.reference.case.lens
+        if lens == "exact":
+            return self._inexact(candidate, expected, difference)
+        found = None
+        for runs in EFFORTS:
+            deviations = [_rows(cut(each)) for each in self._deviations(name, runs)]
+            found = self._beyond(name, candidate, expected, difference, deviations)
+            if found is None:
+                return None
+        return found
+
+    @staticmethod
+    def _inexact(candidate: Tensor, expected: Tensor, difference: Tensor) -> Excess | None:
+        if torch.equal(candidate, expected):
+            return None
+        worst = _largest(difference)
+        return _at(worst, candidate, expected, difference, 0.0, "element")
+
+    def _beyond(
+        self,
+        name: str,
+        candidate: Tensor,
+        expected: Tensor,
+        difference: Tensor,
+        deviations: list[Tensor],
+    ) -> Excess | None:
+        """The worst row that is too far off, or else the whole tensor if that is."""
+        roundoff = torch.finfo(dtype_of(self.reference.case)).eps / 2
+        multiple = self.slack * MULTIPLES[self.reference.case.lens]
+        wrong, right = _rows(difference), _rows(expected)
+        width = right.shape[1]
+        error, scale = _norms(wrong), _norms(right).clamp_min(self._rms_of(name) * width**0.5)
+        deviated = torch.stack([_norms(each) for each in deviations])
+        bound = multiple * torch.maximum(roundoff * scale, deviated.amax(0))
+        if bool((error > bound).any()):
+            row = int(torch.argmax(error - bound))
+            index = _unravel(row * width + int(wrong[row].abs().argmax()), candidate.shape)
+            norm, off, allowed = ("row" if width > 1 else "element"), error[row], bound[row]
+        else:
+            index, norm, off = _largest(difference), "tensor", error.norm()
+            allowed = multiple * torch.maximum(roundoff * scale.norm(), _norms(deviated).amax())
+            if not bool(off > allowed):
+                return None
+        return _at(index, candidate, expected, difference, float(allowed), norm, float(off))
+
+    def _rms_of(self, name: str) -> float:
+        if name not in self._rms:
+            full = self.reference.results[name]
+            self._rms[name] = float(full.norm()) / max(full.numel(), 1) ** 0.5
+        return self._rms[name]
+
+    def _deviations(self, name: str, runs: int) -> list[Tensor]:
+        """The distances from float64 of the reference in the case's dtype: of the plain run, and of
+        `runs` disturbed ones."""
+        found = self._distances.setdefault(name, [])
+        while len(self._runs) < runs:
+            self._runs.append(self.reference.disturbed(len(self._runs)))
+        for results in [self.reference.native, *self._runs][len(found) : runs + 1]:
+            found.append(results[name] - self.reference.results[name])
+            if not found[-1].isfinite().all():
+                raise HarnessError(
+                    f"reference: {name} of {self.reference.case} overflows in"
+                    f" {self.reference.case.dtype}; it cannot be calibrated"
+                )
+        return found[: runs + 1]
+
+
+def _norms(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A matrix of the rows that are judged one by one."""
+    return tensor.reshape(-1, 1) if tensor.dim() < 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _largest(difference: Tensor) -> tuple[int, ...]:
+    return _unravel(int(difference.abs().argmax()), difference.shape)
+
+
+def _first_not_finite(candidate: Tensor) -> tuple[int, ...]:
+    return _unravel(int((~candidate.isfinite()).reshape(-1).int().argmax()), candidate.shape)
+
+
+def _unravel(flat: int, shape: torch.Size) -> tuple[int, ...]:
+    index = []
+    for size in reversed(shape):
+        flat, i = divmod(flat, size)
+        index.append(i)
+    return tuple(reversed(index))
+
+
+def _at(
+    index: tuple[int, ...],
+    candidate: Tensor,
+    expected: Tensor,
+    difference: Tensor,
+    bound: float,
+    norm: str,
+    error: float | None = None,
+) -> Excess:
+    off = float(difference[index].abs()) if error is None else error
+    return Excess(index, float(expected[index]), float(candidate[index]), off, bound, norm)
