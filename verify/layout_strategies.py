@@ -26,7 +26,9 @@ def layouts_of_every_kind(draw: st.DrawFn, max_world_size: int) -> Layout:
     sizes: dict[str, Any] = {}
     left = max_world_size
     for axis in draw(st.permutations(("tp", "cp", "dp", "pp"))):
-        sizes[axis] = draw(st.integers(1, min(left, 16)))
+        # Mostly small, so that several axes are above one together.
+        small = st.sampled_from(range(1, min(left, 4) + 1))
+        sizes[axis] = draw(small | small | st.integers(1, min(left, 16)))
         left //= sizes[axis]
     order = draw(st.just(DEFAULT_ORDER) | st.permutations(AXES).map("-".join))
     sizes |= {"vpp": draw(st.integers(1, 3))} if sizes["pp"] > 1 else {}
