@@ -1,7 +1,7 @@
 """A tensor-parallel linear layer in a few lines, right and wrong in many ways, as targets.
 
 The concept `fake_row` is a row-parallel linear layer with a bias: x [sequence, batch, in] is
-Shard(-1), weight [out, in] Shard(1), bias and y are Replicate. `fake_sum` is a reduction of summands.
+Shard(-1), weight [out, in] Shard(1), bias and y are Replicate. `fake_sum` reduces summands.
 """
 
 from contextlib import contextmanager
@@ -182,9 +182,7 @@ class Session:
         if width % case.layout.tp and self.defect == "vague":
             raise ValueError("it does not fit")
         if width % case.layout.tp and self.defect != "lenient":
-            raise ValueError(
-                f"in_features: {width} does not divide by tp={case.layout.tp}"
-            )
+            raise ValueError(f"in_features: {width} does not divide by tp={case.layout.tp}")
         return Row(case, self.group, self.defect)
 
 

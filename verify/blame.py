@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from verify.case import Case
@@ -26,39 +26,41 @@ T = TypeVar("T")
 _STUCK = ("Unfinished", "Unresponsive")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bench:
-    """A check on a case: where the target runs, and who is told when it fails."""
+    """A check on a case: where the target runs, and who is told when it fails. It is a cluster too,
+    whose failures are already blamed, for checks that want one."""
 
     check: str
     case: Case
     target_name: str
     cluster: Cluster
+    name: str = field(init=False)
+    max_world_size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name, self.max_world_size = self.cluster.name, self.cluster.max_world_size
 
     @property
     def target(self) -> Target:
         """The target under test."""
         return load_target(self.target_name)
 
-    @property
-    def name(self) -> str:
-        """The cluster's name; with `run`, what a check of groups needs of a cluster."""
-        return self.cluster.name
-
-    @property
-    def max_world_size(self) -> int:
-        """The most ranks that `run` takes."""
-        return self.cluster.max_world_size
-
     def require_support(self, case: Case) -> None:
         """Raise NotSupported where the target does not declare to support a case."""
         if reason := self.target.supports(case):
             raise NotSupported(f"{self.target_name} does not support {case}: {reason}")
 
-    def run(self, program: Callable[..., T], *args: Any, world_size: int) -> list[T]:
-        """The results of every rank. Raises Mismatch for the target's failures and HarnessError for
-        the harness's."""
-        states = self.target.rank_state()
+    def run(
+        self,
+        program: Callable[..., T],
+        *args: Any,
+        world_size: int,
+        rank_states: Iterable[object] = (),
+    ) -> list[T]:
+        """The results of every rank, with the target's state kept apart for each. Raises Mismatch
+        for the target's failures and HarnessError for the harness's."""
+        states = (*self.target.rank_state(), *rank_states)
         try:
             results = self.cluster.run(program, *args, world_size=world_size, rank_states=states)
         except RankFailures as failures:
@@ -80,8 +82,8 @@ class Bench:
         """The cluster is not this object's to close."""
 
     def _blame(self, failures: RankFailures) -> Exception:
-        details = (failures.headline,) if failures.headline else ()
-        details += _describe(failures.failures)
+        headline = (failures.headline,) if failures.headline else ()
+        details = (*headline, *_describe(failures.failures))
         if isinstance(failures, Deadlock):
             return self.mismatch("deadlock", details=details)
         if isinstance(failures, CollectiveMismatch):

@@ -17,7 +17,7 @@ from verify.errors import BadArgument
 WIDTH = 100
 _LISTED = 6
 # An explanation of less than this part of the error is none.
-LIKELY = 0.5
+LIKELY = 0.8
 
 Kind = Literal[
     "value",  # not what the reference computes

@@ -29,7 +29,7 @@ from torch import Tensor
 from verify.case import Case
 from verify.errors import BadArgument
 from verify.oracle.contract import Contract, TensorSpec
-from verify.placement import Partial, Placements, pieces, shard
+from verify.placement import Partial, Placements, Shard, ZigzagShard, pieces, shard
 from verify.replica import RankMap
 
 IGNORED = -100
@@ -131,7 +131,7 @@ def _check_cut(
     for axis, placement in placements.items():
         if axis not in ranks.sizes:
             raise BadArgument(f"case: {name} of {case.concept} is placed over {axis!r}, no axis")
-        if not hasattr(placement, "dim"):
+        if not isinstance(placement, Shard | ZigzagShard):
             continue
         try:
             cut = pieces(lengths[placement.dim], placement, ranks.sizes[axis])[0]

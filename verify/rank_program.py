@@ -111,7 +111,7 @@ def observe(target_name: str, case: Case, source: Source | None = None) -> Obser
         tensors = _run(subject, contract, given, ranks, rank, case)
         for name, (parameter, _) in parameters.items():
             tensors[f"grad {name}"] = parameter.grad
-        placements = {name: dict(placed) for name, (_, placed) in parameters.items()}
+        placements: dict[str, Placements] = {n: dict(p) for n, (_, p) in parameters.items()}
     detached = {n: None if t is None else t.detach() for n, t in tensors.items()}
     return Observation(detached, placements)
 

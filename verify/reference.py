@@ -60,20 +60,19 @@ class Reference:
     def native(self) -> Results:
         """Full results computed in the case's dtype."""
         dtype = dtype_of(self.case)
-        return self.results if dtype is torch.float64 else self.evaluate(dtype)
+        return self.results if dtype is torch.float64 else self.rounded(dtype, 0)
 
-    def disturbed(self, draw: int) -> Results:
-        """Full results in the case's dtype, of inputs, parameters and upstream gradients each moved
-        by one unit roundoff up or down; `draw` chooses the directions."""
-        dtype = dtype_of(self.case)
+    def rounded(self, dtype: torch.dtype, draw: int) -> Results:
+        """Full results computed in `dtype`; for a draw above 0, of inputs, parameters and upstream
+        gradients each moved by one unit roundoff up or down, as the draw has it."""
+        if draw == 0:
+            return self.evaluate(dtype)
         roundoff = torch.finfo(dtype).eps / 2
         generator = torch.Generator().manual_seed(draw)
 
         def change(name: str, given: Generated) -> Tensor:
             signs = torch.randint(0, 2, given.full.shape, generator=generator) * 2 - 1
-            # 1 + u is 1 in float64; 1 + 2u is not.
-            step = roundoff if dtype is not torch.float64 else 2 * roundoff
-            return given.full * (1 + step * signs)
+            return given.full * (1 + roundoff * signs)
 
         return self.evaluate(dtype, change)
 

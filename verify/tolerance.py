@@ -13,7 +13,9 @@ mean square would have, because a row whose terms cancel keeps the rounding erro
 float64, in the same norm of the same part, of the plain run and of runs whose inputs, weights and
 upstream gradients were all moved by one unit roundoff. A few runs measure it; a candidate is
 rejected only by many, so that no lucky run decides. It also measures what `scale` cannot know: a
-difference of large numbers, such as log-sum-exp minus logit, is as uncertain as they are.
+difference of large numbers, such as log-sum-exp minus logit, is as uncertain as they are. For
+float64, of which there is no truth to measure from, it is measured in float32 and scaled by the
+ratio of the unit roundoffs.
 
 The multiples. `fp64` is for algebra, not for rounding: 1e3 unit roundoffs are 1e-13 of a tensor's
 scale, below any wrong term and above any order of summation at the sizes that are drawn. `native`:
@@ -32,7 +34,7 @@ from torch import Tensor
 
 from verify.errors import HarnessError
 from verify.lens import dtype_of
-from verify.reference import Reference
+from verify.reference import Reference, Results
 
 Cut = Callable[[Tensor], Tensor]
 
@@ -62,7 +64,7 @@ class Tolerance:
     reference: Reference
     slack: float = 1.0
     _distances: dict[str, list[Tensor]] = field(default_factory=dict)
-    _runs: list[dict[str, Tensor]] = field(default_factory=list)
+    _runs: list[Results] = field(default_factory=list)
     _rms: dict[str, float] = field(default_factory=dict)
 
     def excess(self, name: str, candidate: Tensor, expected: Tensor, cut: Cut) -> Excess | None:
@@ -107,7 +109,7 @@ class Tolerance:
         wrong, right = _rows(difference), _rows(expected)
         width = right.shape[1]
         error, scale = _norms(wrong), _norms(right).clamp_min(self._rms_of(name) * width**0.5)
-        deviated = torch.stack([_norms(each) for each in deviations])
+        deviated = torch.stack([torch.zeros_like(scale), *(_norms(each) for each in deviations)])
         bound = multiple * torch.maximum(roundoff * scale, deviated.amax(0))
         if bool((error > bound).any()):
             row = int(torch.argmax(error - bound))
@@ -126,20 +128,29 @@ class Tolerance:
             self._rms[name] = float(full.norm()) / max(full.numel(), 1) ** 0.5
         return self._rms[name]
 
-    def _deviations(self, name: str, runs: int) -> list[Tensor]:
-        """The distances from float64 of the reference in the case's dtype: of the plain run, and of
-        `runs` disturbed ones."""
+    def _deviations(self, name: str, disturbed: int) -> list[Tensor]:
+        """The distances from float64 of the reference at the case's precision: of the plain run and
+        of so many disturbed ones; none at all for float64 without effort."""
+        dtype = dtype_of(self.reference.case)
+        count, lower, shrink = disturbed + 1, dtype, 1.0
+        if dtype is torch.float64:
+            count, lower = (count if disturbed else 0), torch.float32
+            shrink = torch.finfo(dtype).eps / torch.finfo(lower).eps
         found = self._distances.setdefault(name, [])
-        while len(self._runs) < runs:
-            self._runs.append(self.reference.disturbed(len(self._runs)))
-        for results in [self.reference.native, *self._runs][len(found) : runs + 1]:
-            found.append(results[name] - self.reference.results[name])
+        while len(found) < count:
+            if len(self._runs) == len(found):
+                self._runs.append(self._run(lower, len(found)))
+            found.append((self._runs[len(found)][name] - self.reference.results[name]) * shrink)
             if not found[-1].isfinite().all():
                 raise HarnessError(
-                    f"reference: {name} of {self.reference.case} overflows in"
-                    f" {self.reference.case.dtype}; it cannot be calibrated"
+                    f"reference: {name} of {self.reference.case} overflows in {lower}; it cannot be"
+                    " calibrated"
                 )
-        return found[: runs + 1]
+        return found[:count]
+
+    def _run(self, dtype: torch.dtype, draw: int) -> Results:
+        own = draw == 0 and dtype is dtype_of(self.reference.case)
+        return self.reference.native if own else self.reference.rounded(dtype, draw)
 
 
 def _norms(rows: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from verify.diagnose.evidence import Evidence
 from verify.finding import Explanation
 
-_SURE, _SIZED, _WHERE = 0.95, 0.6, 0.0
+_SURE, _SIZED, _WHERE = 0.95, 0.8, 0.0
 _LOWER = ("float32", "bfloat16", "float16")
 # A rounding error of a sum lies between a small part and some multiples of one unit roundoff.
 _LEAST, _MOST = 1 / 32, 16
