@@ -42,17 +42,16 @@ def one_share(evidence: Evidence) -> Iterator[Explanation]:
     for axis, shares in _all_shares(evidence):
         total = torch.stack(shares).sum(0)
         adds_up = _near(total, evidence.full)
-        for index, share in enumerate(shares):
-            whose = f"{axis}={index}"
-            variants = {f"{evidence.name} has the share of {whose} only": share}
-            if adds_up:
-                variants[f"the share of {whose} is left out of {evidence.name}"] = total - share
-                variants[f"the share of {whose} is counted twice in {evidence.name}"] = (
-                    total + share
-                )
-            for sentence, full in variants.items():
-                predicted = {rank: evidence.cut(full, rank) for rank in evidence.wrong}
-                yield evidence.explain(sentence, predicted)
+        name, whose = evidence.name, [f"{axis}={index}" for index in range(len(shares))]
+        variants = {
+            f"{name} has the share of {w} only": s for w, s in zip(whose, shares, strict=True)
+        }
+        for w, share in zip(whose, shares, strict=True) if adds_up else ():
+            variants[f"the share of {w} is left out of {name}"] = total - share
+            variants[f"the share of {w} is counted twice in {name}"] = total + share
+        for sentence, full in variants.items():
+            predicted = {rank: evidence.cut(full, rank) for rank in evidence.wrong}
+            yield evidence.explain(sentence, predicted)
 
 
 def missing_sum(evidence: Evidence) -> Iterator[Explanation]:

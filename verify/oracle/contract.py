@@ -1,0 +1,52 @@
+"""What a concept promises: its tensors, how they lie on the ranks, and the single-device computation.
+
+A contract is the published semantics of, say, a column-parallel linear layer, independent of any
+implementation. The harness generates the full tensors, gives every rank its part by `placements`,
+compares what comes back by the same placements, and gets the expectation from `reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from verify.placement import Placements
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A full tensor of `shape`, its placement on the ranks, and the placement of its gradient.
+
+    For an input, `grad_placements` says how the gradient comes out; for an output, how the upstream
+    gradient is given in. None: the tensor is not differentiable. `high` is set for integer tensors
+    (tokens, targets), drawn from 0 to high-1.
+    """
+
+    shape: tuple[int, ...]
+    placements: Placements = field(default_factory=dict)
+    grad_placements: Placements | None = field(default_factory=dict)
+    high: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contract:
+    """The promise of one concept at one case.
+
+    `reference(inputs, parameters)` computes the outputs on one device from full tensors, in the dtype
+    of its arguments, by differentiable torch functions. `axes` names the layout axes over which the
+    concept is split; along every other axis ranks are replicas, and each gets other data and other
+    weights. `linear` says that outputs and gradients are sums of products of what is generated, so
+    that the exact lens applies. Parameters in `frozen` do not require gradients.
+    """
+
+    inputs: Mapping[str, TensorSpec]
+    parameters: Mapping[str, tuple[int, ...]]
+    outputs: Mapping[str, TensorSpec]
+    reference: Callable[[Tensors, Tensors], Tensors]
+    axes: tuple[str, ...] = ("tp",)
+    linear: bool = False
+    frozen: frozenset[str] = frozenset()
