@@ -1,5 +1,6 @@
 """The target `megatron-core`: stand-ins come and go, ranks are apart, groups are right."""
 
+import contextlib
 import importlib.util
 import logging
 import sys
@@ -278,6 +279,21 @@ def test_ranks_do_not_see_each_others_megatron(cluster) -> None:
             "left over": False,
             "groups left over": 1,
         }
+
+
+def _left_by_an_error() -> bool:
+    from megatron.core import parallel_state
+
+    with contextlib.suppress(KeyError), Target().session(Layout()):
+        raise KeyError
+    return parallel_state._DATA_PARALLEL_GROUP is not None
+
+
+@needs_megatron
+def test_an_error_leaves_nothing_initialised() -> None:
+    """In a process of its own, where nobody but the session swaps any state."""
+    with open_cluster("process", world_size=1) as alone:
+        assert alone.run(_left_by_an_error, world_size=1) == [False]
 
 
 def _members(layout: Layout) -> dict[str, tuple[tuple[int, ...], list[int]]]:

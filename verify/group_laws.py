@@ -28,6 +28,7 @@ from verify.cluster.base import Cluster
 from verify.errors import HarnessError, Mismatch
 from verify.layout import Layout
 from verify.oracle import groups as oracle
+from verify.rank_program import session_of, target_code
 from verify.targets import load_target
 
 Ranks = tuple[int, ...]
@@ -126,13 +127,15 @@ class _View:
 
 def _views(target_name: str, layout: Layout) -> _View:
     """Rank program. Collective over the world, then over each group in the order of kinds."""
-    with load_target(target_name).session(layout) as session:
-        members = {kind: tuple(ranks) for kind, ranks in session.groups().items()}
+    with session_of(load_target(target_name), layout) as session:
+        with target_code("naming its groups"):
+            members = {kind: tuple(ranks) for kind, ranks in session.groups().items()}
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, members)
         if not _coherent(everyone):
             return _View(members, None)
-        return _View(members, {k: session.probe(k) for k in layout.kinds if k in members})
+        with target_code("communicating in its groups"):
+            return _View(members, {k: session.probe(k) for k in layout.kinds if k in members})
 
 
 def _coherent(everyone: Sequence[Mapping[str, Ranks]]) -> bool:

@@ -20,6 +20,7 @@ from verify import oracle
 from verify.case import Case
 from verify.cluster.base import RankFailure
 from verify.errors import BadArgument, Mismatch
+from verify.layout import Layout
 from verify.lens import Problem, dtype_of, generate, local
 from verify.oracle.contract import Contract
 from verify.placement import Placements, shard
@@ -66,10 +67,10 @@ def what_the_target_did(failure: RankFailure) -> str | None:
 
 
 @contextmanager
-def session_of(target: Target, case: Case) -> Iterator[Session]:
+def session_of(target: Target, layout: Layout) -> Iterator[Session]:
     """A target's session, entered and left as target code."""
     with target_code("making its process groups"):
-        manager = target.session(case.layout)
+        manager = target.session(layout)
         session = manager.__enter__()
     try:
         yield session
@@ -102,7 +103,7 @@ def observe(target_name: str, case: Case, source: Source | None = None) -> Obser
         theirs = contract_of(source.case)
         others = RankMap(source.case.layout, theirs.axes)
         given = generate(source.case, theirs, others, source.replica).whole()
-    with session_of(target, case) as session:
+    with session_of(target, case.layout) as session:
         with target_code(f"building {case.concept}"):
             subject = session.build(case)
         with target_code("naming its parameters"):

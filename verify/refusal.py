@@ -75,7 +75,7 @@ def answer(target_name: str, case: Case) -> Answer:
     """Rank program: what the target says to a case that it has to refuse."""
     target, stage = load_target(target_name), "making its process groups"
     try:
-        with session_of(target, case) as session:
+        with session_of(target, case.layout) as session:
             stage = "building"
             subject = session.build(case)
             stage = "running forward"

@@ -147,6 +147,8 @@ class Target:
                 # Not after an error: the world may be broken, and its cluster replaces it then.
                 groups.destroy()
             finally:
+                # `save` notes what was written since, which `load` then puts back.
+                state.save()
                 state.load(state.fresh())
                 torch.set_rng_state(generator)
 
