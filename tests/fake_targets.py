@@ -5,6 +5,7 @@ Shard(-1), weight [out, in] Shard(1), bias and y are Replicate. `fake_sum` reduc
 """
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -46,9 +47,16 @@ def _sum_contract(case):
     )
 
 
+def _zero_contract(case):
+    """A contract that shows nothing, which the harness must notice."""
+    given = _sum_contract(case)
+    return replace(given, reference=lambda inputs, parameters: {"y": inputs["x"] * 0.0})
+
+
 vars(oracle).setdefault("CONTRACTS", {})
 oracle.CONTRACTS["fake_row"] = _row_contract
 oracle.CONTRACTS["fake_sum"] = _sum_contract
+oracle.CONTRACTS["fake_zero"] = _zero_contract
 
 
 class _Reduce(torch.autograd.Function):
