@@ -1,7 +1,7 @@
 """Verdicts: what is known of a property after its examples. A verdict is never lost.
 
-`unknown` is the verdict of a check that broke, and fails a gate as `failed` does. `not supported` is
-what the target declares that it cannot do; it is reported, and alone it passes no gate.
+`unknown` is the verdict of a check that broke, and fails a gate as `failed` does. `not supported`
+is what the target declares that it cannot do; it is reported, and alone it passes no gate.
 """
 
 from __future__ import annotations
