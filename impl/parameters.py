@@ -1,0 +1,62 @@
+"""Parameters that know how they lie on the ranks, by the attributes that Megatron gives them.
+
+`tensor_model_parallel` says that a parameter is sharded over the tensor-parallel group, along
+`partition_dim` in `partition_stride` blocks. `sequence_parallel` says of a replicated one that each
+rank computes its gradient from a part of the sequence, so that the gradients have to be summed:
+see `impl.gradients`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import Parameter
+
+from impl.partition import split
+
+Initialiser = Callable[[Tensor], object]
+"""Fills a full parameter in place, with the same values on every rank of the group."""
+
+
+def sharded_parameter(
+    *shape: int,
+    dim: int,
+    group: ProcessGroup,
+    init: Initialiser,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Parameter:
+    """This rank's part, along `dim`, of a parameter of full `shape`.
+
+    The values do not depend on the size of the group, because `init` fills the full parameter. It
+    is on every rank for a moment. ValueError where the dimension does not divide.
+    """
+    full = torch.empty(shape, dtype=dtype, device=device)
+    with torch.no_grad():
+        init(full)
+        part = split(full, dim=dim, group=group)
+    return _marked(part, tensor_model_parallel=True, partition_dim=dim, partition_stride=1)
+
+
+def replicated_parameter(
+    *shape: int,
+    init: Initialiser,
+    sequence_parallel: bool = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Parameter:
+    """A parameter that every rank holds in full."""
+    full = torch.empty(shape, dtype=dtype, device=device)
+    with torch.no_grad():
+        init(full)
+    return _marked(full, tensor_model_parallel=False, sequence_parallel=sequence_parallel)
+
+
+def _marked(values: Tensor, **attributes: bool | int) -> Parameter:
+    parameter = Parameter(values)
+    for name, value in attributes.items():
+        setattr(parameter, name, value)
+    return parameter
