@@ -157,15 +157,31 @@ class Worlds:
         return kept
 
     def _restore(self, kept: _Kept, spec: WorldSpec) -> None:
-        world, group = distributed_c10d._world, kept.group
-        world.pg_names[group] = kept.name
-        world.pg_group_ranks[group] = {rank: rank for rank in range(spec.size)}
-        world.pg_backend_config[group] = kept.config
-        world.pg_to_tag[group] = f"ptd:{kept.name}"
-        world.tags_to_pg.update({"": [group], f"ptd:{kept.name}": [group]})
-        world.group_count = 1
-        distributed_c10d._update_default_pg(group)
-        distributed_c10d._register_process_group(group.group_name, group)
+        install_default_group(
+            kept.group,
+            name=kept.name,
+            size=spec.size,
+            backend=kept.backend,
+            config=kept.config,
+            store=None,
+        )
+
+
+def install_default_group(
+    group: Any, *, name: Any, size: int, backend: str, config: str, store: dist.Store | None
+) -> None:
+    """Make `group` the default one of a process that has none: torch.distributed's registries as
+    `init_process_group` leaves them."""
+    world = distributed_c10d._world
+    world.pg_map[group] = (backend, store)  # type: ignore[assignment]
+    world.pg_names[group] = name
+    world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
+    world.pg_backend_config[group] = config
+    world.pg_to_tag[group] = f"ptd:{name}"
+    world.tags_to_pg.update({"": [group], f"ptd:{name}": [group]})
+    world.group_count = 1
+    distributed_c10d._update_default_pg(group)
+    distributed_c10d._register_process_group(group.group_name, group)
 
 
 def _sequence(group: Any) -> int:

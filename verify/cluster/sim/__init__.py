@@ -1,0 +1,162 @@
+"""The `sim` cluster: all ranks are threads of this process, and exactly one runs at a time."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from verify.cluster.base import RankFailures
+from verify.cluster.sim.backend import (
+    BACKEND,
+    SimGroup,
+    every_backend_is_simulated,
+    register,
+)
+from verify.cluster.sim.exchange import Exchange
+from verify.cluster.sim.isolation import C10dWorld, DefaultGenerator
+from verify.cluster.sim.scheduler import HERE, RankThread, Run
+from verify.cluster.sim.store import SimStore
+from verify.cluster.world import install_default_group
+from verify.errors import BadArgument, HarnessError
+
+T = TypeVar("T")
+
+_ONE_RUN = threading.Lock()
+
+
+class SimCluster:
+    """Rank threads, made on first use and reused for every run of any size up to the maximum.
+
+    `timeout` bounds a run in seconds; a deadlock needs no timeout. Each rank has its own process
+    groups, default random generator (seeded with 0 at the start) and what `rank_states` names;
+    arguments are copied for every rank where they could be changed. The generators of Python's
+    `random` and of NumPy are shared. Raises BadArgument for a timeout that is not positive.
+    """
+
+    name = "sim"
+
+    def __init__(self, world_size: int, *, timeout: float = 300.0) -> None:
+        if timeout <= 0:
+            raise BadArgument(f"timeout: {timeout} is not positive")
+        register()
+        self.max_world_size, self.timeout = world_size, timeout
+        self._threads: list[RankThread] = []
+        self._own = (C10dWorld(), DefaultGenerator())
+
+    def run(
+        self,
+        program: Callable[..., T],
+        *args: Any,
+        world_size: int,
+        rank_states: Iterable[Any] = (),
+    ) -> list[T]:
+        """Run `program(*args)` on every rank; results by rank. Raises RankFailures, Deadlock or
+        CollectiveMismatch; BadArgument for a world size that the cluster does not have."""
+        if not 1 <= world_size <= self.max_world_size:
+            raise BadArgument(
+                f"world_size: {world_size} is not in 1 to {self.max_world_size}, the size of this"
+                " cluster"
+            )
+        if HERE.run is not None:
+            raise HarnessError("a rank of a sim cluster cannot itself run a sim cluster")
+        with _ONE_RUN:
+            return self._run(program, args, world_size, (*self._own, *rank_states))
+
+    def close(self) -> None:
+        """Stop every rank thread."""
+        threads, self._threads = self._threads, []
+        for thread in threads:
+            thread.end()
+
+    def __enter__(self) -> SimCluster:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _run(
+        self,
+        program: Callable[..., T],
+        args: tuple[Any, ...],
+        world_size: int,
+        states: tuple[Any, ...],
+    ) -> list[T]:
+        run = Run(world_size, states)
+        exchange = run.exchange = Exchange(run)
+        store = SimStore(run)
+
+        def whole(rank: int) -> T:
+            name = "0"
+            group = SimGroup(exchange, name, tuple(range(world_size)), rank)
+            install_default_group(
+                group,
+                name=name,
+                size=world_size,
+                backend=BACKEND,
+                config=f"cpu:{BACKEND},cuda:{BACKEND}",
+                store=store,
+            )
+            try:
+                return program(*_own(args))
+            finally:
+                distributed_c10d._unregister_all_process_groups()
+
+        while len(self._threads) < world_size:
+            self._threads.append(RankThread(len(self._threads)))
+        outside = [state.save() for state in states]
+        dtype = torch.get_default_dtype()
+        forced = None
+        try:
+            with every_backend_is_simulated():
+                run.start(self._threads[:world_size], whole)
+                forced = self._await(run)
+        finally:
+            torch.set_default_dtype(dtype)
+            for state, value in zip(states, outside, strict=True):
+                state.load(value)
+        if forced is not None:
+            raise forced
+        results = run.outcome()
+        exchange.left_over()
+        return results
+
+    def _await(self, run: Run) -> RankFailures | None:
+        """Wait for the end of a run, and bring it about where it does not come."""
+        ended = False
+        try:
+            ended = run.finished.acquire(timeout=self.timeout)
+            return None if ended else run.force()
+        except BaseException:
+            if not ended:
+                run.force()
+            raise
+        finally:
+            if run.lost:
+                self._threads = []
+
+
+def _own(value: Any) -> Any:
+    """A rank's own copy of an argument: containers, tensors and arrays are copied, the rest cannot
+    be changed or is meant to be shared."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, tuple) and type(value) is tuple:
+        return tuple(map(_own, value))
+    if isinstance(value, list):
+        return [_own(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _own(each) for key, each in value.items()}
+    return copy.copy(value) if isinstance(value, set) else value
+
+
+__all__ = ["SimCluster"]

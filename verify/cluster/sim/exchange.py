@@ -1,0 +1,307 @@
+"""Where the ranks' communication meets: collectives by group and order, messages by peer and tag.
+
+A `Call` is what one rank asks for. Members of a group must ask for the same collectives in the same
+order; what `Kind` says must agree is compared as soon as a second member arrives, and the last one to
+arrive computes the result for all, in the order of group ranks, so that it is deterministic.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from verify.cluster.base import CollectiveMismatch, RankFailure
+from verify.cluster.sim.callsite import CallSite, describe
+from verify.cluster.sim.collectives import KINDS, Misfit
+from verify.cluster.sim.scheduler import Run
+
+_SHOWN = 8
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """A rank's part in a collective, or its send or receive.
+
+    `inputs` are read and `outputs` written when the operation is carried out; both are this rank's
+    own tensors. `settings` are what
+    the kind needs besides and what must agree (a reduction, a root); `own` is what need not (split
+    sizes).
+    """
+
+    kind: str
+    rank: int
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+    settings: tuple[Any, ...]
+    site: CallSite | None
+    own: tuple[Any, ...] = ()
+    asynchronous: bool = False
+    done: bool = False
+    waiting: bool = False
+    operation: Operation | Message | None = None
+    deliver: Callable[[], None] | None = None
+
+    def describe(self) -> str:
+        """What this rank waits for, and whom."""
+        whom = self.operation.missing() if self.operation is not None else ""
+        where = self.operation.where() if self.operation is not None else ""
+        return f"waits in {self.text()} {where} at {describe(self.site)}{whom}"
+
+    def text(self) -> str:
+        """`all_reduce of float32 [2, 3]`."""
+        tensors = self.inputs or self.outputs
+        if not tensors:
+            return self.kind
+        shown = ", ".join(shape_text(tensor) for tensor in tensors[:3])
+        return f"{self.kind} of {shown}{', ...' if len(tensors) > 3 else ''}"
+
+
+def shape_text(tensor: Tensor) -> str:
+    """`float32 [2, 3]`."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+@dataclass(slots=True, eq=False)
+class Operation:
+    """One collective of a group, complete when every member has called it."""
+
+    channel: Channel
+    calls: list[Call | None]
+    left: int
+    first: Call | None = None
+
+    def missing(self) -> str:
+        """Who has not called it yet."""
+        ranks = [r for r, call in zip(self.channel.ranks, self.calls, strict=True) if call is None]
+        return f"; {_ranks(ranks)} did not call it" if ranks else ""
+
+    def where(self) -> str:
+        """Over which ranks."""
+        return f"over {_ranks(self.channel.ranks)}"
+
+
+@dataclass(slots=True, eq=False)
+class Message:
+    """A send or a receive that has not met its other side."""
+
+    call: Call
+    channel: Channel
+    source: int | None
+    target: int
+    tag: int
+    order: int = 0
+
+    def missing(self) -> str:
+        """What did not happen."""
+        return "; no matching receive" if self.call.kind == "send" else "; no matching send"
+
+    def where(self) -> str:
+        """From or to whom."""
+        ranks = self.channel.ranks
+        if self.call.kind == "send":
+            return f"to rank {ranks[self.target]}{self._tag()}"
+        source = "any rank" if self.source is None else f"rank {ranks[self.source]}"
+        return f"from {source}{self._tag()}"
+
+    def _tag(self) -> str:
+        return f" with tag {self.tag}" if self.tag else ""
+
+
+class Channel:
+    """One process group, as seen by all of its members. `ranks` are global, by group rank."""
+
+    def __init__(self, name: str, ranks: tuple[int, ...]) -> None:
+        self.name, self.ranks = name, ranks
+        self.counts = [0] * len(ranks)
+        self.operations: dict[int, Operation] = {}
+        self.sends: dict[int, deque[Message]] = {}
+        self.receives: dict[int, deque[Message]] = {}
+
+    def unfinished(self) -> Iterator[Call]:
+        """Calls that never met what they needed."""
+        for operation in self.operations.values():
+            yield from (call for call in operation.calls if call is not None)
+        for queue in (*self.sends.values(), *self.receives.values()):
+            yield from (message.call for message in queue)
+
+
+@dataclass
+class Exchange:
+    """All communication of one run. `adversary` may watch and disturb it."""
+
+    run: Run
+    adversary: Any = None
+    channels: dict[str, Channel] = field(default_factory=dict)
+    _orders: int = 0
+
+    def channel(self, name: str, ranks: tuple[int, ...], rank: int) -> Channel:
+        """The channel of a group by name. Members that made it of other ranks are at fault."""
+        found = self.channels.setdefault(name, Channel(name, ranks))
+        if found.ranks != ranks:
+            self._fail(
+                f"group {name!r} was made of {_ranks(found.ranks)} by one rank and of"
+                f" {_ranks(ranks)} by rank {rank}",
+                [RankFailure(rank, "CollectiveMismatch", "made another group", "")],
+            )
+        return found
+
+    def join(self, channel: Channel, member: int, call: Call) -> None:
+        """Take part in the next collective of a group. The last one in carries it out."""
+        self.run.check()
+        if self.adversary is not None and not self.adversary.issued(channel, member, call):
+            return
+        number = channel.counts[member]
+        channel.counts[member] = number + 1
+        operation = channel.operations.get(number)
+        if operation is None:
+            size = len(channel.ranks)
+            operation = channel.operations[number] = Operation(channel, [None] * size, size)
+        first = operation.first
+        if first is None:
+            operation.first = call
+        elif first.kind != call.kind or first.settings != call.settings:
+            self._differ(channel, first, call)
+        elif (apart := KINDS[call.kind].apart(first, call)) is not None:
+            self._differ(channel, first, call, apart)
+        call.operation = operation
+        operation.calls[member] = call
+        operation.left -= 1
+        if operation.left == 0:
+            del channel.operations[number]
+            self._complete(channel, operation.calls)  # type: ignore[arg-type]
+
+    def send(self, channel: Channel, call: Call, source: int, target: int, tag: int) -> None:
+        """Send to a group rank. What is sent is copied, so that the sender may go on."""
+        self.run.check()
+        if self.adversary is not None and not self.adversary.issued(channel, source, call):
+            return
+        message = Message(call, channel, source, target, tag, self._order())
+        call.operation = message
+        receive = _take(channel.receives.get(target), source, tag, sender=True)
+        if receive is not None:
+            self._pass(message, receive)
+            return
+        if self.adversary is None or not self.adversary.rendezvous:
+            call.inputs = [tensor.detach().clone() for tensor in call.inputs]
+            call.done = True
+        channel.sends.setdefault(target, deque()).append(message)
+
+    def receive(
+        self, channel: Channel, call: Call, source: int | None, target: int, tag: int
+    ) -> None:
+        """Receive from a group rank, or from any with None."""
+        self.run.check()
+        if self.adversary is not None and not self.adversary.issued(channel, target, call):
+            return
+        message = Message(call, channel, source, target, tag, self._order())
+        call.operation = message
+        sent = _take(channel.sends.get(target), source, tag, sender=False)
+        if sent is not None:
+            self._pass(sent, message)
+        else:
+            channel.receives.setdefault(target, deque()).append(message)
+
+    def wait(self, call: Call) -> None:
+        """Block the running rank until its call is done, and its outputs are there."""
+        self.run.check()
+        if not call.done:
+            call.waiting = True
+            self.run.block(call)
+        if call.deliver is not None:
+            call.deliver()
+            call.deliver = None
+
+    def give_way(self) -> None:
+        """Let other ranks run if any is ready; for a rank that polls."""
+        self.run.give_way()
+
+    def left_over(self) -> None:
+        """After the last rank: raise CollectiveMismatch for calls that nobody answered."""
+        left = [call for channel in self.channels.values() for call in channel.unfinished()]
+        if not left:
+            return
+        failures = [
+            RankFailure(call.rank, "CollectiveMismatch", _unanswered(call), "")
+            for call in sorted(left, key=lambda call: call.rank)[:_SHOWN]
+        ]
+        raise CollectiveMismatch(failures, "the program ended with calls that nobody answered")
+
+    def _order(self) -> int:
+        self._orders += 1
+        return self._orders
+
+    def _complete(self, channel: Channel, calls: list[Call]) -> None:
+        kind = KINDS[calls[0].kind]
+        try:
+            kind.fit(calls)
+        except Misfit as misfit:
+            self._differ(channel, calls[misfit.one], calls[misfit.other], misfit.text)
+        with torch.no_grad():
+            kind.perform(calls)
+        self._finish(calls)
+
+    def _pass(self, sent: Message, received: Message) -> None:
+        for one, other in zip(sent.call.inputs, received.call.outputs, strict=True):
+            if one.numel() != other.numel() or one.dtype is not other.dtype:
+                self._differ(sent.channel, sent.call, received.call, "the tensors differ")
+            with torch.no_grad():
+                other.data.copy_(one.reshape(other.shape))
+        assert sent.source is not None
+        received.source = sent.source
+        self._finish([sent.call, received.call])
+
+    def _finish(self, calls: Iterable[Call]) -> None:
+        woken = []
+        for call in calls:
+            call.done = True
+            if call.waiting:
+                call.waiting = False
+                woken.append(call.rank)
+        self.run.wake(woken)
+
+    def _differ(self, channel: Channel, one: Call, other: Call, why: str = "") -> None:
+        what = f" ({why})" if why else ""
+        both = sorted((one, other), key=lambda call: call.rank)
+        failures = [
+            RankFailure(call.rank, "CollectiveMismatch", f"calls {_full(call)}", "")
+            for call in both
+        ]
+        members = _ranks(channel.ranks)
+        self._fail(f"calls in the group of {members} do not fit each other{what}", failures)
+
+    def _fail(self, headline: str, failures: list[RankFailure]) -> None:
+        self.run.abandon(CollectiveMismatch(failures, headline))
+
+
+def _take(
+    queue: deque[Message] | None, source: int | None, tag: int, *, sender: bool
+) -> Message | None:
+    """Take the first message of a queue that fits; a receive without source fits every sender."""
+    for message in queue or ():
+        whom = message.source if sender else source
+        given = source if sender else message.source
+        if message.tag == tag and (whom is None or whom == given):
+            queue.remove(message)  # type: ignore[union-attr]
+            return message
+    return None
+
+
+def _full(call: Call) -> str:
+    settings = "".join(f" {setting}" for setting in call.settings if setting not in (None, ""))
+    return f"{call.text()}{settings} at {describe(call.site)}"
+
+
+def _unanswered(call: Call) -> str:
+    operation = call.operation
+    where = f" {operation.where()}{operation.missing()}" if operation is not None else ""
+    return f"called {call.text()} at {describe(call.site)}{where}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:_SHOWN])) + (", ..." if len(ranks) > _SHOWN else "")
+    return f"rank{'s' * (len(ranks) != 1)} {shown}"

@@ -1,0 +1,92 @@
+"""State that a process has once and every rank must have for itself.
+
+The scheduler calls `save` when a rank hands over and `load` when it goes on, so both must be cheap.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from operator import itemgetter
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.distributed import distributed_c10d
+
+
+class ModuleGlobals:
+    """The named globals of a module. A rank starts with deep copies of what the module holds when
+    this object is made; assignments and changes in place are then its own."""
+
+    def __init__(self, module: ModuleType, names: Iterable[str]) -> None:
+        self.namespace = vars(module)
+        self.names = tuple(names)
+        self._get = itemgetter(*self.names)
+        self._start = {name: copy.deepcopy(self.namespace[name]) for name in self.names}
+
+    def fresh(self) -> dict[str, Any]:
+        return copy.deepcopy(self._start)
+
+    def save(self) -> dict[str, Any]:
+        values = self._get(self.namespace)
+        return (
+            dict(zip(self.names, values, strict=True))
+            if len(self.names) > 1
+            else {self.names[0]: values}
+        )
+
+    def load(self, value: object) -> None:
+        self.namespace.update(value)  # type: ignore[call-overload]
+
+
+class DefaultGenerator:
+    """The default CPU random generator. A rank starts with seed 0, as a new process would be seeded
+    by its program."""
+
+    def __init__(self) -> None:
+        self._start = torch.Generator().manual_seed(0).get_state()
+        self._generator = torch.default_generator
+
+    def fresh(self) -> torch.Tensor:
+        return self._start
+
+    def save(self) -> torch.Tensor:
+        return self._generator.get_state()
+
+    def load(self, value: object) -> None:
+        self._generator.set_state(value)  # type: ignore[arg-type]
+
+
+class C10dWorld:
+    """torch.distributed's registry of process groups: the globals behind `distributed_c10d._world`
+    and the attributes of that one object, which other modules hold by reference."""
+
+    NAMES = (
+        "_pg_map",
+        "_pg_names",
+        "_pg_group_ranks",
+        "_pg_backend_config",
+        "_group_count",
+        "_tags_to_pg",
+        "_pg_to_tag",
+        "_default_pg_init_method",
+    )
+
+    def __init__(self) -> None:
+        self._world = distributed_c10d._world
+        self._namespace = vars(distributed_c10d)
+        self._get = itemgetter(*self.NAMES)
+
+    def fresh(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        attributes = vars(type(self._world)())
+        return dict(zip(self.NAMES, ({}, {}, {}, {}, 0, {}, {}, None), strict=True)), attributes
+
+    def save(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        values = self._get(self._namespace)
+        return dict(zip(self.NAMES, values, strict=True)), self._world.__dict__
+
+    def load(self, value: object) -> None:
+        namespace, attributes = value  # type: ignore[misc]
+        self._namespace.update(namespace)
+        self._world.__dict__ = attributes
