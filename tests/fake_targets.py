@@ -53,7 +53,6 @@ def _zero_contract(case):
     return replace(given, reference=lambda inputs, parameters: {"y": inputs["x"] * 0.0})
 
 
-vars(oracle).setdefault("CONTRACTS", {})
 oracle.CONTRACTS["fake_row"] = _row_contract
 oracle.CONTRACTS["fake_sum"] = _sum_contract
 oracle.CONTRACTS["fake_zero"] = _zero_contract

@@ -13,14 +13,17 @@ Lens = Literal["exact", "fp64", "native"]
 LENSES: tuple[Lens, ...] = ("exact", "fp64", "native")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 Option = bool | int | float | str | None
+# Of every concept; verify/lens.py says what they do to the tensors.
+HARNESS_OPTIONS = ("strides", "zeros", "magnitude")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One example of a property.
 
-    `concept` names the thing under test (`column_linear`), `shape` its sizes, `options` its switches;
-    `lens` and `dtype` the arithmetic; every tensor is generated from `(seed, tensor name, replica)`.
+    `concept` names the thing under test (`column_linear`), `shape` its sizes, `options` its
+    switches; `lens` and `dtype` the arithmetic; every tensor is generated from
+    `(seed, tensor name, replica)`.
     """
 
     concept: str

@@ -10,6 +10,9 @@ Names are those of the contract; the upstream gradient of an output `y` is `grad
 | `fp64` | multiples of 2**-23, near normal with standard deviation 1.15 |
 | `native` | the same, rounded to the case's dtype |
 
+Option `magnitude`, a power of two, multiplies all inputs but integers. Option `zeros` names tensors
+that are zero, and `strides` says how local tensors lie in memory.
+
 Weights are divided by about the root of their last dimension. A `Partial` tensor is defined as the
 sum of its ranks' parts; the parts are integers below 2**p / n of one unit, p the dtype's precision
 and n the number of parts, so that every sum of them is exact in any order.
@@ -21,18 +24,17 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from math import log2
+from math import frexp, log2, prod
 
 import torch
 from torch import Tensor
 
 from verify.case import Case
 from verify.errors import BadArgument
-from verify.oracle.contract import Contract, TensorSpec
+from verify.oracle.contract import IGNORED, Contract, TensorSpec
 from verify.placement import Partial, Placements, Shard, ZigzagShard, pieces, shard
 from verify.replica import RankMap
 
-IGNORED = -100
 STRIDES = ("contiguous", "transposed")
 _LARGEST_INTEGER = 9
 _GRID = 2.0**-23
@@ -79,10 +81,7 @@ def generate(case: Case, contract: Contract, ranks: RankMap, replica: str) -> Pr
     """
     _check(case, contract)
     source = _Source(case, replica, frozenset(_zeros(case, contract)))
-    inputs = {
-        name: source.tensor(name, spec, spec.placements, ranks)
-        for name, spec in contract.inputs.items()
-    }
+    inputs = {name: source.input(name, spec, ranks) for name, spec in contract.inputs.items()}
     parameters = {name: source.weight(name, shape) for name, shape in contract.parameters.items()}
     upstream = {
         name: source.tensor(f"grad {name}", spec, spec.grad_placements, ranks)
@@ -122,6 +121,13 @@ def check_fits(case: Case, contract: Contract, ranks: RankMap) -> None:
     for name, spec in (*contract.inputs.items(), *contract.outputs.items()):
         for placements in (spec.placements, spec.grad_placements or {}):
             _check_cut(name, spec.shape, placements, ranks, case)
+    ways = prod(ranks.sizes[axis] for axis in contract.axes)
+    for name, size in contract.divided.items():
+        if size % ways:
+            raise BadArgument(
+                f"case.shape.{name}: {size} of {case} does not divide by {ways}"
+                f" over {', '.join(contract.axes)}"
+            )
 
 
 def _check_cut(
@@ -154,6 +160,9 @@ def _check(case: Case, contract: Contract) -> None:
     strides = case.options.get("strides", STRIDES[0])
     if strides not in STRIDES:
         raise BadArgument(f"case.options.strides: {strides!r} is not one of {', '.join(STRIDES)}")
+    magnitude = case.options.get("magnitude", 1)
+    if not isinstance(magnitude, int | float) or magnitude <= 0 or frexp(magnitude)[0] != 0.5:
+        raise BadArgument(f"case.options.magnitude: {magnitude!r} is not a power of two like 1024")
 
 
 def _zeros(case: Case, contract: Contract) -> list[str]:
@@ -175,6 +184,14 @@ class _Source:
     case: Case
     replica: str
     zeros: frozenset[str]
+
+    def input(self, name: str, spec: TensorSpec, ranks: RankMap) -> Generated:
+        drawn = self.tensor(name, spec, spec.placements, ranks)
+        magnitude = float(self.case.options.get("magnitude") or 1)
+        if spec.high is not None or magnitude == 1:
+            return drawn
+        parts = None if drawn.parts is None else drawn.parts * magnitude
+        return Generated(drawn.full * magnitude, parts)
 
     def tensor(
         self, name: str, spec: TensorSpec, placements: Placements | None, ranks: RankMap

@@ -1,4 +1,4 @@
-"""What a concept promises: its tensors, how they lie on the ranks, and the single-device computation.
+"""What a concept promises: its tensors, how they lie on the ranks, and their computation on one.
 
 A contract is the published semantics of, say, a column-parallel linear layer, independent of any
 implementation. The harness generates the full tensors, gives every rank its part by `placements`,
@@ -15,6 +15,8 @@ from torch import Tensor
 from verify.placement import Placements
 
 Tensors = Mapping[str, Tensor]
+# The target of a token without loss, torch's default `ignore_index`.
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,12 @@ class TensorSpec:
 class Contract:
     """The promise of one concept at one case.
 
-    `reference(inputs, parameters)` computes the outputs on one device from full tensors, in the dtype
-    of its arguments, by differentiable torch functions. `axes` names the layout axes over which the
-    concept is split; along every other axis ranks are replicas, and each gets other data and other
+    `reference(inputs, parameters)` computes the outputs on one device from full tensors, in the
+    dtype of its arguments, by differentiable torch functions. `axes` names the layout axes over
+    which the concept is split; along every other axis ranks are replicas, and each gets other data and other
     weights. `linear` says that outputs and gradients are sums of products of what is generated, so
-    that the exact lens applies. Parameters in `frozen` do not require gradients.
+    that the exact lens applies. Parameters in `frozen` do not require gradients. `divided` names
+    the sizes that the ranks of the axes share out equally, besides those that the placements cut.
     """
 
     inputs: Mapping[str, TensorSpec]
@@ -50,3 +53,4 @@ class Contract:
     axes: tuple[str, ...] = ("tp",)
     linear: bool = False
     frozen: frozenset[str] = frozenset()
+    divided: Mapping[str, int] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from verify.case import Case
+from verify.case import HARNESS_OPTIONS, Case
 from verify.errors import BadArgument
 from verify.layout import Layout
 from verify.targets.megatron_core import stand_ins
@@ -48,7 +48,6 @@ _OPTIONS: dict[str, frozenset[str]] = {
     "tp_mlp": frozenset({"bias", "activation"}),
     "gather_from_sp": frozenset({"tensor_parallel_output_grad"}),
 }
-_BY_THE_HARNESS = frozenset({"strides"})
 
 
 class Session:
@@ -108,7 +107,8 @@ class Target:
         """None, or why megatron-core or this adapter cannot do the case."""
         if case.concept not in _subjects().BUILDERS:
             return f"no adapter for {case.concept}"
-        if foreign := set(case.options) - _OPTIONS.get(case.concept, frozenset()) - _BY_THE_HARNESS:
+        known = _OPTIONS.get(case.concept, frozenset()).union(HARNESS_OPTIONS)
+        if foreign := set(case.options) - known:
             return f"{case.concept} has no option {', '.join(sorted(foreign))}"
         if case.concept == "vocab_cross_entropy":
             return _cross_entropy_lacks(case)
