@@ -40,10 +40,11 @@ class Contract:
 
     `reference(inputs, parameters)` computes the outputs on one device from full tensors, in the
     dtype of its arguments, by differentiable torch functions. `axes` names the layout axes over
-    which the concept is split; along every other axis ranks are replicas, and each gets other data and other
-    weights. `linear` says that outputs and gradients are sums of products of what is generated, so
-    that the exact lens applies. Parameters in `frozen` do not require gradients. `divided` names
-    the sizes that the ranks of the axes share out equally, besides those that the placements cut.
+    which the concept is split; along every other axis ranks are replicas, and each gets other data
+    and other weights. `linear` says that outputs and gradients are sums of products of what is
+    generated, so that the exact lens applies. Parameters in `frozen` do not require gradients.
+    `divided` names the sizes that the ranks of the axes share out equally, besides those that the
+    placements cut.
     """
 
     inputs: Mapping[str, TensorSpec]
