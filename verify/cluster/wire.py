@@ -108,7 +108,8 @@ class _Encoder:
                 f"a tensor of layout {value.layout} does not travel; allowed is strided"
             )
         local = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        flat = local.reshape(-1).view(torch.uint8) if local.numel() else torch.empty(0)
+        # A tensor of one element counts as contiguous whatever its strides, and keeps them.
+        flat = local.as_strided((local.numel(),), (1,)).view(torch.uint8)
         dtype = str(value.dtype).removeprefix("torch.")
         return ["tensor", dtype, list(value.shape), self.buffer(flat.numpy().data)]
 
