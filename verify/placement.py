@@ -54,7 +54,7 @@ def pieces(length: int, placement: Shard | ZigzagShard, size: int) -> list[list[
     """
     if isinstance(placement, ZigzagShard):
         chunk, rest = divmod(length, 2 * size)
-        order = [(rank, 2 * size - 1 - rank) for rank in range(size)]
+        order: list[tuple[int, ...]] = [(rank, 2 * size - 1 - rank) for rank in range(size)]
         needed = 2 * size
     else:
         chunk, rest = divmod(length, placement.stride * size)

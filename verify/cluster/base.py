@@ -45,7 +45,7 @@ class CollectiveMismatch(RankFailures):
 
 
 class Cluster(Protocol):
-    """A pool of ranks. Ordinary `torch.distributed` code runs on it and cannot tell which one it is."""
+    """A pool of ranks. Ordinary `torch.distributed` code runs on it and cannot tell which."""
 
     name: str
     max_world_size: int

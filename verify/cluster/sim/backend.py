@@ -1,15 +1,14 @@
 """The torch.distributed backend of the ranks of a simulated world.
 
-`SimGroup` is one rank's process group: it turns what torch.distributed asks of a group into calls of
-the exchange. Arguments are refused as gloo and NCCL refuse them.
+`SimGroup` is one rank's process group: it turns what torch.distributed asks of a group into calls
+of the exchange. Arguments are refused as gloo and NCCL refuse them.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,7 +28,13 @@ BACKEND = "sim"
 _SUM = Reduction("sum")
 
 
-class SimWork(Work):
+# Their stubs overload every method; subclasses override the one that Python code calls.
+_Group: Any = dist.ProcessGroup
+_Work: Any = Work
+_c10d: Any = torch._C._distributed_c10d
+
+
+class SimWork(_Work):
     """A call on its way. `wait` lets other ranks run until it is done."""
 
     def __init__(self, exchange: Exchange, call: Call) -> None:
@@ -83,7 +88,7 @@ class SimWork(Work):
     getFuture = get_future
 
 
-class SimGroup(dist.ProcessGroup):
+class SimGroup(_Group):
     """One rank's process group; `ranks` are global, by group rank."""
 
     def __init__(self, exchange: Exchange, name: str, ranks: tuple[int, ...], member: int) -> None:
@@ -352,8 +357,8 @@ def register() -> None:
 
 @contextmanager
 def every_backend_is_simulated() -> Iterator[None]:
-    """While inside, rank threads get a simulated group whatever backend they ask for by name: a real
-    one among threads of one process would wait for ever, where no scheduler sees it."""
+    """While inside, rank threads get a simulated group whatever backend they ask for by name: a
+    real one among threads of one process would wait for ever, where no scheduler sees it."""
     original = distributed_c10d._new_process_group_helper
 
     def helper(size: Any, rank: Any, ranks: Any, backend: Any, *rest: Any, **named: Any) -> Any:
@@ -363,9 +368,9 @@ def every_backend_is_simulated() -> Iterator[None]:
         return original(size, rank, ranks, backend, *rest, **named)
 
     distributed_c10d._new_process_group_helper = helper  # type: ignore[assignment]
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    _c10d._set_thread_isolation_mode(True)
     try:
         yield
     finally:
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+        _c10d._set_thread_isolation_mode(False)
         distributed_c10d._new_process_group_helper = original

@@ -36,7 +36,7 @@ def here() -> CallSite | None:
 
 
 def describe(site: CallSite | None) -> str:
-    """`path/file.py:12 in function`, the path relative to the working directory where it is inside."""
+    """`path/file.py:12 in function`, the path relative to the working directory if it is inside."""
     if site is None:
         return "an unknown place"
     code, line = site

@@ -41,7 +41,7 @@ class Reduction:
     @staticmethod
     def of(op: Any) -> Reduction:
         """The reduction that a torch.distributed ReduceOp stands for."""
-        kind = op.op if isinstance(op, dist.ReduceOp) else op
+        kind = getattr(op, "op", op)
         factor = op.__getstate__()[1] if kind == dist.ReduceOp.PREMUL_SUM else None
         return Reduction(_NAMES[kind], factor)
 
@@ -86,8 +86,8 @@ _STEPS: dict[str, Callable[[Tensor, Tensor], object]] = {
 
 @dataclass(frozen=True)
 class Kind:
-    """A collective. `perform` writes all outputs; `fit` raises Misfit where the calls of two members
-    do not go together; `alike`: whether all members' inputs have one shape."""
+    """A collective. `perform` writes all outputs; `fit` raises Misfit where the calls of two
+    members do not go together; `alike`: whether all members' inputs have one shape."""
 
     perform: Callable[[Calls], None]
     fit: Callable[[Calls], None] = lambda calls: None

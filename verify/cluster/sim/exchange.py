@@ -1,8 +1,8 @@
 """Where the ranks' communication meets: collectives by group and order, messages by peer and tag.
 
 A `Call` is what one rank asks for. Members of a group must ask for the same collectives in the same
-order; what `Kind` says must agree is compared as soon as a second member arrives, and the last one to
-arrive computes the result for all, in the order of group ranks, so that it is deterministic.
+order; what `Kind` says must agree is compared as soon as a second member arrives, and the last one
+to arrive computes the result for all, in the order of group ranks, so that it is deterministic.
 """
 
 from __future__ import annotations

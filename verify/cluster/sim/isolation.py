@@ -87,6 +87,6 @@ class C10dWorld:
         return dict(zip(self.NAMES, values, strict=True)), self._world.__dict__
 
     def load(self, value: object) -> None:
-        namespace, attributes = value  # type: ignore[misc]
-        self._namespace.update(namespace)
-        self._world.__dict__ = attributes
+        saved: tuple[dict[str, Any], dict[str, Any]] = value  # type: ignore[assignment]
+        self._namespace.update(saved[0])
+        self._world.__dict__ = saved[1]

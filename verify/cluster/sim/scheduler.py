@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from verify.cluster.base import Deadlock, RankFailure, RankFailures
 from verify.target import RankState
@@ -104,13 +102,13 @@ class Run:
         self._ranks[self.current].gate.release()
 
     def block(self, wait: Wait) -> None:
-        """Let others run until somebody wakes the running rank. Raises Stopped when it has to end."""
+        """Let others run until somebody wakes the running rank. Raises Stopped if it has to end."""
         self.check()
         me = self.current
         mine = self._ranks[me]
         mine.wait = wait
         following = self._next()
-        if following != me:
+        if following is not None and following != me:
             mine.state = self._save()
             self.current = following
             self._ranks[following].gate.release()
@@ -187,9 +185,9 @@ class Run:
             self.current = following
             self._ranks[following].gate.release()
 
-    def force(self) -> RankFailures | None:
+    def force(self) -> RankFailures:
         """The run takes too long: end it from outside. What the rank that did not give way was
-        doing; None where it had ended meanwhile. `Run.lost` then says whether its thread is lost."""
+        doing. `Run.lost` then says whether its thread is lost."""
         rank = self.current
         stuck = self.describe(rank)
         others = [r for r, each in enumerate(self._ranks) if not each.done and r != rank]
@@ -268,6 +266,7 @@ class RankThread(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        """Run jobs until there is none at the gate."""
         torch.set_num_threads(1)
         torch._C._set_multithreading_enabled(False)
         while True:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 class SimStore(dist.Store):
-    """A torch.distributed store shared by the ranks of one run. A blocking `get` or `wait` hands over
-    to the other ranks; when none of them can go on, it is reported as a deadlock."""
+    """A torch.distributed store shared by the ranks of one run. A blocking `get` or `wait` hands
+    over to the other ranks; when none of them can go on, it is reported as a deadlock."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
