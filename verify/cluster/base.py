@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from verify.errors import ShardproofError
+from verify.adversary import NONE, Adversary
+from verify.cluster.history import History
+from verify.errors import BadArgument, ShardproofError
 
 T = TypeVar("T")
 
@@ -44,6 +46,10 @@ class CollectiveMismatch(RankFailures):
     """Members of a group issued collectives that do not fit each other."""
 
 
+class BufferRace(CollectiveMismatch):
+    """A rank wrote to what an operation was still reading or writing."""
+
+
 class Cluster(Protocol):
     """A pool of ranks. Ordinary `torch.distributed` code runs on it and cannot tell which."""
 
@@ -56,11 +62,14 @@ class Cluster(Protocol):
         *args: Any,
         world_size: int,
         rank_states: Iterable[object] = (),
+        adversary: Adversary = NONE,
+        history: History | None = None,
     ) -> list[T]:
         """Run `program(*args)` on every rank with torch.distributed initialised; results by rank.
 
         `rank_states` (`verify.target.RankState`) is process-global state to keep apart for each
-        rank, where ranks share a process.
+        rank, where ranks share a process. The `sim` cluster alone can have an `adversary` and fill
+        a `history`; the others raise BadArgument.
         Raises RankFailures (or Deadlock, CollectiveMismatch) and stays usable.
         """
         ...
@@ -68,3 +77,11 @@ class Cluster(Protocol):
     def close(self) -> None:
         """Stop every rank. Nothing is left behind."""
         ...
+
+
+def refuse_what_only_sim_has(name: str, adversary: Adversary, history: History | None) -> None:
+    """Raise BadArgument for an adversary or a history asked of a real cluster."""
+    if adversary:
+        raise BadArgument(f"adversary: {adversary}: the cluster {name} has none; take sim")
+    if history is not None:
+        raise BadArgument(f"history: the cluster {name} keeps none; take sim")

@@ -21,9 +21,11 @@ from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
+from verify.adversary import NONE, Adversary
 from verify.cluster import wire
 from verify.cluster.attempt import Attempt
-from verify.cluster.base import Cluster
+from verify.cluster.base import Cluster, refuse_what_only_sim_has
+from verify.cluster.history import History
 from verify.cluster.wire import Channel, Closed
 from verify.cluster.worker import Job, Stop
 from verify.cluster.world import BACKENDS, WorldSpec
@@ -112,12 +114,15 @@ class WorkerPool(Cluster):
         *args: Any,
         world_size: int,
         rank_states: Iterable[object] = (),
+        adversary: Adversary = NONE,
+        history: History | None = None,
     ) -> list[T]:
         """Run `program(*args)` on every rank of a world; the results by rank, tensors on the CPU.
 
         `rank_states` says what state of a process each rank must have for itself, which workers
         have by being processes. Raises RankFailures, or Deadlock where ranks waited for each other.
         """
+        refuse_what_only_sim_has(self.name, adversary, history)
         if self._closed:
             raise HarnessError(f"the {self.name} cluster is closed")
         if not 1 <= world_size <= self.max_world_size:

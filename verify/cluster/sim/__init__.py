@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from verify.adversary import NONE, Adversary
 from verify.cluster.base import RankFailures
+from verify.cluster.history import History
 from verify.cluster.sim.backend import (
     BACKEND,
     SimGroup,
@@ -21,6 +23,7 @@ from verify.cluster.sim.backend import (
 )
 from verify.cluster.sim.exchange import Exchange
 from verify.cluster.sim.isolation import C10dWorld, DefaultGenerator
+from verify.cluster.sim.opponent import Opponent
 from verify.cluster.sim.scheduler import HERE, RankThread, Run
 from verify.cluster.sim.store import SimStore
 from verify.cluster.world import install_default_group
@@ -56,9 +59,12 @@ class SimCluster:
         *args: Any,
         world_size: int,
         rank_states: Iterable[Any] = (),
+        adversary: Adversary = NONE,
+        history: History | None = None,
     ) -> list[T]:
-        """Run `program(*args)` on every rank; results by rank. Raises RankFailures, Deadlock or
-        CollectiveMismatch; BadArgument for a world size that the cluster does not have."""
+        """Run `program(*args)` on every rank; results by rank. `history` is filled as far as the
+        run came. Raises RankFailures, Deadlock or CollectiveMismatch; BadArgument for a world size
+        that the cluster does not have."""
         if not 1 <= world_size <= self.max_world_size:
             raise BadArgument(
                 f"world_size: {world_size} is not in 1 to {self.max_world_size}, the size of this"
@@ -67,7 +73,10 @@ class SimCluster:
         if HERE.run is not None:
             raise HarnessError("a rank of a sim cluster cannot itself run a sim cluster")
         with _ONE_RUN:
-            return self._run(program, args, world_size, (*self._own, *rank_states))
+            run = Run(world_size, (*self._own, *rank_states))
+            opponent = Opponent(adversary, run) if adversary else None
+            run.exchange = Exchange(run, opponent, history)
+            return self._run(run, program, args)
 
     def close(self) -> None:
         """Stop every rank thread."""
@@ -81,15 +90,8 @@ class SimCluster:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _run(
-        self,
-        program: Callable[..., T],
-        args: tuple[Any, ...],
-        world_size: int,
-        states: tuple[Any, ...],
-    ) -> list[T]:
-        run = Run(world_size, states)
-        exchange = run.exchange = Exchange(run)
+    def _run(self, run: Run, program: Callable[..., T], args: tuple[Any, ...]) -> list[T]:
+        world_size, states, exchange = run.size, run.states, run.exchange
         store = SimStore(run)
 
         def whole(rank: int) -> T:
@@ -124,7 +126,7 @@ class SimCluster:
         if forced is not None:
             raise forced
         results = run.outcome()
-        exchange.left_over()
+        exchange.settle()
         return results
 
     def _await(self, run: Run) -> RankFailures | None:

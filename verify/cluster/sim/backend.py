@@ -49,7 +49,9 @@ class SimWork(_Work):
     def is_completed(self) -> bool:
         """Whether `wait` would return at once. A program may poll, so others get their turn."""
         if not self._call.done:
-            self._exchange.give_way()
+            self._exchange.run.give_way()
+        if self._call.done:
+            self._exchange.wait(self._call)
         return self._call.done
 
     def is_success(self) -> bool:

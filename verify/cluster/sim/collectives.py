@@ -87,11 +87,13 @@ _STEPS: dict[str, Callable[[Tensor, Tensor], object]] = {
 @dataclass(frozen=True)
 class Kind:
     """A collective. `perform` writes all outputs; `fit` raises Misfit where the calls of two
-    members do not go together; `alike`: whether all members' inputs have one shape."""
+    members do not go together; `alike`: whether all members' inputs have one shape; `symmetric`:
+    whether all members do the same, so that a program calls it from one place on all of them."""
 
     perform: Callable[[Calls], None]
     fit: Callable[[Calls], None] = lambda calls: None
     alike: bool = True
+    symmetric: bool = True
 
     def apart(self, one: Call, other: Call) -> str | None:
         """In what the inputs of two members differ that must not."""
@@ -252,15 +254,15 @@ def _fit_scatter(calls: Calls) -> None:
 
 KINDS = {
     "all_reduce": Kind(_all_reduce),
-    "reduce": Kind(_reduce),
-    "broadcast": Kind(_broadcast),
+    "reduce": Kind(_reduce, symmetric=False),
+    "broadcast": Kind(_broadcast, symmetric=False),
     "all_gather": Kind(_all_gather, _fit_all_gather, alike=False),
     "all_gather_into_tensor": Kind(_all_gather_into_tensor),
     "reduce_scatter": Kind(_reduce_scatter, _fit_reduce_scatter, alike=False),
     "reduce_scatter_tensor": Kind(_reduce_scatter_tensor),
     "all_to_all": Kind(_all_to_all, _fit_all_to_all, alike=False),
     "all_to_all_single": Kind(_all_to_all_single, _fit_all_to_all_single, alike=False),
-    "gather": Kind(_gather, _fit_gather, alike=False),
-    "scatter": Kind(_scatter, _fit_scatter, alike=False),
+    "gather": Kind(_gather, _fit_gather, alike=False, symmetric=False),
+    "scatter": Kind(_scatter, _fit_scatter, alike=False, symmetric=False),
     "barrier": Kind(_nothing),
 }

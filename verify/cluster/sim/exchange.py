@@ -7,18 +7,22 @@ to arrive computes the result for all, in the order of group ranks, so that it i
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from verify.cluster.base import CollectiveMismatch, RankFailure
+from verify.cluster.history import History, Record
 from verify.cluster.sim.callsite import CallSite, describe
 from verify.cluster.sim.collectives import KINDS, Misfit
 from verify.cluster.sim.scheduler import Run
+
+if TYPE_CHECKING:
+    from verify.cluster.sim.opponent import Opponent
 
 _SHOWN = 8
 
@@ -121,6 +125,32 @@ class Channel:
         self.operations: dict[int, Operation] = {}
         self.sends: dict[int, deque[Message]] = {}
         self.receives: dict[int, deque[Message]] = {}
+        # Symmetric operations that members called from different places, by group rank.
+        self.mixed: list[list[tuple[str, CallSite | None]]] = []
+
+    def disorder(self) -> CollectiveMismatch | None:
+        """Whether two members called the same operations from the same places in different orders:
+        each got the other's tensors, and nothing else tells."""
+        for member in range(1, len(self.ranks)):
+            first, other = ([calls[m] for calls in self.mixed] for m in (0, member))
+            if first != other and Counter(first) == Counter(other):
+                return self._disordered(0, member)
+        return None
+
+    def _disordered(self, *members: int) -> CollectiveMismatch:
+        at = next(calls for calls in self.mixed if len({calls[m] for m in members}) > 1)
+        failures = [
+            RankFailure(
+                self.ranks[m],
+                "CollectiveMismatch",
+                f"calls {at[m][0]} at {describe(at[m][1])} when the other calls one from elsewhere",
+                "",
+            )
+            for m in members
+        ]
+        who = _ranks([self.ranks[m] for m in members])
+        headline = f"{who} issue the same calls in different orders, in the group of"
+        return CollectiveMismatch(failures, f"{headline} {_ranks(self.ranks)}")
 
     def unfinished(self) -> Iterator[Call]:
         """Calls that never met what they needed."""
@@ -132,10 +162,11 @@ class Channel:
 
 @dataclass
 class Exchange:
-    """All communication of one run. `adversary` may watch and disturb it."""
+    """All communication of one run. `opponent` may disturb it, `history` is filled."""
 
     run: Run
-    adversary: Any = None
+    opponent: Opponent | None = None
+    history: History | None = None
     channels: dict[str, Channel] = field(default_factory=dict)
     _orders: int = 0
 
@@ -152,9 +183,10 @@ class Exchange:
 
     def join(self, channel: Channel, member: int, call: Call) -> None:
         """Take part in the next collective of a group. The last one in carries it out."""
-        self.run.check()
-        if self.adversary is not None and not self.adversary.issued(channel, member, call):
-            return
+        for each in self._admit(channel, call):
+            self._join(channel, member, each)
+
+    def _join(self, channel: Channel, member: int, call: Call) -> None:
         number = channel.counts[member]
         channel.counts[member] = number + 1
         operation = channel.operations.get(number)
@@ -177,16 +209,17 @@ class Exchange:
 
     def send(self, channel: Channel, call: Call, source: int, target: int, tag: int) -> None:
         """Send to a group rank. What is sent is copied, so that the sender may go on."""
-        self.run.check()
-        if self.adversary is not None and not self.adversary.issued(channel, source, call):
-            return
+        for each in self._admit(channel, call, target):
+            self._send(channel, each, source, target, tag)
+
+    def _send(self, channel: Channel, call: Call, source: int, target: int, tag: int) -> None:
         message = Message(call, channel, source, target, tag, self._order())
         call.operation = message
         receive = _take(channel.receives.get(target), source, tag, sender=True)
         if receive is not None:
             self._pass(message, receive)
             return
-        if self.adversary is None or not self.adversary.rendezvous:
+        if self.opponent is None or not self.opponent.rendezvous:
             call.inputs = [tensor.detach().clone() for tensor in call.inputs]
             call.done = True
         channel.sends.setdefault(target, deque()).append(message)
@@ -195,9 +228,12 @@ class Exchange:
         self, channel: Channel, call: Call, source: int | None, target: int, tag: int
     ) -> None:
         """Receive from a group rank, or from any with None."""
-        self.run.check()
-        if self.adversary is not None and not self.adversary.issued(channel, target, call):
-            return
+        for each in self._admit(channel, call, source):
+            self._receive(channel, each, source, target, tag)
+
+    def _receive(
+        self, channel: Channel, call: Call, source: int | None, target: int, tag: int
+    ) -> None:
         message = Message(call, channel, source, target, tag, self._order())
         call.operation = message
         sent = _take(channel.sends.get(target), source, tag, sender=False)
@@ -216,12 +252,12 @@ class Exchange:
             call.deliver()
             call.deliver = None
 
-    def give_way(self) -> None:
-        """Let other ranks run if any is ready; for a rank that polls."""
-        self.run.give_way()
-
-    def left_over(self) -> None:
-        """After the last rank: raise CollectiveMismatch for calls that nobody answered."""
+    def settle(self) -> None:
+        """After the last rank: raise CollectiveMismatch for calls that nobody answered, and for
+        calls that fit each other although members issued them in different orders."""
+        for channel in self.channels.values():
+            if disorder := channel.disorder():
+                raise disorder
         left = [call for channel in self.channels.values() for call in channel.unfinished()]
         if not left:
             return
@@ -230,6 +266,13 @@ class Exchange:
             for call in sorted(left, key=lambda call: call.rank)[:_SHOWN]
         ]
         raise CollectiveMismatch(failures, "the program ended with calls that nobody answered")
+
+    def _admit(self, channel: Channel, call: Call, peer: int | None = None) -> Sequence[Call]:
+        """Take note of a call, and let the opponent at it."""
+        self.run.check()
+        if self.history is not None:
+            _note(self.history, channel, call, peer)
+        return (call,) if self.opponent is None else self.opponent.admit(call)
 
     def _order(self) -> int:
         self._orders += 1
@@ -241,6 +284,9 @@ class Exchange:
             kind.fit(calls)
         except Misfit as misfit:
             self._differ(channel, calls[misfit.one], calls[misfit.other], misfit.text)
+        site = calls[0].site
+        if any(call.site != site for call in calls) and kind.symmetric:
+            channel.mixed.append([(call.text(), call.site) for call in calls])
         with torch.no_grad():
             kind.perform(calls)
         self._finish(calls)
@@ -289,6 +335,26 @@ def _take(
             queue.remove(message)  # type: ignore[union-attr]
             return message
     return None
+
+
+def _note(history: History, channel: Channel, call: Call, peer: int | None) -> None:
+    tensors = call.inputs or call.outputs
+    settings = " ".join(str(setting) for setting in call.settings if setting not in (None, ""))
+    if call.kind in ("send", "recv"):
+        whom = "any" if peer is None else channel.ranks[peer]
+        settings = f"to {whom}" if call.kind == "send" else f"from {whom}"
+    records = history.records.setdefault(call.rank, [])
+    records.append(
+        Record(
+            number=len(records) + 1,
+            operation=call.kind,
+            group=channel.ranks,
+            tensors=tuple(shape_text(tensor) for tensor in tensors),
+            settings=settings,
+            site=describe(call.site),
+            sent=sum(tensor.numel() * tensor.element_size() for tensor in call.inputs),
+        )
+    )
 
 
 def _full(call: Call) -> str:
