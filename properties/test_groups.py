@@ -16,8 +16,9 @@ from verify.case import Case
 from verify.group_laws import judge
 from verify.layout import Layout
 from verify.layout_strategies import layouts_of_every_kind
+from verify.limits import limits
 
-cases = layouts_of_every_kind(max_world_size=16).map(
+cases = st.deferred(lambda: layouts_of_every_kind(limits().world_size(16))).map(
     lambda layout: Case(concept="groups", layout=layout)
 )
 

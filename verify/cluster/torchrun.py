@@ -67,9 +67,11 @@ class ExamineWorker:
 
 @dataclass(frozen=True)
 class Leave:
-    """Rank 0 ends the run; `reason` is empty where nothing went wrong with the world."""
+    """Rank 0 ends the run; `reason` is empty where nothing went wrong with the world, and then all
+    ranks exit with `code`."""
 
     reason: str
+    code: int
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def serve(place: Place, *, join_timeout: float = 300.0) -> int:
             channel.wait()
             for message in channel.receive():
                 if isinstance(message, Leave):
-                    return _lost(place, message.reason) if message.reason else 0
+                    return _lost(place, message.reason) if message.reason else message.code
                 channel.send(wire.encode(_obey(launcher, place.rank, message)))
     except Closed:
         return _lost(place, "rank 0 is gone")
@@ -174,13 +176,15 @@ class Command:
         for descriptor in wire.readable(by_file, 0):
             self._lose(by_file[descriptor])
 
-    def leave(self) -> None:
-        """End the ranks that serve; with a non-zero exit code where the world was lost."""
+    def leave(self, code: int = 0) -> int:
+        """End the ranks that serve, with this exit code or, where the world was lost, with
+        EXIT_WORLD_LOST; the code with which they end."""
         for channel in self._channels.values():
             with contextlib.suppress(Closed):
-                channel.send(wire.encode(Leave(self._lost)))
+                channel.send(wire.encode(Leave(self._lost, code)))
             channel.close()
         self._channels.clear()
+        return EXIT_WORLD_LOST if self._lost else code
 
     def _lose(self, rank: int, how: str = "is gone: its process ended or its node is lost") -> None:
         self._lost = f"rank {rank} on {self._hosts.get(rank, 'an unknown host')} {how}"

@@ -1,0 +1,121 @@
+"""The options of a run, as the command and the pytest plugin take them: read, checked, passed on.
+
+Needs no torch, so that a wrong option is told at once.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from verify.case import LENSES, Lens
+from verify.cluster import CLUSTERS
+from verify.errors import BadArgument
+
+DEFAULT_REPORT = "shardproof-report"
+SEED_BITS = 32
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much is drawn: examples a property, and whether the seed is a fresh one every time."""
+
+    examples: int
+    fresh_seed: bool
+    meaning: str
+
+
+PROFILES: Mapping[str, Profile] = {
+    "quick": Profile(20, False, "a look, in seconds; always the same examples"),
+    "ci": Profile(100, False, "what a gate runs; always the same examples"),
+    "nightly": Profile(1000, False, "ten times that; always the same examples"),
+    "explore": Profile(100, True, "as many as ci, and others every time"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The options of one run. `max_world_size` None is the cluster's default."""
+
+    target: str = "impl"
+    suites: tuple[str, ...] = ()
+    profile: str = "quick"
+    max_examples: int = PROFILES["quick"].examples
+    seed: int = 0
+    cluster: str = "sim"
+    max_world_size: int | None = None
+    lenses: tuple[Lens, ...] = LENSES
+    report: Path = Path(DEFAULT_REPORT)
+
+    @staticmethod
+    def parse(given: Mapping[str, Any]) -> RunOptions:
+        """Options from text or numbers, by the names of the fields; None or absent is the default.
+
+        Without a seed, it is 0, or a fresh one with the profile `explore`. Raises BadArgument.
+        """
+        known = {name: value for name, value in given.items() if value is not None}
+        profile = _one_of("--profile", known.get("profile", "quick"), PROFILES)
+        fresh = secrets.randbits(SEED_BITS) if PROFILES[profile].fresh_seed else 0
+        report = Path(known.get("report", DEFAULT_REPORT))
+        if report.exists() and not report.is_dir():
+            raise BadArgument(f"--report: {report} is a file; name a directory")
+        world = known.get("max_world_size")
+        return RunOptions(
+            target=str(known.get("target", "impl")),
+            suites=_names("--suite", known.get("suites", "")),
+            profile=profile,
+            max_examples=_number(
+                "--max-examples", known.get("max_examples", PROFILES[profile].examples), least=1
+            ),
+            seed=_number("--seed", known.get("seed", fresh), least=0),
+            cluster=_one_of("--cluster", known.get("cluster", "sim"), CLUSTERS),
+            max_world_size=None if world is None else _number("--max-world-size", world, least=1),
+            lenses=_lenses(known.get("lenses", ",".join(LENSES))),
+            report=report,
+        )
+
+    def arguments(self) -> list[str]:
+        """The options as `shardproof run` and pytest with the plugin take them."""
+        given = ["--target", self.target, "--profile", self.profile]
+        given += ["--max-examples", str(self.max_examples), "--seed", str(self.seed)]
+        given += ["--cluster", self.cluster, "--report", str(self.report)]
+        if self.suites:
+            given += ["--suite", ",".join(self.suites)]
+        if self.max_world_size is not None:
+            given += ["--max-world-size", str(self.max_world_size)]
+        if self.lenses != LENSES:
+            given += ["--lens", ",".join(self.lenses)]
+        return given
+
+
+def _one_of(option: str, value: object, allowed: Iterable[str]) -> str:
+    if value not in allowed:
+        raise BadArgument(f"{option}: {value!r} is not one of {', '.join(allowed)}")
+    return str(value)
+
+
+def _number(option: str, value: object, *, least: int) -> int:
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise BadArgument(f"{option}: {value!r} is not a whole number from {least} up")
+    return number
+
+
+def _names(option: str, text: object) -> tuple[str, ...]:
+    names = [name.strip() for name in str(text).split(",")] if str(text).strip() else []
+    if "" in names:
+        raise BadArgument(f"{option}: {text!r} has an empty name; separate names by one comma")
+    return tuple(dict.fromkeys(names))
+
+
+def _lenses(text: object) -> tuple[Lens, ...]:
+    names = [_one_of("--lens", name, LENSES) for name in _names("--lens", text)]
+    if not names:
+        raise BadArgument(f"--lens: name at least one of {', '.join(LENSES)}")
+    return tuple(cast(Lens, lens) for lens in LENSES if lens in names)

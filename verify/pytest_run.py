@@ -1,0 +1,85 @@
+"""Sets up a run of properties under pytest: options, Hypothesis' settings, and the two plugins, the
+examiner where properties run and the collector where the report is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from verify import check_fixture
+from verify.check_fixture import EXAMINER
+from verify.collector import Collector
+from verify.draws import use_profile
+from verify.errors import BadArgument, HarnessError
+from verify.examiner import Examiner
+from verify.limits import Limits, set_limits
+from verify.options import RunOptions
+from verify.pytest_plugin import NAME, PACKAGE
+from verify.suites import suite_names
+from verify.targets import load_target
+
+DEFAULT_WORLD_SIZE = 16
+COLLECTOR = f"{NAME}-collector"
+
+
+def set_up(config: pytest.Config) -> None:
+    """Register the plugins of a run. Raises pytest.UsageError, in one line, for a wrong option.
+
+    With the torchrun cluster only rank 0 returns; the other ranks serve it until it ends.
+    """
+    worker = hasattr(config, "workerinput")
+    given = {
+        field.name: getattr(config.option, f"{NAME}_{field.name}") for field in fields(RunOptions)
+    }
+    if worker:
+        given["seed"] = config.workerinput["shardproof_seed"]  # type: ignore[attr-defined]
+    try:
+        options = RunOptions.parse(given)
+        _check_suites(options, config)
+        load_target(options.target)
+        world_size = _world_size(options, config)
+    except (BadArgument, HarnessError) as error:
+        raise pytest.UsageError(str(error)) from None
+    limits = Limits(world_size, options.lenses)
+    before, undo = set_limits(limits), use_profile(options)
+    config.add_cleanup(lambda: (set_limits(before), undo()) and None)
+    if not _is_controller(config):
+        config.pluginmanager.register(Examiner(options, limits, config), EXAMINER)
+        config.pluginmanager.register(check_fixture)
+    if not worker:
+        config.pluginmanager.register(Collector(options, world_size, config), COLLECTOR)
+
+
+def _is_controller(config: pytest.Config) -> bool:
+    """Whether xdist's workers run the properties."""
+    return bool(getattr(config.option, "tx", None)) and not hasattr(config, "workerinput")
+
+
+def _check_suites(options: RunOptions, config: pytest.Config) -> None:
+    given = [argument for argument in config.invocation_params.args if argument == PACKAGE]
+    if not given:
+        return
+    known = suite_names()
+    for name in options.suites:
+        if name not in known:
+            raise BadArgument(f"--suite: {name!r} is not one of {', '.join(known)}")
+
+
+def _world_size(options: RunOptions, config: pytest.Config) -> int:
+    """The largest world of the run; takes part in torchrun's world where that is the cluster."""
+    if options.cluster != "torchrun":
+        return options.max_world_size or DEFAULT_WORLD_SIZE
+    if getattr(config.option, "numprocesses", None) or getattr(config.option, "tx", None):
+        raise BadArgument("-n: the torchrun cluster is one world; leave -n out")
+    from verify.cluster.place import Place
+    from verify.cluster.torchrun import join
+
+    started = Place.from_environment().world_size
+    if options.max_world_size is not None and options.max_world_size > started:
+        raise BadArgument(
+            f"--max-world-size: {options.max_world_size} is more than the {started} ranks started"
+        )
+    join()
+    return options.max_world_size or started

@@ -1,0 +1,80 @@
+"""The verdict of a run as text: a table of properties, what was not supported, and where the report
+is."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+WIDTH = 100
+STYLES = {"passed": "green", "failed": "bold red", "unknown": "bold yellow", "not supported": "dim"}
+
+
+def summary(document: Mapping[str, Any], report: Path, *, width: int, colour: bool) -> str:
+    """The table, notes and the last line with the verdict, in at most `width` columns."""
+    stream = io.StringIO()
+    console = Console(
+        file=stream,
+        width=min(width, WIDTH),
+        force_terminal=colour,
+        no_color=not colour,
+        highlight=False,
+    )
+    print_summary(console, document, report)
+    return stream.getvalue()
+
+
+def print_summary(console: Console, document: Mapping[str, Any], report: Path) -> None:
+    """Print the same."""
+    console.print(_table(document))
+    for line in _notes(document):
+        console.print(Text(line), soft_wrap=False)
+    covered = document["coverage"]
+    examples, layouts = covered["examples"], len(covered["layouts"])
+    verdict = document["verdict"]
+    unfinished = "" if document["finished"] else " (the run did not finish)"
+    console.print(
+        Text.assemble(
+            (verdict, STYLES[verdict]),
+            f"{unfinished}: {document['target']['name']} {document['target']['version']},"
+            f" {examples} examples over {layouts} layouts in {document['seconds']:.1f} s",
+        )
+    )
+    console.print(Text(f"report: {report}/index.html"))
+
+
+def _table(document: Mapping[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("property", overflow="fold")
+    for name in ("examples", "layouts"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("time", justify="right", no_wrap=True)
+    for row in document["properties"]:
+        table.add_row(
+            Text(row["property"]),
+            str(row["examples"]),
+            str(row["layouts"]),
+            Text(row["verdict"], STYLES[row["verdict"]]),
+            f"{row['seconds']:.1f} s",
+        )
+    return table
+
+
+def _notes(document: Mapping[str, Any]) -> list[str]:
+    """What was not supported or left out, one line for each property and reason."""
+    lines = []
+    for row in document["properties"]:
+        name = row["property"]
+        for each in row["not_supported"]:
+            lines.append(f"not supported: {each['count']} of {name}: {each['reason']}")
+        for reason, count in row["left_out"].items():
+            lines.append(f"left out: {count} of {name}: {reason}")
+    return lines
