@@ -16,7 +16,7 @@ _COLUMNS = ("number", "operation", "group", "tensors", "settings", "site")
 @dataclass(frozen=True)
 class Record:
     """One call of one rank. `group` are global ranks; `tensors` are what is sent, or else what is
-    received, as `float32 [2, 3]`; `sent` is what is sent in bytes; `site` is where it was called."""
+    received, as `float32 [2, 3]`; `sent` counts the bytes sent; `site` is where it was called."""
 
     number: int
     operation: str

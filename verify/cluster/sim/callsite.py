@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import sys
 from types import CodeType, FrameType
 
 import torch
+import typing_extensions
 
-_OURS = (
+_BETWEEN = (
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,
     os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
+    os.path.abspath(typing_extensions.__file__),
+    os.path.abspath(contextlib.__file__),
+    "<frozen",
 )
-_foreign: dict[CodeType, bool] = {}
+_between: dict[CodeType, bool] = {}
 
 CallSite = tuple[CodeType, int]
 
 
 def call_site(frame: FrameType | None) -> CallSite | None:
-    """The innermost frame at or above `frame` that is neither torch's nor the cluster's."""
+    """The innermost frame at or above `frame` that is not torch's, the cluster's or a wrapper's."""
     while frame is not None:
         code = frame.f_code
-        foreign = _foreign.get(code)
-        if foreign is None:
-            foreign = _foreign[code] = not code.co_filename.startswith((*_OURS, "<frozen"))
-        if foreign:
+        between = _between.get(code)
+        if between is None:
+            between = _between[code] = code.co_filename.startswith(_BETWEEN)
+        if not between:
             return code, frame.f_lineno
         frame = frame.f_back
     return None
-
-
-def here() -> CallSite | None:
-    """The call site of whoever called into the cluster."""
-    return call_site(sys._getframe(1))
 
 
 def describe(site: CallSite | None) -> str:

@@ -339,7 +339,7 @@ def _take(
 
 def _note(history: History, channel: Channel, call: Call, peer: int | None) -> None:
     tensors = call.inputs or call.outputs
-    settings = " ".join(str(setting) for setting in call.settings if setting not in (None, ""))
+    settings = _settings(call)
     if call.kind in ("send", "recv"):
         whom = "any" if peer is None else channel.ranks[peer]
         settings = f"to {whom}" if call.kind == "send" else f"from {whom}"
@@ -358,8 +358,14 @@ def _note(history: History, channel: Channel, call: Call, peer: int | None) -> N
 
 
 def _full(call: Call) -> str:
-    settings = "".join(f" {setting}" for setting in call.settings if setting not in (None, ""))
-    return f"{call.text()}{settings} at {describe(call.site)}"
+    return f"{call.text()} {_settings(call)}".rstrip() + f" at {describe(call.site)}"
+
+
+def _settings(call: Call) -> str:
+    """A reduction by its name, a root as `root 1`."""
+    return " ".join(
+        f"root {each}" if isinstance(each, int) else str(each) for each in call.settings
+    )
 
 
 def _unanswered(call: Call) -> str:
