@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from verify.adversary import Adversary
 from verify.case import Case
 from verify.cluster.base import Cluster, CollectiveMismatch, Deadlock, RankFailure, RankFailures
+from verify.cluster.history import History
 from verify.errors import HarnessError, Mismatch, NotSupported
 from verify.finding import Finding, Kind
 from verify.rank_program import what_the_target_did
@@ -57,12 +59,22 @@ class Bench:
         *args: Any,
         world_size: int,
         rank_states: Iterable[object] = (),
+        adversary: Adversary | None = None,
+        history: History | None = None,
     ) -> list[T]:
-        """The results of every rank, with the target's state kept apart for each. Raises Mismatch
-        for the target's failures and HarnessError for the harness's."""
+        """The results of every rank, with the target's state kept apart for each, under the case's
+        adversary unless another is given. Raises Mismatch for the target's failures and
+        HarnessError for the harness's."""
         states = (*self.target.rank_state(), *rank_states)
         try:
-            results = self.cluster.run(program, *args, world_size=world_size, rank_states=states)
+            results = self.cluster.run(
+                program,
+                *args,
+                world_size=world_size,
+                rank_states=states,
+                adversary=self.case.adversary if adversary is None else adversary,
+                history=history,
+            )
         except RankFailures as failures:
             raise self._blame(failures) from failures
         if len(results) != world_size:

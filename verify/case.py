@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from verify.adversary import NONE, Adversary
 from verify.errors import BadArgument
 from verify.layout import Layout
 
@@ -23,7 +24,7 @@ class Case:
 
     `concept` names the thing under test (`column_linear`), `shape` its sizes, `options` its
     switches; `lens` and `dtype` the arithmetic; every tensor is generated from
-    `(seed, tensor name, replica)`.
+    `(seed, tensor name, replica)`. `adversary` is what the `sim` cluster does to the run besides.
     """
 
     concept: str
@@ -33,6 +34,7 @@ class Case:
     lens: Lens = "fp64"
     dtype: str = "float64"
     seed: int = 0
+    adversary: Adversary = NONE
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of JSON types from which `from_json` makes an equal case."""
@@ -44,6 +46,7 @@ class Case:
             "lens": self.lens,
             "dtype": self.dtype,
             "seed": self.seed,
+            "adversary": self.adversary.to_json(),
         }
 
     @staticmethod
@@ -51,7 +54,7 @@ class Case:
         """The case that `to_json` described. Raises BadArgument naming the first wrong field."""
         if not isinstance(data, Mapping):
             raise BadArgument(f"case: expected an object, got {type(data).__name__}")
-        allowed = {"concept", "layout", "shape", "options", "lens", "dtype", "seed"}
+        allowed = {f.name for f in fields(Case)}
         if set(data) != allowed:
             missing, foreign = sorted(allowed - set(data)), sorted(set(data) - allowed)
             raise BadArgument(f"case: missing fields {missing}, unknown fields {foreign}")
@@ -59,9 +62,11 @@ class Case:
             raise BadArgument(f"case.lens: {data['lens']!r} is not one of {', '.join(LENSES)}")
         if data["dtype"] not in DTYPES:
             raise BadArgument(f"case.dtype: {data['dtype']!r} is not one of {', '.join(DTYPES)}")
-        return Case(**{**data, "layout": Layout.from_json(data["layout"])})
+        layout, adversary = Layout.from_json(data["layout"]), data["adversary"]
+        return Case(**{**data, "layout": layout, "adversary": Adversary.from_json(adversary)})
 
     def __str__(self) -> str:
         words = [self.concept, f"on {self.layout}"]
         words += [f"{name}={value}" for name, value in (*self.shape.items(), *self.options.items())]
+        words += [f"under {self.adversary}"] if self.adversary else []
         return " ".join([*words, f"[{self.lens} {self.dtype} seed={self.seed}]"])
