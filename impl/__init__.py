@@ -1,0 +1,1 @@
+"""Megatron-style parallel training: the reference implementation."""

@@ -1,8 +1,8 @@
 """Collectives along a dimension of a tensor. They know nothing of autograd: see `impl.mappings`.
 
-Inputs may have any strides and are never written to; results are contiguous along their first
-dimension. A group of one rank communicates nothing and gets its input back. The functions named
-`start_...` return at once, and their result may be read after `Pending.wait` only.
+Inputs may have any strides, at least one dimension, and are never written to. A group of one rank
+communicates nothing and gets its input back. The functions named `start_...` return at once, and
+their result may be read after `Pending.wait` only.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from impl.partition import divide
+
+# torch 2.13 renamed them, and warns of the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -42,17 +46,25 @@ def start_all_reduce(x: Tensor, *, group: ProcessGroup) -> Pending:
 
 def start_all_gather(x: Tensor, *, group: ProcessGroup) -> Pending:
     """Begin to concatenate every rank's `x` along dimension 0: Shard(0) to Replicate."""
-    return _start_stack(x, group=group, flatten=True)
-
-
-def start_reduce_scatter(x: Tensor, *, group: ProcessGroup) -> Pending:
-    """Begin the sum of `x`, of which each rank keeps its part of dimension 0: Partial to Shard(0)."""
     size = dist.get_world_size(group)
     if size == 1:
         return Pending(x, x)
-    sent = _stacked_parts(x, dim=0, group=group)
-    out = torch.empty_like(sent[0])
-    return Pending(out, sent, dist.reduce_scatter_tensor(out, sent, group=group, async_op=True))
+    sent = x.contiguous()
+    out = x.new_empty((size * x.shape[0], *x.shape[1:]))
+    return Pending(out, sent, _all_gather(out, sent, group=group, async_op=True))
+
+
+def start_reduce_scatter(x: Tensor, *, group: ProcessGroup) -> Pending:
+    """Begin the sum of `x`, of which each rank keeps its part of dimension 0: Partial to Shard(0).
+
+    ValueError where the dimension does not divide.
+    """
+    size = dist.get_world_size(group)
+    if size == 1:
+        return Pending(x, x)
+    sent = x.contiguous()
+    out = x.new_empty((divide(x.shape[0], group=group, name="x, dimension 0"), *x.shape[1:]))
+    return Pending(out, sent, _reduce_scatter(out, sent, group=group, async_op=True))
 
 
 def all_reduce(x: Tensor, *, group: ProcessGroup) -> Tensor:
@@ -62,10 +74,8 @@ def all_reduce(x: Tensor, *, group: ProcessGroup) -> Tensor:
 
 def all_gather(x: Tensor, *, dim: int, group: ProcessGroup) -> Tensor:
     """Every rank's `x` concatenated along `dim`, in group order: Shard(dim) to Replicate."""
-    if dist.get_world_size(group) == 1:
-        return x
-    stacked = _start_stack(x, group=group, flatten=False).wait()
-    return _concatenated(stacked, dim=dim)
+    gathered = start_all_gather(x, group=group).wait()
+    return _from_first(gathered, dim=dim, group=group)
 
 
 def reduce_scatter(x: Tensor, *, dim: int, group: ProcessGroup) -> Tensor:
@@ -73,10 +83,7 @@ def reduce_scatter(x: Tensor, *, dim: int, group: ProcessGroup) -> Tensor:
 
     ValueError where the dimension does not divide.
     """
-    if dist.get_world_size(group) == 1:
-        return x
-    parts = _stacked_parts(x, dim=dim, group=group)
-    return start_reduce_scatter(parts, group=group).wait().squeeze(0)
+    return start_reduce_scatter(_to_first(x, dim=dim, group=group), group=group).wait()
 
 
 def all_to_all(x: Tensor, *, split_dim: int, concat_dim: int, group: ProcessGroup) -> Tensor:
@@ -86,32 +93,26 @@ def all_to_all(x: Tensor, *, split_dim: int, concat_dim: int, group: ProcessGrou
     """
     if dist.get_world_size(group) == 1:
         return x
-    sent = _stacked_parts(x, dim=split_dim, group=group)
+    sent = _to_first(x, dim=split_dim, group=group).contiguous()
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
-    return _concatenated(received, dim=concat_dim)
+    return _from_first(received, dim=concat_dim, group=group)
 
 
-def _start_stack(x: Tensor, *, group: ProcessGroup, flatten: bool) -> Pending:
-    """Begin to gather [ranks, *x.shape], with the first two dimensions merged if `flatten`."""
-    size = dist.get_world_size(group)
-    if size == 1:
-        return Pending(x, x)
-    sent = x.contiguous()
-    out = x.new_empty((size, *x.shape))
-    work = dist.all_gather_into_tensor(out, sent, group=group, async_op=True)
-    return Pending(out.flatten(0, 1) if flatten else out, sent, work)
+def _to_first(x: Tensor, *, dim: int, group: ProcessGroup) -> Tensor:
+    """The parts of `dim` that belong to the ranks, one after the other along dimension 0.
 
-
-def _stacked_parts(x: Tensor, *, dim: int, group: ProcessGroup) -> Tensor:
-    """The parts of dimension `dim` that the ranks of the group get, as [ranks, *part], contiguous."""
+    Collectives know that dimension only. [.., n*d, ..] of n ranks becomes [n*.., d, ..].
+    """
     dim %= x.dim()
     length = divide(x.shape[dim], group=group, name=f"x, dimension {dim}")
     parts = x.unflatten(dim, (dist.get_world_size(group), length))
-    return parts.movedim(dim, 0).contiguous()
+    return parts.movedim(dim, 0).flatten(0, 1)
 
 
-def _concatenated(stacked: Tensor, *, dim: int) -> Tensor:
-    """[ranks, *part] as one tensor, the parts side by side along dimension `dim` of the part."""
-    dim %= stacked.dim() - 1
-    return stacked.movedim(0, dim).flatten(dim, dim + 1)
+def _from_first(x: Tensor, *, dim: int, group: ProcessGroup) -> Tensor:
+    """The inverse of `_to_first`: the parts of the ranks side by side along `dim`."""
+    size = dist.get_world_size(group)
+    dim %= x.dim()
+    parts = x.unflatten(0, (size, x.shape[0] // size))
+    return parts.movedim(0, dim).flatten(dim, dim + 1)

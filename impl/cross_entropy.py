@@ -1,8 +1,9 @@
 """The cross entropy of logits whose vocabulary is split over a tensor-parallel group.
 
-    loss = -(1 - a) log p[target] - a / (K - 1) * sum of log p[other classes],   p = softmax(logits)
+    loss = -(1 - a) log p[target] - a / (K - 1) * sum of log p[others],   p = softmax(logits)
 
-With label smoothing a the target keeps 1 - a and the other K - 1 classes share a, as in Megatron-LM.
+With label smoothing a the target keeps 1 - a and the other K - 1 classes share a, as in
+Megatron-LM's.
 All of p is never in one place. With the logits x of this rank, shifted by the largest of all, the
 ranks exchange three numbers a token, the maximum, the target's x and the sum of exp(x), and with
 smoothing the sum of x, which together give
@@ -47,7 +48,7 @@ class _Classes:
         return wide
 
     def local_targets(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The index of every target in this rank's part, 0 where it is not here, and whether it is."""
+        """The index of every target in this rank's part, 0 where it is not here; and which are."""
         here = (targets >= self.part.start) & (targets < self.part.stop)
         return (targets - self.part.start).where(here, 0).unsqueeze(-1), here
 
@@ -112,8 +113,8 @@ def vocab_parallel_cross_entropy(
     """The loss of every target; no mean is taken.
 
     `logits` [..., vocabulary / tp] and their gradient are Shard(-1); `targets` [...], the loss and
-    its gradient are Replicate. Computes in float32, float64 logits in float64, and the loss has that
-    dtype. The gradient has the logits'.
+    its gradient are Replicate. Computes in float32, float64 logits in float64, and the loss has
+    that dtype. The gradient has the logits'.
 
     `real_vocabulary` says that classes from there on are padding: they count as logits of minus
     infinity, get no gradient and no share of the smoothing. A rank may have nothing but padding.

@@ -66,6 +66,4 @@ class VocabParallelEmbedding(Module):
         partial = embedding(row, self.weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
         if not self.scatter_to_sequence:
             return reduce_from_tensor_parallel_region(partial, group=self.group)
-        return reduce_scatter_to_sequence_parallel_region(
-            partial.transpose(0, 1), group=self.group
-        )
+        return reduce_scatter_to_sequence_parallel_region(partial.transpose(0, 1), group=self.group)

@@ -123,7 +123,7 @@ class ColumnParallelLinear(Module):
         )
 
     def forward(self, x: Tensor) -> Output:
-        """`y`, and with `skip_bias_add` the bias (this rank's part), which the caller has to add."""
+        """`y`, and with `skip_bias_add` the bias (this rank's part) for the caller to add."""
         _check_width(x, self.in_features)
         y = _ColumnMatmul.apply(x, self.weight, self.group, self.sequence_parallel)
         if self.bias is not None and not self.skip_bias_add:
@@ -189,7 +189,7 @@ class RowParallelLinear(Module):
         )
 
     def forward(self, x: Tensor) -> Output:
-        """`y`, and with `skip_bias_add` the bias, which the caller has to add."""
+        """`y`, and with `skip_bias_add` the bias for the caller to add."""
         _check_width(x, self.in_features)
         if self.sequence_parallel:
             divide(x.shape[0], group=self.group, name="sequence_parallel: the sequence")

@@ -4,24 +4,24 @@ Every mapping is a pair of collectives. Forward makes one placement of an activa
 and backward does the same to its gradient, whose placements are the conjugates: the gradient of
 what is Replicate because every rank needs it is Partial, as each rank knows its own use only.
 
-| mapping | x to y | forward | gradient of y to that of x | backward |
+| mapping | x to y | forward | gradient: y to x | backward |
 |---|---|---|---|---|
-| copy to tp | Replicate to Replicate | none | Partial to Replicate | all-reduce |
-| reduce from tp | Partial to Replicate | all-reduce | Replicate to Replicate | none |
-| scatter to tp | Replicate to Shard(-1) | split | Shard(-1) to Replicate | all-gather |
-| gather from tp | Shard(-1) to Replicate | all-gather | Replicate to Shard(-1) | split |
-| scatter to sp | Replicate to Shard(0) | split | Shard(0) to Replicate | all-gather |
-| gather from sp | Shard(0) to Replicate | all-gather | Partial to Shard(0) | reduce-scatter |
-| reduce-scatter to sp | Partial to Shard(0) | reduce-scatter | Shard(0) to Replicate | all-gather |
-| all-gather last dim | Shard(-1) to Replicate | all-gather | Partial to Shard(-1) | reduce-scatter |
-| reduce-scatter last dim | Partial to Shard(-1) | reduce-scatter | Shard(-1) to Replicate | all-gather |
-| sequence to hidden | Shard(0) to Shard(-1) | all-to-all | Shard(-1) to Shard(0) | all-to-all |
-| hidden to sequence | Shard(-1) to Shard(0) | all-to-all | Shard(0) to Shard(-1) | all-to-all |
+| copy to tp | R to R | none | P to R | all-reduce |
+| reduce from tp | P to R | all-reduce | R to R | none |
+| scatter to tp | R to S(-1) | split | S(-1) to R | all-gather |
+| gather from tp | S(-1) to R | all-gather | R to S(-1) | split |
+| scatter to sp | R to S(0) | split | S(0) to R | all-gather |
+| gather from sp | S(0) to R | all-gather | P to S(0), or R to S(0) | reduce-scatter, or split |
+| reduce-scatter to sp | P to S(0) | reduce-scatter | S(0) to R | all-gather |
+| all-gather last dim | S(-1) to R | all-gather | P to S(-1) | reduce-scatter |
+| reduce-scatter last dim | P to S(-1) | reduce-scatter | S(-1) to R | all-gather |
+| sequence to hidden | S(0) to S(-1) | all-to-all | S(-1) to S(0) | all-to-all |
+| hidden to sequence | S(-1) to S(0) | all-to-all | S(0) to S(-1) | all-to-all |
 
-All placements are over `group`. Activations are [sequence, ..., hidden], of any dtype. A dimension
-that must be split and does not divide raises ValueError on every rank before a collective begins.
-Shoeybi et al., arXiv:1909.08053, name the first four f and g; Korthikanti et al., arXiv:2205.05198,
-those of sequence parallelism.
+R is Replicate, S(d) is Shard(d) and P is Partial, over `group`. Activations are [sequence, ...,
+hidden], of any dtype. A dimension that must be split and does not divide raises ValueError on every
+rank before a collective begins. The first two are f and g of Shoeybi et al., arXiv:1909.08053; those
+of sequence parallelism are from Korthikanti et al., arXiv:2205.05198.
 """
 
 from __future__ import annotations

@@ -27,9 +27,7 @@ class Session:
         """This rank's members of every kind of group it is in."""
         kinds = self.bundle.layout.kinds
         return {
-            kind: self.bundle.ranks(kind)
-            for kind in kinds
-            if self.bundle.group(kind) is not None
+            kind: self.bundle.ranks(kind) for kind in kinds if self.bundle.group(kind) is not None
         }
 
     def probe(self, kind: str) -> list[int]:

@@ -43,9 +43,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": gelu}
 class ModuleSubject:
     """A module whose `forward` is adapted by `call`."""
 
-    def __init__(
-        self, module: Module, groups: Groups, call: Callable[[Tensors], Tensors]
-    ) -> None:
+    def __init__(self, module: Module, groups: Groups, call: Callable[[Tensors], Tensors]) -> None:
         self.module, self._groups, self._call = module, groups, call
 
     def parameters(self) -> Mapping[str, tuple[Parameter, Placements]]:
@@ -95,7 +93,7 @@ def _common(case: Case, groups: Groups) -> dict[str, Any]:
     }
 
 
-def _switches(case: Case, *names: str) -> dict[str, bool]:
+def _switches(case: Case, *names: str) -> dict[str, Any]:
     """The options that the case names, as arguments; the others have the module's defaults."""
     return {name: bool(case.options[name]) for name in names if name in case.options}
 
