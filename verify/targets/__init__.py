@@ -1,13 +1,17 @@
-"""Targets by name: the built-in ones, and `package.module:Class` for anybody's own."""
+"""Targets by name: the built-in ones, `package.module:Class` for anybody's own, and for either
+`NAME@MUTANT`, the same with a deliberate defect."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 
-from verify.errors import BadArgument
+from verify.errors import BadArgument, HarnessError
+from verify.mutants import find, import_mutated
 from verify.target import Target
 
 TARGETS = {
@@ -22,16 +26,26 @@ _METHODS = ("version", "stand_ins", "supports", "rank_state", "session")
 def load_target(name: str) -> Target:
     """The target of a name in `TARGETS` or of `package.module:Class`, one object a process.
 
+    With `@MUTANT` behind it, a private copy of the target with that mutant of
+    `verify.mutants.CATALOGUE` in it; the target itself is not affected.
+
     Relative to the Python path, and then to the working directory. Raises BadArgument, in one line,
-    for a name that is neither, a module that cannot be imported, and a class that is no target.
+    for a name that is neither, a module that cannot be imported, a class that is no target, and an
+    unknown mutant; HarnessError for a mutant that does not fit the source.
     """
-    place = TARGETS.get(name, name)
+    base, at, label = name.partition("@")
+    place = TARGETS.get(base, base)
     module_name, colon, attribute = place.partition(":")
     if not (colon and module_name and attribute):
         raise BadArgument(
             f"target: {name!r} is not one of {', '.join(TARGETS)}, nor package.module:Class"
         )
-    found = getattr(_import(name, module_name), attribute, None)
+    if at:
+        mutant = find(base, label)
+        module = _import(name, module_name, lambda: import_mutated(module_name, mutant))
+    else:
+        module = _import(name, module_name, lambda: import_module(module_name))
+    found = getattr(module, attribute, None)
     if found is None:
         raise BadArgument(f"target: {name!r}: module {module_name} has no {attribute!r}")
     missing = [part for part in _METHODS if not callable(getattr(found, part, None))]
@@ -46,16 +60,25 @@ def load_target(name: str) -> Target:
     return found
 
 
-def _import(name: str, module: str) -> object:
+def _import(name: str, module: str, importer: Callable[[], object]) -> object:
+    with _working_directory_importable():
+        try:
+            return importer()
+        except HarnessError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise BadArgument(f"target: {name!r}: cannot import {module}: {reason}") from error
+
+
+@contextmanager
+def _working_directory_importable() -> Iterator[None]:
     here = str(Path.cwd())
     added = here not in sys.path
     if added:
         sys.path.append(here)
     try:
-        return import_module(module)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise BadArgument(f"target: {name!r}: cannot import {module}: {reason}") from error
+        yield
     finally:
         if added:
             sys.path.remove(here)

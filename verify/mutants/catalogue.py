@@ -1,0 +1,45 @@
+"""Every mutant, by the name of its target and by its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+
+from verify.errors import BadArgument, HarnessError
+from verify.mutants import embedding, gradients, groups, linear, loss, mapping
+from verify.mutants.mutant import Mutant
+
+
+def _by_name(*families: tuple[Mutant, ...]) -> dict[str, Mutant]:
+    found: dict[str, Mutant] = {}
+    for mutant in (each for family in families for each in family):
+        if mutant.name in found:
+            raise HarnessError(f"mutants: two are called {mutant.name}")
+        found[mutant.name] = mutant
+    return found
+
+
+CATALOGUE: Mapping[str, Mapping[str, Mutant]] = {
+    "impl": _by_name(
+        groups.MUTANTS,
+        mapping.MUTANTS,
+        linear.MUTANTS,
+        embedding.MUTANTS,
+        loss.MUTANTS,
+        gradients.MUTANTS,
+    )
+}
+
+
+def find(target: str, name: str) -> Mutant:
+    """The mutant of a target. Raises BadArgument, in one line, with names that come close."""
+    known = CATALOGUE.get(target, {})
+    if not known:
+        raise BadArgument(
+            f"target: {target!r} has no mutants; targets that have are {', '.join(CATALOGUE)}"
+        )
+    if name in known:
+        return known[name]
+    close = get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(close)}?" if close else f"its mutants are {', '.join(known)}"
+    raise BadArgument(f"target: {target} has no mutant {name!r}; {hint}")

@@ -1,0 +1,36 @@
+"""What a mutant is: a few lines of one module's source, and the wrong lines in their place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from verify.errors import HarnessError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """A named defect. `wrong` says in a sentence what is computed instead.
+
+    `snippet` occurs exactly once in the source of `module`; `replacement` takes its place.
+    `caught_by` names the concepts of which at least one must fail. `seen` is an entry of the list
+    of known bugs, or where else the like was seen, or `invented`.
+    """
+
+    name: str
+    family: str
+    wrong: str
+    module: str
+    snippet: str
+    replacement: str
+    caught_by: tuple[str, ...]
+    seen: str = "invented"
+
+    def applied_to(self, source: str) -> str:
+        """The mutated source. Raises HarnessError unless the snippet occurs once in `source`."""
+        count = source.count(self.snippet)
+        if count != 1:
+            raise HarnessError(
+                f"mutant {self.name}: its snippet occurs {count} times in {self.module}, not once:"
+                f" {self.snippet!r}"
+            )
+        return source.replace(self.snippet, self.replacement)
