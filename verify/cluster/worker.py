@@ -152,6 +152,7 @@ def serve(berth: Berth) -> None:
     torch.set_num_threads(1)
     if berth.device is not None:
         torch.cuda.set_device(berth.device)
+        torch.set_default_device(torch.device("cuda", berth.device))
     connection = socket.create_connection(berth.address, timeout=60)
     wire.introduce(connection, berth.secret, berth.slot)
     _Worker(Channel(connection)).run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,7 +23,7 @@ from verify.cluster.sim.backend import (
     register,
 )
 from verify.cluster.sim.exchange import Exchange
-from verify.cluster.sim.isolation import C10dWorld, DefaultGenerator
+from verify.cluster.sim.isolation import C10dWorld, RandomGenerator
 from verify.cluster.sim.opponent import Opponent
 from verify.cluster.sim.scheduler import HERE, RankThread, Run
 from verify.cluster.sim.store import SimStore
@@ -31,6 +32,7 @@ from verify.errors import BadArgument, HarnessError
 
 T = TypeVar("T")
 
+DEVICES = ("cpu", "cuda")
 _ONE_RUN = threading.Lock()
 
 
@@ -40,18 +42,30 @@ class SimCluster:
     `timeout` bounds a run in seconds; a deadlock needs no timeout. Each rank has its own process
     groups, default random generator (seeded with 0 at the start) and what `rank_states` names;
     arguments are copied for every rank where they could be changed. The generators of Python's
-    `random` and of NumPy are shared. Raises BadArgument for a timeout that is not positive.
+    `random` and of NumPy are shared.
+
+    With `device` "cuda" all ranks are on one GPU, which is then their current and default device;
+    each has a generator of it, and their kernels follow each other in its default stream. Raises
+    BadArgument for a timeout that is not positive and a device that is not there.
     """
 
     name = "sim"
 
-    def __init__(self, world_size: int, *, timeout: float = 300.0) -> None:
+    def __init__(self, world_size: int, *, timeout: float = 300.0, device: str = "cpu") -> None:
         if timeout <= 0:
             raise BadArgument(f"timeout: {timeout} is not positive")
+        if device not in DEVICES:
+            raise BadArgument(f"device: {device!r} is not one of {', '.join(DEVICES)}")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise BadArgument("device: cuda needs a GPU, and torch sees none here; take cpu")
         register()
-        self.max_world_size, self.timeout = world_size, timeout
+        self.max_world_size, self.timeout, self.device = world_size, timeout, device
         self._threads: list[RankThread] = []
-        self._own = (C10dWorld(), DefaultGenerator())
+        generators = [torch.default_generator]
+        if device == "cuda":
+            torch.cuda.init()
+            generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
+        self._own: tuple[Any, ...] = (C10dWorld(), *map(RandomGenerator, generators))
 
     def run(
         self,
@@ -106,7 +120,8 @@ class SimCluster:
                 store=store,
             )
             try:
-                return program(*_own(args))
+                with _default_device(self.device):
+                    return program(*_own(args))
             finally:
                 distributed_c10d._unregister_all_process_groups()
 
@@ -142,6 +157,11 @@ class SimCluster:
         finally:
             if run.lost:
                 self._threads = []
+
+
+def _default_device(device: str) -> AbstractContextManager[object]:
+    """Make a GPU the default device of the calling thread; the CPU is that already."""
+    return nullcontext() if device == "cpu" else torch.device(device)
 
 
 def _own(value: Any) -> Any:

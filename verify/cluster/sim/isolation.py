@@ -40,13 +40,13 @@ class ModuleGlobals:
         self.namespace.update(value)  # type: ignore[call-overload]
 
 
-class DefaultGenerator:
-    """The default CPU random generator. A rank starts with seed 0, as a new process would be seeded
-    by its program."""
+class RandomGenerator:
+    """A default random generator. A rank starts with seed 0, as a new process would be seeded by
+    its program."""
 
-    def __init__(self) -> None:
-        self._start = torch.Generator().manual_seed(0).get_state()
-        self._generator = torch.default_generator
+    def __init__(self, generator: torch.Generator) -> None:
+        self._start = torch.Generator(generator.device).manual_seed(0).get_state()
+        self._generator = generator
 
     def fresh(self) -> torch.Tensor:
         return self._start
