@@ -19,6 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its functions take the default group at import as a default argument; imported by a rank, that
+# would be the group of one rank and one run.
+import torch.distributed.nn.functional
 from torch.distributed import ProcessGroup, distributed_c10d
 
 BACKENDS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}
