@@ -114,9 +114,10 @@ def run(workers: str | None, debug: bool, **given: Any) -> int:
     In the four processes of a world that torchrun starts:
         torchrun --nproc-per-node 4 -m verify run --cluster torchrun
     """
+    options = RunOptions.parse(given)
     from verify.run import run as run_suites
 
-    return run_suites(RunOptions.parse(given), workers=workers, debug=debug)
+    return run_suites(options, workers=workers, debug=debug)
 
 
 @cli.command()

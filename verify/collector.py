@@ -14,13 +14,11 @@ import pytest
 
 from verify.examiner import FAILURES, RANK_STATE, RECORD, Examiner, failure_path, failure_text
 from verify.options import RunOptions
-from verify.record import Record, property_name
+from verify.record import NOT_RUN, Record, property_name
 from verify.report import RunFacts, describe_failure, describe_run, write
 from verify.report.page import write_page
 from verify.report.table import summary
-from verify.verdict import Verdict, opens_gate
-
-NOT_RUN = "it did not run to its end"
+from verify.verdict import Verdict
 
 
 class Listener:
@@ -114,7 +112,8 @@ class Collector:
         nothing."""
         missing = [name for name in self._expected if name not in self.records]
         for name in missing:
-            self._finish(self._unfinished(name))
+            if running := self._running(name):
+                self._finish(running)
         document = self._write(finished=not missing)
         write_page(self.options.report / "index.html", document)
         if session.exitstatus == pytest.ExitCode.OK and not document["opens_gate"]:
@@ -155,12 +154,13 @@ class Collector:
         for listener in self._listeners:
             listener.finished(record, text)
 
-    def _unfinished(self, name: str) -> Record:
+    def _running(self, name: str) -> Record | None:
+        """What is known of a property that is cut short in this process."""
         for plugin in self.config.pluginmanager.get_plugins():
             running = plugin.recorder if isinstance(plugin, Examiner) else None
             if running is not None and running.name == name:
                 return running.interrupted()
-        return Record(property=name, verdict=Verdict.UNKNOWN, reason=NOT_RUN)
+        return None
 
     def _add_rank_state(self, told: dict[str, list[str]]) -> None:
         for name, lines in told.items():

@@ -119,7 +119,14 @@ class Display(Listener):
             self.console.print(Text(report.longreprtext), soft_wrap=True)
         return (yield)
 
-    def pytest_internalerror(self, excrepr: object) -> None:
-        """Pytest or a plugin broke."""
+    @pytest.hookimpl(trylast=True)
+    def pytest_configure(self, config: pytest.Config) -> None:
+        """Take the place of pytest's terminal output."""
+        config.pluginmanager.unregister(name="terminalreporter")
+
+    def pytest_internalerror(self, excrepr: object, excinfo: pytest.ExceptionInfo[Any]) -> bool:
+        """Say that pytest or a plugin broke, in one line unless tracebacks are wanted."""
         self.stop()
-        print(f"shardproof: error: pytest broke:\n{excrepr}", file=sys.stderr)
+        what = f"\n{excrepr}" if self.tracebacks else f" {excinfo.exconly()}"
+        print(f"shardproof: error: pytest broke:{what}", file=sys.stderr)
+        return True

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ class Examiner:
         if reason := self.limits.excludes(case):
             recorder.left_out(reason)
             reject()
+        began = time.monotonic()
         try:
             if name not in CHECKS:
                 raise BadArgument(f"check: {name!r} is not one of {', '.join(CHECKS)}")
@@ -100,6 +102,8 @@ class Examiner:
             recorder.failed(mismatch)
             raise
         except Exception as error:
+            if recorder.skips_undecided(time.monotonic() - began):
+                reject()
             raise Undecided(error) from error
         else:
             recorder.checked(case)
@@ -112,7 +116,7 @@ class Examiner:
         return True if property_name(name) not in self.options.suites else None
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_call(self, item: pytest.Function) -> Iterator[None]:
+    def pytest_runtest_call(self, item: pytest.Function) -> Generator[None, object, object]:
         """Record every example of a property."""
         self._record = None
         self.recorder = recorder = Recorder(
@@ -135,9 +139,9 @@ class Examiner:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
-    ) -> Iterator[None]:
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Give the report its record, and a text that is about the failure and not about pytest."""
-        report: pytest.TestReport = yield
+        report = yield
         record = self._record_of(report, call)
         if record is None:
             return report

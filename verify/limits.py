@@ -44,7 +44,6 @@ def limits() -> Limits:
     return _Present.limits
 
 
-def set_limits(given: Limits) -> Limits:
-    """Change the limits of this process; the limits that held before."""
-    before, _Present.limits = _Present.limits, given
-    return before
+def set_limits(given: Limits) -> None:
+    """Change the limits of this process."""
+    _Present.limits = given

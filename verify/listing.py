@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -49,7 +50,8 @@ def print_suites() -> None:
             Text.assemble("\n" * bool(number), (suite.name, "bold"), f": {suite.summary}")
         )
         for name, summary in suite.properties.items():
-            console.print(Text.assemble(f"  {name}\n", (f"    {summary}", "dim")))
+            console.print(Text(f"  {name}"))
+            console.print(Padding(Text(summary, "dim"), (0, 0, 0, 4)))
 
 
 def print_replay(replay: Replay) -> int:

@@ -6,7 +6,7 @@ Needs no torch, so that a wrong option is told at once.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -91,7 +91,7 @@ class RunOptions:
         return given
 
 
-def _one_of(option: str, value: object, allowed: Iterable[str]) -> str:
+def _one_of(option: str, value: object, allowed: Collection[str]) -> str:
     if value not in allowed:
         raise BadArgument(f"{option}: {value!r} is not one of {', '.join(allowed)}")
     return str(value)

@@ -7,6 +7,7 @@ A pytest run uses it if its arguments name the package `properties` or its files
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def is_used(arguments: Sequence[str]) -> bool:
     """Whether arguments of pytest ask for the properties."""
-    pairs = zip(arguments, arguments[1:], strict=False)
+    pairs = pairwise(arguments)
     if f"-p{NAME}" in arguments or ("-p", NAME) in pairs:
         return True
     return any(_names_properties(each, arguments) for each in arguments)

@@ -5,6 +5,7 @@ examiner where properties run and the collector where the report is written.
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 
 import pytest
 
@@ -14,7 +15,7 @@ from verify.collector import Collector
 from verify.draws import use_profile
 from verify.errors import BadArgument, HarnessError
 from verify.examiner import Examiner
-from verify.limits import Limits, set_limits
+from verify.limits import Limits, limits, set_limits
 from verify.options import RunOptions
 from verify.pytest_plugin import NAME, PACKAGE
 from verify.suites import suite_names
@@ -42,11 +43,12 @@ def set_up(config: pytest.Config) -> None:
         world_size = _world_size(options, config)
     except (BadArgument, HarnessError) as error:
         raise pytest.UsageError(str(error)) from None
-    limits = Limits(world_size, options.lenses)
-    before, undo = set_limits(limits), use_profile(options)
-    config.add_cleanup(lambda: (set_limits(before), undo()) and None)
+    given_limits = Limits(world_size, options.lenses)
+    config.add_cleanup(partial(set_limits, limits()))
+    set_limits(given_limits)
+    config.add_cleanup(use_profile(options))
     if not _is_controller(config):
-        config.pluginmanager.register(Examiner(options, limits, config), EXAMINER)
+        config.pluginmanager.register(Examiner(options, given_limits, config), EXAMINER)
         config.pluginmanager.register(check_fixture)
     if not worker:
         config.pluginmanager.register(Collector(options, world_size, config), COLLECTOR)

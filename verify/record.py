@@ -5,6 +5,7 @@ Records are made where properties run and travel to where the report is written 
 
 from __future__ import annotations
 
+import builtins
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,9 @@ from typing import Any
 
 from verify.finding import Finding
 from verify.verdict import Verdict, worst
+
+# The reason of a verdict of which no more is known.
+NOT_RUN = "it did not run to its end"
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class Record:
 
     `examples` counts those up to the first failure; the rest are counts of those that were checked:
     `layouts` by their JSON text, `arithmetic` by lens and dtype, `options` by concept and value.
-    `left_out` counts what was drawn and could not be run here, by reason.
+    `left_out` counts what was drawn and could not be run here, by reason. `traceback` is that of an
+    error that no finding describes.
     """
 
     property: str
@@ -44,8 +49,9 @@ class Record:
     not_supported: tuple[Unsupported, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
+    traceback: str = ""
 
-    @property
+    @builtins.property
     def suite(self) -> str:
         """The suite that the property is in."""
         return self.property.partition(".")[0]
@@ -64,6 +70,7 @@ class Record:
             "not_supported": [vars(each) for each in self.not_supported],
             "left_out": dict(self.left_out),
             "findings": [finding.to_json() for finding in self.findings],
+            "traceback": self.traceback,
         }
 
     @staticmethod

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from traceback import format_exception
 
 from hypothesis.errors import Flaky, UnsatisfiedAssumption
 
@@ -14,9 +15,10 @@ from verify.errors import Mismatch, NotSupported
 from verify.finding import Finding
 from verify.layout import Layout
 from verify.record import Record, Unsupported, layout_key
-from verify.verdict import Verdict, judgement_of, worst
+from verify.verdict import Verdict, worst
 
 _REASONS = 20
+_UNDECIDED_SECONDS = 60.0
 
 
 class Undecided(BaseException):
@@ -39,6 +41,7 @@ class Recorder:
         self.examples = 0
         self.found: Finding | None = None
         self._failed = False
+        self._undecided_seconds = 0.0
         self._verdicts: set[Verdict] = set()
         self._layouts: Counter[str] = Counter()
         self._arithmetic: Counter[str] = Counter()
@@ -89,6 +92,12 @@ class Recorder:
             count, example = (known.count, known.example) if known else (0, str(case))
             self._not_supported[reason] = Unsupported(reason, count + 1, example)
 
+    def skips_undecided(self, seconds: float) -> bool:
+        """Whether an example that took `seconds` and could not be decided is passed over: in the
+        search for a smaller example, which it need not end, for a while."""
+        self._undecided_seconds += seconds
+        return self._failed and self._undecided_seconds < _UNDECIDED_SECONDS
+
     def left_out(self, reason: str) -> None:
         """A case was drawn that this run cannot check."""
         self._left_out[reason] += 1
@@ -108,6 +117,7 @@ class Recorder:
             not_supported=tuple(self._not_supported.values()),
             left_out=dict(self._left_out),
             findings=findings,
+            traceback=_traceback(error) if error is not None and not findings else "",
         )
 
     def interrupted(self) -> Record:
@@ -130,8 +140,9 @@ class Recorder:
         leaves = list(_leaves(error))
         findings = [e.finding for e in leaves if isinstance(e, Mismatch) and e.finding]
         if not findings and self.found:
-            told = f"it failed, and the search for a smaller example ended in: {_told(error)}"
-            return Verdict.FAILED, told, self._last()
+            told = "; ".join(map(_told, leaves))
+            reason = f"it failed, and the search for a smaller example ended: {told}"
+            return Verdict.FAILED, reason, self._last()
         unclear = [e for e in leaves if not (isinstance(e, Mismatch) and e.finding)]
         reasons = ["it does not fail every time that it is run"] * isinstance(error, Flaky)
         reason = "\n".join([*reasons, *map(_told, unclear)])
@@ -168,9 +179,12 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
+def _traceback(error: BaseException) -> str:
+    return "".join("".join(format_exception(leaf)) for leaf in _leaves(error))
+
+
 def _told(error: BaseException) -> str:
-    """What an error that carries no finding says: one of ours as it is, any other with the traceback."""
-    notes = getattr(error, "__notes__", [])
-    if isinstance(error, AssertionError | NotSupported):
-        return "\n".join([str(error) or type(error).__name__, *notes])
-    return judgement_of(error).reason.strip()
+    """What an error without a finding says, and Hypothesis' notes of the example, if any."""
+    said = str(error) if isinstance(error, AssertionError) else ""
+    said = said or f"{type(error).__name__}: {error}"
+    return "\n".join([said, *getattr(error, "__notes__", [])])

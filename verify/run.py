@@ -56,7 +56,7 @@ def _run(options: RunOptions, workers: str | None, debug: bool) -> int:
     display = Display(console_of_stdout(), options, tracebacks=debug)
     # Neither the settings of the repository that is checked, nor a cache in it.
     given = ["--pyargs", PACKAGE, "-c", os.devnull, f"--rootdir={Path.cwd()}"]
-    given += ["-p", "no:terminal", "-p", "no:cacheprovider", "--noconftest"]
+    given += ["-p", "no:cacheprovider", "--noconftest"]
     given += ["-vv"] * debug
     given += ["-n", workers, "--dist", "worksteal"] if workers not in (None, "0") else []
     try:

@@ -15,8 +15,8 @@ PACKAGE = "properties"
 
 @dataclass(frozen=True)
 class Suite:
-    """One file of properties: its name, the first line of its docstring, and its properties by name
-    with the first lines of theirs."""
+    """One file of properties: its name, the first paragraph of its docstring, and its properties by
+    name with the first paragraphs of theirs."""
 
     name: str
     summary: str
@@ -47,14 +47,14 @@ def _name(path: Path) -> str:
 
 def _read(path: Path) -> Suite:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    return Suite(_name(path), _first_line(tree), dict(_properties(tree)))
+    return Suite(_name(path), _first_paragraph(tree), dict(_properties(tree)))
 
 
 def _properties(tree: ast.Module) -> Iterator[tuple[str, str]]:
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            yield node.name.removeprefix("test_"), _first_line(node)
+            yield node.name.removeprefix("test_"), _first_paragraph(node)
 
 
-def _first_line(node: ast.Module | ast.FunctionDef) -> str:
-    return (ast.get_docstring(node) or "").partition("\n")[0]
+def _first_paragraph(node: ast.Module | ast.FunctionDef) -> str:
+    return " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())

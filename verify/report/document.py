@@ -90,12 +90,13 @@ def _failure(record: Record) -> dict[str, Any]:
         "reason": record.reason,
         "file": f"failures/{file_name(record.property)}" if record.findings else None,
         "findings": findings,
+        "traceback": record.traceback,
     }
 
 
 def _row(record: Record) -> dict[str, Any]:
     known = record.to_json()
-    del known["findings"]
+    del known["findings"], known["traceback"]
     arithmetic = known.pop("arithmetic")
     layouts = known.pop("layouts")
     del known["options"]

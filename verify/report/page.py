@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from verify.finding import LIKELY, Finding
 from verify.layout import Layout
+from verify.record import NOT_RUN
 from verify.report.files import write_text
 
 _AXES = ("cp", "dp", "pp", "ep")
@@ -61,7 +62,8 @@ def page(document: Mapping[str, Any], report: Path) -> str:
     return environment.get_template("page.html.j2").render(
         run=document,
         grids=grids(document["coverage"]["layouts"]),
-        failures=[_failure(each, report) for each in document["failures"]],
+        failures=[_failure(each, report) for each in document["failures"] if _has_run(each)],
+        unfinished=[each["property"] for each in document["failures"] if not _has_run(each)],
         counts=_counts(document),
         not_supported=[
             (row["property"], each)
@@ -101,6 +103,10 @@ def _cell(count: int, most: int) -> Cell:
         return Cell(0, 0)
     scale = (count.bit_length() - 1) / max(1, most.bit_length() - 1)
     return Cell(count, 1 + round(scale * (_SHADES - 1)))
+
+
+def _has_run(failure: Mapping[str, Any]) -> bool:
+    return failure["reason"] != NOT_RUN
 
 
 def _failure(failure: Mapping[str, Any], report: Path) -> dict[str, Any]:
