@@ -1,0 +1,52 @@
+"""What cannot be computed is refused: by an error, on every rank, that names the size or option.
+
+Laws: (1) a size that does not divide by tp is refused, also where some ranks would have enough; (2)
+options that do not go together are refused; (3) a value out of range is refused; (4) all ranks
+refuse, none waits for another. A case is valid but for one thing. Never is a wrong size or option
+computed silently.
+"""
+
+from __future__ import annotations
+
+from hypothesis import given
+
+from verify.case import Case
+from verify.examiner import CheckCase
+from verify.strategies import FAULTS, MAPPINGS, refusable_cases
+
+_MAPPINGS = tuple(concept for concept in MAPPINGS if concept in FAULTS)
+
+
+@given(case=refusable_cases(*_MAPPINGS))
+def test_a_dimension_that_does_not_divide(check: CheckCase, case: Case) -> None:
+    """Laws 1 and 4, of the mappings. Must catch: a division that rounds down and drops the rest."""
+    check("refusal", case)
+
+
+@given(case=refusable_cases("column_linear", "row_linear", faults="size"))
+def test_a_linear_layer_that_does_not_divide(check: CheckCase, case: Case) -> None:
+    """Laws 1 and 4: features, or a sequence to scatter. Must catch: a layer narrower than asked
+    for; a reduce-scatter of a sequence with a rest."""
+    check("refusal", case)
+
+
+@given(case=refusable_cases("vocab_embedding", "tp_mlp", faults="size"))
+def test_a_module_that_does_not_divide(check: CheckCase, case: Case) -> None:
+    """Laws 1 and 4: a vocabulary, a sequence to scatter, a hidden layer. Must catch: a vocabulary
+    that loses its last rows."""
+    check("refusal", case)
+
+
+@given(case=refusable_cases("column_linear", "row_linear", "vocab_embedding", faults="option"))
+def test_options_that_do_not_go_together(check: CheckCase, case: Case) -> None:
+    """Laws 2 and 4: gather_output, or an input that is not parallel, with sequence parallelism;
+    scatter without it. Must catch: an option that is accepted and ignored, or refused without
+    saying which."""
+    check("refusal", case)
+
+
+@given(case=refusable_cases("vocab_cross_entropy"))
+def test_a_smoothing_out_of_range(check: CheckCase, case: Case) -> None:
+    """Laws 3 and 4: one, above one, below zero. Must catch: a smoothing that is quietly left
+    out."""
+    check("refusal", case)
