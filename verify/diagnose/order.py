@@ -131,11 +131,16 @@ def gathered_along_another_dim(evidence: Evidence) -> Iterator[Explanation]:
             if evidence.full.shape[dim] % size:
                 continue
 
+            # Both are also asked of a rank's part, whose dimension need not divide.
             def joined(full: Tensor, dim: int = dim, size: int = size) -> Tensor:
+                if full.shape[dim] % size:
+                    return full.new_empty(0)
                 return torch.cat(full.chunk(size, dim), 0).reshape(full.shape)
 
             def cut(full: Tensor, dim: int = dim, size: int = size) -> Tensor:
                 narrow = [*full.shape]
+                if narrow[dim] % size:
+                    return full.new_empty(0)
                 narrow[dim] //= size
                 return torch.cat([p.reshape(narrow) for p in full.reshape(-1).chunk(size)], dim)
 

@@ -41,5 +41,6 @@ def find(target: str, name: str) -> Mutant:
     if name in known:
         return known[name]
     close = get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(close)}?" if close else f"its mutants are {', '.join(known)}"
+    nothing = f"none of its {len(known)} comes close; see verify/mutants"
+    hint = f"did you mean {', '.join(close)}?" if close else nothing
     raise BadArgument(f"target: {target} has no mutant {name!r}; {hint}")

@@ -58,6 +58,13 @@ MUTANTS = (
         ),
     ),
     _column(
+        name="column-gather-not-waited-for",
+        wrong="The gradient of the weight is taken of a sequence that is still being gathered.",
+        snippet="full = x if gathering is None else gathering.wait()",
+        replacement="full = x if gathering is None else gathering.result",
+        seen="TPL-08",
+    ),
+    _column(
         name="column-packed-memory",
         wrong="The input of the weight's gradient is read as if it lay packed in memory.",
         snippet=_ROWS,

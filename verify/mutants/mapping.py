@@ -11,7 +11,14 @@ _collective = partial(Mutant, family="mapping", module="impl.collectives")
 _partition = partial(Mutant, family="mapping", module="impl.partition")
 
 _COPY_BACKWARD = "return all_reduce(gradient, group=ctx.group), None"
-_REDUCE_BACKWARD = "        return gradient, None\n"
+_REDUCE = """\
+        return all_reduce(x, group=group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+"""
 _CHOICE = "mapping = _GatherForPartial if tensor_parallel_output_grad else _Gather"
 _FIRST = "first = dist.get_rank(group) * length"
 _SIDE_BY_SIDE = "return parts.movedim(0, dim).flatten(dim, dim + 1)"
@@ -36,8 +43,9 @@ MUTANTS = (
     _mapping(
         name="reduce-sums-the-gradient",
         wrong="Backward of the all-reduce is another one, so the gradient is tp times too large.",
-        snippet=_REDUCE_BACKWARD,
-        replacement="        return all_reduce(gradient, group=ctx.group), None\n",
+        snippet=_REDUCE,
+        replacement="        ctx.group = group\n"
+        + _REDUCE.replace("return gradient", "return all_reduce(gradient, group=ctx.group)"),
         caught_by=("reduce_from_tp",),
     ),
     _mapping(
@@ -100,6 +108,14 @@ MUTANTS = (
         replacement="out = x.to(torch.bfloat16).to(x.dtype).contiguous()",
         caught_by=("reduce_from_tp", "row_linear", "tp_mlp"),
         seen="FP8-04",
+    ),
+    _collective(
+        name="collective-not-waited-for",
+        wrong="The result of a collective is read before it is complete.",
+        snippet="            self.work.wait()\n",
+        replacement="            pass\n",
+        caught_by=("copy_to_tp", "gather_from_sp", "column_linear"),
+        seen="TPL-08",
     ),
     _partition(
         name="part-of-rank-modulo-size",

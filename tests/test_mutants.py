@@ -1,0 +1,272 @@
+"""The mechanism by which mutants are loaded, and that each is caught by what claims it."""
+
+from __future__ import annotations
+
+import dataclasses
+import linecache
+import sys
+import traceback
+from collections.abc import Iterator
+
+import pytest
+
+from verify.adversary import Adversary
+from verify.case import Case
+from verify.cluster import Cluster, open_cluster
+from verify.errors import BadArgument, HarnessError
+from verify.layout import Layout
+from verify.mutants import CATALOGUE, Mutant, find, import_mutated
+from verify.strategies import MAPPINGS
+from verify.targets import load_target
+from verify.verdict import Judgement, Verdict, judge
+
+MUTANTS = tuple(CATALOGUE["impl"].values())
+CHECKED_BY_HAND = ("NameError", "AttributeError", "ImportError", "SyntaxError", "UnboundLocalError")
+
+TP2, TP3, SP2, SP3 = (
+    Layout(tp=2),
+    Layout(tp=3),
+    *(Layout(tp=n, sequence_parallel=True) for n in (2, 3)),
+)
+STRIDED = Layout(tp=2, dp=2, order="dp-tp-cp-ep-pp")
+LATE = Adversary(late=True)
+
+SMALL = {"sequence": 6, "batch": 2}
+ACTIVATION = {**SMALL, "hidden": 12}
+LINEAR = {**SMALL, "in_features": 12, "out_features": 6}
+TOKENS = {**SMALL, "vocabulary": 6, "hidden": 4}
+LOGITS = {**SMALL, "vocabulary": 12}
+MLP = {**SMALL, "hidden": 4, "ffn": 6}
+
+
+def _case(concept: str, layout: Layout, shape: dict[str, int], lens: str, **options) -> Case:
+    dtype = "bfloat16" if lens == "native" else "float64"
+    return Case(
+        concept=concept, layout=layout, shape=shape, options=options, lens=lens, dtype=dtype
+    )
+
+
+def _mappings() -> Iterator[tuple[str, Case]]:
+    for concept in MAPPINGS:
+        for layout in (STRIDED, TP3):
+            yield "equivalence", _case(concept, layout, ACTIVATION, "fp64")
+        late = _case(concept, TP2, ACTIVATION, "exact")
+        yield "equivalence", dataclasses.replace(late, adversary=LATE)
+    whole = {"tensor_parallel_output_grad": False}
+    yield "equivalence", _case("gather_from_sp", TP2, ACTIVATION, "exact", **whole)
+    yield "refusal", _case("scatter_to_tp", TP2, {**ACTIVATION, "hidden": 7}, "fp64")
+
+
+def _linears() -> Iterator[tuple[str, Case]]:
+    for concept, own in (("column_linear", "gather_output"), ("row_linear", "input_is_parallel")):
+        turned = {own: own == "gather_output"}
+        for layout in (TP2, SP3):
+            for options in ({}, {"frozen_weight": True}, {"skip_bias_add": True}):
+                yield "equivalence", _case(concept, layout, LINEAR, "exact", **options)
+            yield "equivalence", _case(concept, layout, LINEAR, "fp64", strides="transposed")
+        late = _case(concept, SP2, LINEAR, "exact")
+        yield "equivalence", dataclasses.replace(late, adversary=LATE)
+        yield "equivalence", _case(concept, TP2, LINEAR, "exact", **turned)
+        yield "refusal", _case(concept, SP2, LINEAR, "fp64", **turned)
+        split = "out_features" if concept == "column_linear" else "in_features"
+        yield "refusal", _case(concept, TP2, {**LINEAR, split: 7}, "fp64")
+
+
+def _others() -> Iterator[tuple[str, Case]]:
+    for layout in (STRIDED, TP3, SP3):
+        yield "equivalence", _case("vocab_embedding", layout, TOKENS, "exact")
+        yield "equivalence", _case("tp_mlp", layout, MLP, "fp64")
+    yield "equivalence", _case("vocab_embedding", SP2, TOKENS, "exact", scatter=True)
+    yield "refusal", _case("vocab_embedding", TP2, {**TOKENS, "vocabulary": 7}, "fp64")
+    yield "refusal", _case("vocab_embedding", TP2, TOKENS, "fp64", scatter=True)
+    padded = {**LOGITS, "real_vocabulary": 3}
+    for layout in (STRIDED, TP3):
+        for options in ({}, {"ignored": True}, {"label_smoothing": 0.25}, {"magnitude": 1024}):
+            yield "equivalence", _case("vocab_cross_entropy", layout, LOGITS, "fp64", **options)
+        for options in ({}, {"label_smoothing": 0.25}):
+            options = {"mask_padding": True, **options}
+            yield "equivalence", _case("vocab_cross_entropy", layout, padded, "fp64", **options)
+    yield "equivalence", _case("vocab_cross_entropy", TP2, LOGITS, "native")
+    yield "refusal", _case("vocab_cross_entropy", TP2, LOGITS, "fp64", label_smoothing=1.0)
+    for layout in (
+        Layout(tp=2, cp=2, dp=2, order="cp-tp-ep-dp-pp"),
+        Layout(dp=2, pp=3),
+        Layout(tp=4, dp=2, ep=2, etp=2),
+        Layout(cp=8, hierarchical_cp=(2, 4)),
+        Layout(cp=2, dp=4, optimizer_instances=2),
+    ):
+        yield "groups", Case(concept="groups", layout=layout)
+
+
+CASES = (*_mappings(), *_linears(), *_others())
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with open_cluster("sim", world_size=8) as opened:
+        yield opened
+
+
+def _judged(target: str, concepts: tuple[str, ...], cluster: Cluster) -> Iterator[Judgement]:
+    for check, case in CASES:
+        if case.concept in concepts:
+            yield judge(check, case, target_name=target, cluster=cluster)
+
+
+@pytest.mark.parametrize("concept", sorted({case.concept for _, case in CASES}))
+def test_impl_passes_every_case(cluster, concept):
+    for judgement in _judged("impl", (concept,), cluster):
+        assert judgement.verdict is Verdict.PASSED, judgement.reason
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_every_mutant_is_caught_by_each_concept_that_claims_it(cluster, mutant):
+    for concept in mutant.caught_by:
+        judgements = list(_judged(f"impl@{mutant.name}", (concept,), cluster))
+        failed = [each for each in judgements if each.verdict is Verdict.FAILED]
+        assert failed, f"{concept} does not catch it: {[each.reason for each in judgements]}"
+        for each in judgements:
+            assert each.verdict in (Verdict.FAILED, Verdict.PASSED), each.reason
+            assert not any(name in each.reason for name in CHECKED_BY_HAND), each.reason
+
+
+def test_the_catalogue_is_coherent():
+    concepts = {case.concept for _, case in CASES}
+    assert len({mutant.wrong for mutant in MUTANTS}) == len(MUTANTS)
+    for mutant in MUTANTS:
+        assert mutant.caught_by
+        assert set(mutant.caught_by) <= concepts
+        assert mutant.wrong.endswith(".")
+        assert mutant.snippet != mutant.replacement
+
+
+def test_an_unknown_mutant_is_one_line_with_names_that_come_close():
+    for name, words in (
+        ("impl@row-bias-befor-sum", "did you mean row-bias-before-sum"),
+        ("impl@0", "none of its"),
+        ("impl@", "none of its"),
+        ("megatron-core@row-bias-before-sum", "targets that have are impl"),
+    ):
+        with pytest.raises(BadArgument, match=words) as caught:
+            load_target(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_mutant_leaves_the_target_as_it_is(cluster):
+    """In one process, and in both orders; the modules of the target are the same objects."""
+    load_target("impl")
+    before = {n: m for n, m in sys.modules.items() if n.startswith(("impl", "verify.targets"))}
+    mutated = load_target("impl@gradients-averaged")
+    after = {n: m for n, m in sys.modules.items() if n.startswith(("impl", "verify.targets"))}
+    assert before == after
+    assert sys.modules["verify.targets"].impl is before["verify.targets.impl"]
+    assert type(mutated) is not type(load_target("impl"))
+    assert load_target("impl@gradients-averaged") is mutated
+    case = _case("row_linear", SP2, LINEAR, "exact")
+    names = ("impl", "impl@gradients-averaged", "impl")
+    verdicts = [judge("equivalence", case, target_name=n, cluster=cluster).verdict for n in names]
+    assert verdicts == [Verdict.PASSED, Verdict.FAILED, Verdict.PASSED]
+
+
+def test_a_worker_process_needs_the_name_only():
+    case = _case("row_linear", TP2, LINEAR, "exact")
+    names = ("impl@row-bias-before-sum", "impl")
+    with open_cluster("process", world_size=2) as processes:
+        seen = [judge("equivalence", case, target_name=n, cluster=processes) for n in names]
+    assert [each.verdict for each in seen] == [Verdict.FAILED, Verdict.PASSED]
+    assert "bias is added 2 times" in " ".join(seen[0].reason.split())
+
+
+def test_a_crash_shows_the_mutated_source(cluster):
+    """The line is that of the mutant, in a file that is named after it."""
+    case = _case("vocab_embedding", TP2, TOKENS, "exact")
+    target = "impl@embedding-row-too-many"
+    reason = judge("equivalence", case, target_name=target, cluster=cluster).reason
+    assert "impl/embedding.py@embedding-row-too-many" in "".join(reason.split())
+
+
+# Two packages: one with the code, one that uses it, also late and by way of a third module.
+SOURCES = {
+    "code_of_hers/__init__.py": "",
+    "code_of_hers/sums.py": "def add(a, b):\n    return a + b\ndef fail():\n    raise OSError\n",
+    "code_of_hers/late.py": "def late(a, b):\n    from code_of_hers.sums import add\n"
+    "    return add(a, b)\n",
+    "user_of_hers.py": "from code_of_hers import late, sums\nadd, fail = sums.add, sums.fail\n",
+    "code_of_hers/other.py": "",
+}
+WRONG = Mutant(
+    name="minus",
+    family="sums",
+    wrong="It subtracts.",
+    module="code_of_hers.sums",
+    snippet="a + b",
+    replacement="a - b",
+    caught_by=("sums",),
+)
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    for path, source in SOURCES.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = dict(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - set(before):
+        del sys.modules[name]
+
+
+def test_any_package_can_be_mutated(packages):
+    private = import_mutated("user_of_hers", WRONG)
+    assert not any(name.startswith(("code_of_hers", "user_of_hers")) for name in sys.modules)
+    import user_of_hers
+
+    assert (private.add(5, 2), user_of_hers.add(5, 2)) == (3, 7)
+    assert (private.late.late(5, 2), user_of_hers.late.late(5, 2)) == (3, 7)
+    assert sys.modules["user_of_hers"] is user_of_hers
+    assert private.sums is not user_of_hers.sums
+
+
+def test_a_traceback_shows_the_mutated_source(packages):
+    private = import_mutated(
+        "user_of_hers", dataclasses.replace(WRONG, snippet="OSError", replacement="KeyError(1)")
+    )
+    with pytest.raises(KeyError) as caught:
+        private.fail()
+    linecache.checkcache()
+    text = "".join(traceback.format_exception(caught.value))
+    assert "code_of_hers/sums.py@minus" in text
+    assert "raise KeyError(1)" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"snippet": "a * b"}, "occurs 0 times in code_of_hers.sums"),
+        ({"snippet": "a"}, "times in code_of_hers.sums, not once"),
+        ({"module": "code_of_hers.other"}, "does not import a copy of code_of_hers.other"),
+    ],
+)
+def test_a_mutant_that_does_not_fit_is_the_harness_mistake(packages, change, words):
+    before = dict(sys.modules)
+    with pytest.raises(HarnessError, match=words):
+        import_mutated("user_of_hers", dataclasses.replace(WRONG, **change))
+    assert sys.modules == before
+
+
+def test_the_harness_itself_has_no_mutants(packages):
+    with pytest.raises(HarnessError, match=r"does not import a copy of verify\.layout"):
+        import_mutated("user_of_hers", dataclasses.replace(WRONG, module="verify.layout"))
+
+
+def test_a_mutant_that_cannot_be_imported_leaves_no_trace(packages):
+    before, finders = dict(sys.modules), list(sys.meta_path)
+    wrong = dataclasses.replace(WRONG, snippet="def fail():", replacement="def fail(:")
+    with pytest.raises(SyntaxError):
+        import_mutated("user_of_hers", wrong)
+    assert (sys.modules, sys.meta_path) == (before, finders)
+
+
+def test_find():
+    assert find("impl", MUTANTS[0].name) is MUTANTS[0]
