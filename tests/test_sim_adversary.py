@@ -250,7 +250,7 @@ def test_history(cluster, tmp_path):
         "broadcast",
     ]  # fmt: skip
     first = history.of(1)[0]
-    assert (first.group, first.tensors, first.sent) == ((0, 1, 2), ("float64 [4]",), 32)
+    assert (first.group, first.tensors, first.elements) == ((0, 1, 2), ("float64 [4]",), 4)
     assert first.site.endswith("in right")
     table = " ".join(history.table(1).split())
     assert "reduce_scatter_tensor 0,1,2 float64 [12] sum tests" in table

@@ -23,6 +23,10 @@ Kind = Literal[
     "value",  # not what the reference computes
     "copies",  # copies of one tensor differ between ranks
     "bits",  # two runs differ that must not
+    "masks",  # dropout masks that copies do not share, or parts do
+    "communication",  # more, less or something else was sent than promised
+    "memory",  # more was kept for backward than promised
+    "random state",  # a random generator was not left as promised
     "missing",  # a tensor or a gradient that should be there is not
     "unexpected",  # one is there that should not
     "shape",
@@ -193,6 +197,9 @@ _HEADLINES: Mapping[str, str] = {
     "deadlock": "no rank can go on",
     "collective": "members of a group issued collectives that do not fit each other",
     "contract": "the target's tensors are not those that the concept promises",
+    "communication": "what was communicated is not what the concept promises",
+    "memory": "more is kept for backward than the concept promises",
+    "random state": "random generators are not left as they would be without recomputation",
     "refusal": "the case must be refused on every rank with an error that names what is wrong",
     "groups": "the process groups are not those of the layout",
 }

@@ -63,6 +63,11 @@ class Problem:
     parameters: Mapping[str, Generated]
     upstream: Mapping[str, Generated]
 
+    def with_masks(self, masks: Mapping[str, Tensor]) -> Problem:
+        """The same with dropout masks (bool) among the inputs."""
+        given = {name: Generated(mask) for name, mask in masks.items()}
+        return Problem({**self.inputs, **given}, self.parameters, self.upstream)
+
     def whole(self) -> Problem:
         """The same without summands, for a single rank."""
         groups = (self.inputs, self.parameters, self.upstream)

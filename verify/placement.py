@@ -1,14 +1,15 @@
 """How a rank's local tensor relates to the full one.
 
-`Placements` maps the name of a layout axis to a placement; an axis that is not named holds replicas.
-Where two axes shard the same dimension, the one named first is the outer one. The words are those of
-torch DTensor, with `ZigzagShard` for load-balanced context parallelism.
+`Placements` maps the name of a layout axis to a placement; an axis that is not named holds
+replicas. Where two axes shard the same dimension, the one named first is the outer one. The words
+are those of torch DTensor, with `ZigzagShard` for load-balanced context parallelism.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -23,8 +24,8 @@ class Replicate:
 class Shard:
     """Rank i of n holds the i-th of n equal parts of dimension `dim`.
 
-    With `stride` s the dimension is first cut into s blocks and the i-th part of every block is held,
-    as for packed projections ([gate | up] has stride 2; Megatron's `partition_stride`).
+    With `stride` s the dimension is first cut into s blocks and the i-th part of every block is
+    held, as for packed projections ([gate | up] has stride 2; Megatron's `partition_stride`).
     """
 
     dim: int
@@ -48,7 +49,7 @@ Placements = Mapping[str, Placement]
 
 
 def pieces(length: int, placement: Shard | ZigzagShard, size: int) -> list[list[slice]]:
-    """For each of `size` ranks, the slices of a dimension of `length` that it holds, in local order.
+    """For each of `size` ranks, the slices of a dimension of `length` it holds, in local order.
 
     Raises ValueError where the length does not divide.
     """
@@ -58,7 +59,9 @@ def pieces(length: int, placement: Shard | ZigzagShard, size: int) -> list[list[
         needed = 2 * size
     else:
         chunk, rest = divmod(length, placement.stride * size)
-        order = [tuple(block * size + rank for block in range(placement.stride)) for rank in range(size)]
+        order = [
+            tuple(block * size + rank for block in range(placement.stride)) for rank in range(size)
+        ]
         needed = placement.stride * size
     if rest:
         raise ValueError(f"a dimension of {length} does not divide by {needed} ({placement})")
@@ -68,6 +71,23 @@ def pieces(length: int, placement: Shard | ZigzagShard, size: int) -> list[list[
 def _take(full: Tensor, dim: int, slices: list[slice]) -> Tensor:
     parts = [full.narrow(dim, s.start, s.stop - s.start) for s in slices]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def assemble(
+    shape: Sequence[int],
+    local: Mapping[int, Tensor],
+    placements: Placements,
+    sizes: Mapping[str, int],
+    coordinates: Mapping[int, Mapping[str, int]],
+) -> Tensor:
+    """The full tensor of which each rank of `local` holds its part; where ranks hold copies, the
+    last one's. `Partial` axes are taken for copies: sum them first."""
+    places = torch.arange(prod(shape)).view(tuple(shape))
+    first = next(iter(local.values()))
+    full = first.new_zeros(tuple(shape)).reshape(-1)
+    for rank, tensor in local.items():
+        full[shard(places, placements, sizes, coordinates[rank]).reshape(-1)] = tensor.reshape(-1)
+    return full.view(tuple(shape))
 
 
 def shard(

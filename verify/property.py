@@ -11,17 +11,22 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
+
 from verify.blame import Bench
 from verify.case import Case
 from verify.cluster.base import Cluster
+from verify.cluster.history import History
 from verify.compare import Comparison, Expectation, difference, same_bits
 from verify.diagnose import diagnose
-from verify.errors import HarnessError, Mismatch
+from verify.errors import BadArgument, HarnessError, Mismatch, NotSupported
 from verify.finding import Divergence
 from verify.group_laws import groups_check
 from verify.layout import Layout
 from verify.lens import check_fits, generate
+from verify.masks import Masks
 from verify.oracle.contract import Contract
+from verify.promises import kept_too_much, miscommunicated, promises_communication
 from verify.rank_program import Observation, Source, contract_of, observe
 from verify.reference import Reference
 from verify.refusal import refusal
@@ -39,14 +44,19 @@ class Check(Protocol):
 
 def equivalence(case: Case, *, target_name: str, cluster: Cluster) -> None:
     """Outputs, input gradients and parameter gradients of every rank are the reference's, and
-    copies on several ranks hold the same bits."""
+    copies on several ranks hold the same bits. Of dropouts: copies of a tensor are dropped alike,
+    different parts independently, at the right rate, and the reference is given the masks."""
     bench = Bench("equivalence", case, target_name, cluster)
     contract, ranks = _admit(bench)
-    expectations = {
-        replica: _expect(Reference(case, contract, generate(case, contract, ranks, replica)))
-        for replica in ranks.replicas
-    }
+    problems = {name: generate(case, contract, ranks, name) for name in ranks.replicas}
+    expectations = {}
+    if not contract.masks:
+        expectations = {n: _expect(Reference(case, contract, p)) for n, p in problems.items()}
     observations = bench.run(observe, target_name, case, world_size=case.layout.world_size)
+    masks = _masks(bench, contract, ranks, observations)
+    for name, problem in problems.items() if contract.masks else ():
+        given = problem.with_masks(masks.full(name))
+        expectations[name] = _expect(Reference(case, contract, given))
     _judge(bench, contract, ranks, expectations, observations)
 
 
@@ -55,6 +65,8 @@ def invariance(case: Case, *, target_name: str, cluster: Cluster) -> None:
     reference only calibrates: each of the two may be as far from it as equivalence allows."""
     bench = Bench("invariance", case, target_name, cluster)
     contract, ranks = _admit(bench)
+    if contract.masks:
+        raise BadArgument(f"case: {case} drops at random, which depends on the layout")
     alone = Layout(sequence_parallel=case.layout.sequence_parallel)
     whole = dataclasses.replace(case, layout=alone)
     bench.require_support(whole)
@@ -75,12 +87,63 @@ def determinism(case: Case, *, target_name: str, cluster: Cluster) -> None:
     first, second = (
         bench.run(observe, target_name, case, world_size=case.layout.world_size) for _ in range(2)
     )
-    names = [name for name in first[0].tensors if any(o.tensors[name] is not None for o in first)]
-    if not names:
-        raise HarnessError(f"determinism of {case}: there is no tensor to compare")
-    divergences = [d for name in names if (d := _changed(name, first, second, ranks))]
-    if divergences:
-        raise bench.mismatch("bits", divergences=tuple(divergences))
+    if divergences := _divergences(first, second, ranks, "in a second run of the same case"):
+        raise bench.mismatch("bits", divergences=divergences)
+
+
+def recomputation(case: Case, *, target_name: str, cluster: Cluster) -> None:
+    """The case gives every rank the bits that it gives without its option `recompute`: outputs,
+    gradients, dropout masks, and the random generators' states afterwards."""
+    bench = Bench("recomputation", case, target_name, cluster)
+    _, ranks = _admit(bench)
+    options = {name: value for name, value in case.options.items() if name != "recompute"}
+    if len(options) == len(case.options):
+        raise BadArgument(f"case.options: {case} has no recompute, so there is nothing to compare")
+    plain = dataclasses.replace(case, options=options)
+    first, second = (
+        bench.run(observe, target_name, each, world_size=case.layout.world_size)
+        for each in (plain, case)
+    )
+    if divergences := _divergences(first, second, ranks, "without recomputation"):
+        raise bench.mismatch("bits", divergences=divergences)
+    details = []
+    for rank, (one, other) in enumerate(zip(first, second, strict=True)):
+        if not all(map(torch.equal, one.masks, other.masks)):
+            details.append(f"rank {rank} draws other dropout masks in forward")
+        changed = [n for n, state in one.states.items() if not torch.equal(state, other.states[n])]
+        details += [
+            f"rank {rank}: the generator {name} is left in another state" for name in changed
+        ]
+    if details:
+        raise bench.mismatch("random state", details=tuple(details))
+
+
+def communication(case: Case, *, target_name: str, cluster: Cluster) -> None:
+    """Every rank communicates what the contract promises, in forward, in backward and to complete
+    gradients: these operations, over these groups, of this many elements, and nothing else."""
+    bench = Bench("communication", case, target_name, cluster)
+    contract, _ = _admit(bench)
+    if not promises_communication(contract):
+        raise BadArgument(f"case: {case} promises nothing about communication")
+    if cluster.name != "sim":
+        raise NotSupported(f"the cluster {cluster.name} keeps no history of communication")
+    history = History()
+    bench.run(observe, target_name, case, world_size=case.layout.world_size, history=history)
+    if details := miscommunicated(contract, case.layout, history):
+        raise bench.mismatch("communication", details=details)
+
+
+def memory(case: Case, *, target_name: str, cluster: Cluster) -> None:
+    """On every rank autograd keeps no more from forward to backward than the contract promises."""
+    bench = Bench("memory", case, target_name, cluster)
+    contract, _ = _admit(bench)
+    if contract.kept is None:
+        raise BadArgument(f"case: {case} promises nothing about memory")
+    observations = bench.run(observe, target_name, case, world_size=case.layout.world_size)
+    if not any(each.kept for each in observations) and contract.kept:
+        raise HarnessError(f"memory of {case}: autograd kept nothing, so nothing was seen")
+    if details := kept_too_much(contract, observations):
+        raise bench.mismatch("memory", details=details)
 
 
 def groups(case: Case, *, target_name: str, cluster: Cluster) -> None:
@@ -98,6 +161,9 @@ CHECKS: Mapping[str, Check] = {
     "equivalence": equivalence,
     "invariance": invariance,
     "determinism": determinism,
+    "recomputation": recomputation,
+    "communication": communication,
+    "memory": memory,
     "refusal": refusal,
     "groups": groups,
 }
@@ -154,8 +220,35 @@ def _judge(
         )
 
 
+def _masks(
+    bench: Bench, contract: Contract, ranks: RankMap, observations: Sequence[Observation]
+) -> Masks:
+    """The dropout masks of all ranks. Raises Mismatch where they break a law of masks."""
+    masks = Masks(contract, ranks, [each.masks for each in observations])
+    if wrong := masks.misshapen():
+        raise bench.mismatch("contract", details=(wrong,))
+    if divergences := masks.divergences():
+        raise bench.mismatch("masks", divergences=tuple(divergences))
+    return masks
+
+
+def _divergences(
+    first: Sequence[Observation], second: Sequence[Observation], ranks: RankMap, detail: str
+) -> tuple[Divergence, ...]:
+    """The tensors whose bits differ between two runs. Raises HarnessError if there are none."""
+    names = [name for name in first[0].tensors if any(o.tensors[name] is not None for o in first)]
+    if not names:
+        raise HarnessError(f"{ranks.layout}: there is no tensor to compare")
+    found = (_changed(name, first, second, ranks, detail) for name in names)
+    return tuple(each for each in found if each is not None)
+
+
 def _changed(
-    name: str, first: Sequence[Observation], second: Sequence[Observation], ranks: RankMap
+    name: str,
+    first: Sequence[Observation],
+    second: Sequence[Observation],
+    ranks: RankMap,
+    detail: str,
 ) -> Divergence | None:
     """How one tensor differs between two runs, on the first rank where it does."""
     pairs = [
@@ -173,13 +266,13 @@ def _changed(
     wrong = {"tensor": name, "rank": apart[0], "ranks": tuple(apart)}
     coordinates = ranks.coordinates[apart[0]]
     if one is None or other is None or one.shape != other.shape or one.dtype is not other.dtype:
-        detail = "has another shape or dtype, or is missing, in one of two runs"
-        return Divergence(kind="shape", coordinates=coordinates, detail=detail, **wrong)  # type: ignore[arg-type]
+        text = "has another shape or dtype, or is missing, in one of two runs"
+        return Divergence(kind="shape", coordinates=coordinates, detail=text, **wrong)  # type: ignore[arg-type]
     excess = difference(one, other)
     return Divergence(
         kind="bits",
         coordinates=coordinates,
-        detail="in a second run of the same case",
+        detail=detail,
         **wrong,  # type: ignore[arg-type]
         **vars(excess),
     )

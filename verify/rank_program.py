@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from verify import oracle
 from verify.case import Case
 from verify.cluster.base import RankFailure
+from verify.cluster.history import mark
 from verify.errors import BadArgument, Mismatch
 from verify.layout import Layout
 from verify.lens import Problem, dtype_of, generate, local
@@ -27,6 +28,7 @@ from verify.placement import Placements, shard
 from verify.replica import RankMap
 from verify.target import Session, Subject, Target
 from verify.targets import load_target
+from verify.watch import Watch
 
 _MARK = "shardproof: the target was "
 
@@ -36,10 +38,18 @@ Local = dict[str, Tensor | None]
 @dataclass(frozen=True)
 class Observation:
     """One rank's local tensors, by the names of `verify.reference.result_names` (and the gradients
-    of frozen parameters), and the placement of every parameter."""
+    of frozen parameters), and the placement of every parameter.
+
+    `masks` are the dropouts that the contract promises, `kept` the elements that autograd kept for
+    backward where it promises those, `states` the random generators' states after backward where
+    the subject tells them.
+    """
 
     tensors: Local
     placements: dict[str, Placements]
+    masks: tuple[Tensor, ...] = ()
+    kept: int = 0
+    states: dict[str, Tensor] = field(default_factory=dict)
 
 
 def contract_of(case: Case) -> Contract:
@@ -109,12 +119,20 @@ def observe(target_name: str, case: Case, source: Source | None = None) -> Obser
         with target_code("naming its parameters"):
             parameters = dict(subject.parameters())
         _load(parameters, given, ranks, rank, case, contract)
-        tensors = _run(subject, contract, given, ranks, rank, case)
+        watch = Watch(contract, [parameter for parameter, _ in parameters.values()])
+        tensors = _run(subject, contract, given, ranks, rank, case, watch)
         for name, (parameter, _) in parameters.items():
             tensors[f"grad {name}"] = parameter.grad
         placements: dict[str, Placements] = {n: dict(p) for n, (_, p) in parameters.items()}
-    detached = {n: None if t is None else t.detach() for n, t in tensors.items()}
-    return Observation(detached, placements)
+        states = _random_states(subject)
+    found = {n: None if t is None else t.detach().cpu() for n, t in tensors.items()}
+    return Observation(found, placements, tuple(watch.masks), watch.kept, states)
+
+
+def _random_states(subject: Subject) -> dict[str, Tensor]:
+    with target_code("telling its random states"):
+        tell = getattr(subject, "random_states", None)
+        return {} if tell is None else {name: state.cpu() for name, state in tell().items()}
 
 
 def _load(
@@ -156,6 +174,7 @@ def _run(
     ranks: RankMap,
     rank: int,
     case: Case,
+    watch: Watch,
 ) -> Local:
     """Outputs and input gradients. A gradient that autograd does not reach is None."""
     inputs = {
@@ -165,7 +184,8 @@ def _run(
     differentiable = [n for n, spec in contract.inputs.items() if spec.grad_placements is not None]
     for name in differentiable:
         inputs[name].requires_grad_()
-    with target_code("running forward"), torch.enable_grad():
+    mark("forward")
+    with target_code("running forward"), torch.enable_grad(), watch.forward():
         outputs = dict(subject.forward(dict(inputs)))
     upstream = {
         name: local(generated, contract.outputs[name].grad_placements or {}, ranks, rank, case)
@@ -180,11 +200,14 @@ def _run(
                     f" {list(gradient.shape)}"
                 )
     reached = [name for name in upstream if outputs[name].requires_grad]
+    mark("backward")
     if reached:
         with target_code("running backward"):
             torch.autograd.backward([outputs[n] for n in reached], [upstream[n] for n in reached])
+    mark("finish")
     with target_code("finishing its gradients"):
         subject.finish_gradients()
+    mark("")
     gradients = {f"grad {name}": inputs[name].grad for name in differentiable}
     return {name: outputs[name] for name in contract.outputs} | gradients
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,13 +11,34 @@ from typing import Any
 
 from verify.errors import BadArgument
 
+
+class _Present(threading.local):
+    """The phase that the calling rank is in."""
+
+    phase: str = ""
+
+
+_PRESENT = _Present()
+
+
+def mark(phase: str) -> None:
+    """From now on this rank's records belong to a phase of its program, as `forward`."""
+    _PRESENT.phase = phase
+
+
+def phase() -> str:
+    """The phase that this rank marked last."""
+    return _PRESENT.phase
+
+
 _COLUMNS = ("number", "operation", "group", "tensors", "settings", "site")
 
 
 @dataclass(frozen=True)
 class Record:
     """One call of one rank. `group` are global ranks; `tensors` are what is sent, or else what is
-    received, as `float32 [2, 3]`; `sent` counts the bytes sent; `site` is where it was called."""
+    received, as `float32 [2, 3]`; `elements` counts what is sent; `site` is the place of the call;
+    `phase` is what the program marked last."""
 
     number: int
     operation: str
@@ -24,7 +46,8 @@ class Record:
     tensors: tuple[str, ...]
     settings: str
     site: str
-    sent: int = 0
+    elements: int = 0
+    phase: str = ""
 
     @property
     def what(self) -> tuple[object, ...]:

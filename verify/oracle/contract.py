@@ -34,6 +34,26 @@ class TensorSpec:
     high: int | None = None
 
 
+@dataclass(frozen=True)
+class Mask:
+    """A dropout of the forward pass: the full shape of what it is applied to, how that lies on the
+    ranks (copies are dropped alike, parts independently), and its probability of dropping."""
+
+    shape: tuple[int, ...]
+    placements: Placements
+    p: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """A communication of one rank: an operation (all_gather, reduce_scatter, all_reduce,
+    all_to_all, broadcast, send, recv), the kind of its group, and how many elements it sends."""
+
+    operation: str
+    kind: str
+    elements: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Contract:
     """The promise of one concept at one case.
@@ -45,6 +65,12 @@ class Contract:
     generated, so that the exact lens applies. Parameters in `frozen` do not require gradients.
     `divided` names the sizes that the ranks of the axes share out equally, besides those that the
     placements cut.
+
+    `masks` are the dropouts of the forward pass in its order; `reference` gets what the candidate
+    kept of each, a bool tensor, among its inputs by the mask's name. `forward` and `backward` are
+    what every rank communicates, in any order, where that is promised (`finish` what completes
+    gradients); `kept` is the most elements that autograd keeps on a rank from forward to backward,
+    beside parameters.
     """
 
     inputs: Mapping[str, TensorSpec]
@@ -55,3 +81,8 @@ class Contract:
     linear: bool = False
     frozen: frozenset[str] = frozenset()
     divided: Mapping[str, int] = field(default_factory=dict)
+    masks: Mapping[str, Mask] = field(default_factory=dict)
+    forward: tuple[Step, ...] | None = None
+    backward: tuple[Step, ...] | None = None
+    finish: tuple[Step, ...] | None = None
+    kept: int | None = None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from verify.cluster.base import CollectiveMismatch, RankFailure
-from verify.cluster.history import History, Record
+from verify.cluster.history import History, Record, phase
 from verify.cluster.sim.callsite import CallSite, describe
 from verify.cluster.sim.collectives import KINDS, Misfit
 from verify.cluster.sim.scheduler import Run
@@ -352,7 +352,8 @@ def _note(history: History, channel: Channel, call: Call, peer: int | None) -> N
             tensors=tuple(shape_text(tensor) for tensor in tensors),
             settings=settings,
             site=describe(call.site),
-            sent=sum(tensor.numel() * tensor.element_size() for tensor in call.inputs),
+            elements=sum(tensor.numel() for tensor in call.inputs),
+            phase=phase(),
         )
     )
 

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from verify.cluster.base import Deadlock, RankFailure, RankFailures
+from verify.cluster.history import mark
 from verify.target import RankState
 
 _GRACE = 5.0
@@ -169,6 +170,7 @@ class Run:
     def execute(self, rank: int, program: Callable[[int], Any]) -> None:
         """What the thread of a rank does once its turn comes: the whole program."""
         mine = self._ranks[rank]
+        mark("")
         self._load([state.fresh() for state in self.states])
         try:
             if not self.stopping:

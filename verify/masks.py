@@ -1,0 +1,158 @@
+"""The dropout masks that a target draws: recorded, judged, and given to the reference.
+
+Every call of torch's dropout in forward is recorded on its rank, in order, as what was kept. So the
+reference can apply the same masks, whatever generator made them, and two laws can be told: ranks
+that hold copies of a tensor drop the same elements of it, ranks that hold different parts do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import log2
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from verify.finding import Divergence
+from verify.oracle.contract import Contract, Mask
+from verify.placement import Placements, Shard, ZigzagShard, assemble, shard
+from verify.replica import RankMap
+
+# Masks of different parts agree by chance once in 2**40 cases; a keep rate is this many standard
+# deviations off once in 10**11.
+_COINCIDENCE_BITS = 40
+_DEVIATIONS = 7.0
+
+
+class _Recording(TorchFunctionMode):
+    """Draws the mask of every dropout first, and then applies it as torch's dropout does."""
+
+    def __init__(self, masks: list[Tensor]) -> None:
+        super().__init__()
+        self._masks = masks
+
+    def __torch_function__(
+        self,
+        function: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = dict(kwargs or {})
+        if function not in (F.dropout, torch.dropout):
+            return function(*args, **given)
+        names = ("input", "p", "training" if function is F.dropout else "train", "inplace")
+        given |= dict(zip(names, args, strict=False))
+        p, active = given.get("p", 0.5), given.get(names[2], True)
+        if not active or p == 0.0:
+            return function(*args, **(kwargs or {}))
+        source = given["input"]
+        noise = F.dropout(torch.ones_like(source, requires_grad=False), p)
+        self._masks.append(noise != 0)
+        return source.mul_(noise) if given.get("inplace", False) else source * noise
+
+
+@contextmanager
+def recorded() -> Iterator[list[Tensor]]:
+    """While inside, the masks of this thread's dropouts, True where an element is kept. Nothing is
+    recorded of a dropout that drops nothing."""
+    masks: list[Tensor] = []
+    with _Recording(masks):
+        yield masks
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masks of all ranks, by rank and in the order of the contract's."""
+
+    contract: Contract
+    ranks: RankMap
+    found: Sequence[Sequence[Tensor]]
+
+    def misshapen(self) -> str | None:
+        """How the masks differ in number or shape from what the contract promises; else None."""
+        promised = self.contract.masks
+        for rank, masks in enumerate(self.found):
+            if len(masks) != len(promised):
+                names = ", ".join(promised) or "none"
+                return f"rank {rank} applies {len(masks)} dropouts; promised are {names}"
+            for mask, (name, spec) in zip(masks, promised.items(), strict=True):
+                wanted = self._cut(torch.empty(spec.shape, device="meta"), spec.placements, rank)
+                if mask.shape != wanted.shape:
+                    return (
+                        f"rank {rank} applies the dropout {name} to {list(mask.shape)}; its part is"
+                        f" {list(wanted.shape)}"
+                    )
+        return None
+
+    def divergences(self) -> list[Divergence]:
+        """Copies that drop different elements, parts that drop the same, and wrong keep rates."""
+        return [
+            each
+            for index, (name, spec) in enumerate(self.contract.masks.items())
+            for members in self.ranks.replicas.values()
+            for each in self._of(index, name, spec, members)
+        ]
+
+    def full(self, replica: str) -> dict[str, Tensor]:
+        """The masks of a replica as full tensors: the union of what its ranks drew."""
+        members = self.ranks.replicas[replica]
+        coordinates = {rank: self.ranks.coordinates[rank] for rank in members}
+        return {
+            name: assemble(
+                spec.shape,
+                {rank: self.found[rank][index] for rank in members},
+                spec.placements,
+                self.ranks.sizes,
+                coordinates,
+            )
+            for index, (name, spec) in enumerate(self.contract.masks.items())
+        }
+
+    def _of(self, index: int, name: str, spec: Mask, members: Sequence[int]) -> list[Divergence]:
+        together = self.ranks.alike(spec.placements, members)
+        for ranks in together:
+            first = self.found[ranks[0]][index]
+            for rank in ranks[1:]:
+                if not torch.equal(self.found[rank][index], first):
+                    text = f"drops other elements than on rank {ranks[0]}, which holds a copy"
+                    return [self._divergence(name, rank, text)]
+        parts = [(ranks[0], self.found[ranks[0]][index]) for ranks in together]
+        for i, (rank, mask) in enumerate(parts):
+            for other, theirs in parts[:i]:
+                if _telling(mask, spec.p) and torch.equal(mask, theirs):
+                    text = f"drops the same elements as on rank {other}, which holds another part"
+                    return [self._divergence(name, rank, text)]
+        kept = sum(int(mask.sum()) for _, mask in parts)
+        count = sum(mask.numel() for _, mask in parts)
+        spread = (count * spec.p * (1 - spec.p)) ** 0.5
+        if abs(kept - count * (1 - spec.p)) > _DEVIATIONS * spread + 1:
+            text = f"keeps {kept} of {count} elements; dropout is {spec.p}"
+            return [self._divergence(name, parts[0][0], text)]
+        return []
+
+    def _divergence(self, name: str, rank: int, text: str) -> Divergence:
+        sizes, coordinates = self.ranks.sizes, self.ranks.coordinates[rank]
+        return Divergence(
+            tensor=f"mask {name}",
+            kind="masks",
+            rank=rank,
+            coordinates={a: i for a, i in coordinates.items() if sizes[a] > 1},
+            ranks=(rank,),
+            detail=text,
+        )
+
+    def _cut(self, full: Tensor, placements: Placements, rank: int) -> Tensor:
+        split = {a: p for a, p in placements.items() if isinstance(p, Shard | ZigzagShard)}
+        return shard(full, split, self.ranks.sizes, self.ranks.coordinates[rank])
+
+
+def _telling(mask: Tensor, p: float) -> bool:
+    """Whether a mask is large enough for two of its kind not to agree by chance."""
+    agree = p * p + (1 - p) * (1 - p)
+    return -mask.numel() * log2(agree) >= _COINCIDENCE_BITS

@@ -1,0 +1,96 @@
+"""What a concept promises beside its results: what is communicated, and what is kept in memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from verify.cluster.history import History, Record
+from verify.layout import Layout
+from verify.oracle.contract import Contract, Step
+from verify.rank_program import Observation
+
+PHASES = ("forward", "backward", "finish")
+# By another name the same exchange.
+_FAMILIES = {
+    "all_gather_into_tensor": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "all_to_all_single": "all_to_all",
+}
+
+
+def promises_communication(contract: Contract) -> bool:
+    """Whether something is promised about communication."""
+    return any(getattr(contract, phase) is not None for phase in PHASES)
+
+
+def miscommunicated(contract: Contract, layout: Layout, history: History) -> tuple[str, ...]:
+    """For each phase, how what ranks communicated differs from what is promised, one line for every
+    set of ranks that differ alike. Groups of one rank communicate nothing."""
+    lines: dict[str, list[int]] = {}
+    for rank in range(layout.world_size):
+        for phase in PHASES:
+            promised = getattr(contract, phase)
+            if promised is None:
+                continue
+            wanted = _promised(promised, layout, rank)
+            found = _found(history.of(rank), phase, layout, rank)
+            if found != wanted:
+                wrong = _text(found - wanted, "too much") + _text(wanted - found, "missing")
+                lines.setdefault(f"in {phase}: {wrong[:-2]}", []).append(rank)
+    return tuple(
+        f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} {line}"
+        for line, ranks in lines.items()
+    )
+
+
+def kept_too_much(contract: Contract, observations: Sequence[Observation]) -> tuple[str, ...]:
+    """The ranks on which autograd keeps more elements than promised, one line each."""
+    if contract.kept is None:
+        return ()
+    return tuple(
+        f"rank {rank} keeps {each.kept} elements for backward; promised are at most {contract.kept}"
+        for rank, each in enumerate(observations)
+        if each.kept > contract.kept
+    )
+
+
+Counted = Counter[tuple[str, str, int]]
+
+
+def _promised(steps: Sequence[Step], layout: Layout, rank: int) -> Counted:
+    found: Counted = Counter()
+    for step in steps:
+        group = layout.group_of(step.kind, rank)
+        if group is not None and len(group) > 1 and step.elements:
+            found[step.operation, _kind(group, layout, rank), step.elements] += 1
+    return found
+
+
+def _found(records: Sequence[Record], phase: str, layout: Layout, rank: int) -> Counted:
+    found: Counted = Counter()
+    for record in records:
+        if record.phase != phase or len(record.group) == 1 or record.operation == "barrier":
+            continue
+        operation = _FAMILIES.get(record.operation, record.operation)
+        if operation != "recv" and record.elements:
+            found[operation, _kind(record.group, layout, rank), record.elements] += 1
+    return found
+
+
+def _kind(group: tuple[int, ...], layout: Layout, rank: int) -> str:
+    """The first kind of group of the layout that has these members."""
+    for kind in layout.kinds:
+        if layout.group_of(kind, rank) == group:
+            return kind
+    return f"ranks {', '.join(map(str, group))}"
+
+
+def _text(steps: Counted, what: str) -> str:
+    if not steps:
+        return ""
+    shown = [
+        f"{count} x {operation} of {elements} elements over {kind}"
+        for (operation, kind, elements), count in sorted(steps.items())
+    ]
+    return f"{what}: {', '.join(shown)}; "

@@ -1,0 +1,53 @@
+"""What a rank notes of the forward pass beside tensors: dropout masks, what autograd keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from verify.masks import recorded
+from verify.oracle.contract import Contract
+
+
+@dataclass
+class Watch:
+    """Notes what the contract promises something about, and nothing else.
+
+    `masks` are the dropouts in order; `kept` counts the elements of every storage that autograd
+    saved for backward, once each, but for those of `parameters`.
+    """
+
+    contract: Contract
+    parameters: Iterable[Tensor]
+    masks: list[Tensor] = field(default_factory=list)
+    _storages: dict[int, int] = field(default_factory=dict)
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """While inside, forward runs."""
+        with ExitStack() as stack:
+            if self.contract.masks:
+                self.masks = stack.enter_context(recorded())
+            if self.contract.kept is not None:
+                stack.enter_context(saved_tensors_hooks(self._keep, _unchanged))
+            yield
+
+    @property
+    def kept(self) -> int:
+        """The elements that autograd kept."""
+        own = {parameter.untyped_storage().data_ptr() for parameter in self.parameters}
+        return sum(count for place, count in self._storages.items() if place not in own)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self._storages[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+        # A tensor that keeps itself through its own grad_fn would never be freed.
+        return tensor.detach()
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
