@@ -36,12 +36,14 @@ class Pending:
         return self.result
 
 
-def start_all_reduce(x: Tensor, *, group: ProcessGroup) -> Pending:
-    """Begin the sum of `x` over the group: Partial to Replicate."""
+def start_all_reduce(
+    x: Tensor, *, group: ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Pending:
+    """Begin the sum of `x` over the group, or another reduction: Partial to Replicate."""
     if dist.get_world_size(group) == 1:
         return Pending(x, x)
     out = x.clone(memory_format=torch.contiguous_format)
-    return Pending(out, out, dist.all_reduce(out, group=group, async_op=True))
+    return Pending(out, out, dist.all_reduce(out, op=op, group=group, async_op=True))
 
 
 def start_all_gather(x: Tensor, *, group: ProcessGroup) -> Pending:
@@ -67,9 +69,11 @@ def start_reduce_scatter(x: Tensor, *, group: ProcessGroup) -> Pending:
     return Pending(out, sent, _reduce_scatter(out, sent, group=group, async_op=True))
 
 
-def all_reduce(x: Tensor, *, group: ProcessGroup) -> Tensor:
-    """The sum of `x` over the group: Partial to Replicate."""
-    return start_all_reduce(x, group=group).wait()
+def all_reduce(
+    x: Tensor, *, group: ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Tensor:
+    """The sum of `x` over the group, or another reduction: Partial to Replicate."""
+    return start_all_reduce(x, group=group, op=op).wait()
 
 
 def all_gather(x: Tensor, *, dim: int, group: ProcessGroup) -> Tensor:

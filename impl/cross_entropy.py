@@ -69,8 +69,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         ctx: Any, logits: Tensor, targets: Tensor, classes: _Classes, group: ProcessGroup
     ) -> Tensor:
         x = classes.masked(logits)
-        maximum = x.amax(-1)
-        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
+        maximum = all_reduce(x.amax(-1), op=dist.ReduceOp.MAX, group=group)
         x -= maximum.unsqueeze(-1)
         index, here = classes.local_targets(targets)
         of_target = x.gather(-1, index).squeeze(-1).where(here, 0.0)

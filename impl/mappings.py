@@ -20,8 +20,8 @@ what is Replicate because every rank needs it is Partial, as each rank knows its
 
 R is Replicate, S(d) is Shard(d) and P is Partial, over `group`. Activations are [sequence, ...,
 hidden], of any dtype. A dimension that must be split and does not divide raises ValueError on every
-rank before a collective begins. The first two are f and g of Shoeybi et al., arXiv:1909.08053; those
-of sequence parallelism are from Korthikanti et al., arXiv:2205.05198.
+rank before a collective begins. The first two are f and g of Shoeybi et al., arXiv:1909.08053;
+those of sequence parallelism are from Korthikanti et al., arXiv:2205.05198.
 """
 
 from __future__ import annotations

@@ -34,5 +34,6 @@ def split(x: Tensor, *, dim: int, group: ProcessGroup) -> Tensor:
 
     A copy, so that the full tensor can be freed. ValueError where the dimension does not divide.
     """
+    dim %= x.dim()
     part = part_of(x.shape[dim], group=group, name=f"x, dimension {dim}")
     return x.narrow(dim, part.start, len(part)).clone(memory_format=torch.contiguous_format)

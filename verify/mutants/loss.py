@@ -10,7 +10,7 @@ _mutant = partial(
     Mutant, family="loss", module="impl.cross_entropy", caught_by=("vocab_cross_entropy",)
 )
 
-_EXCHANGE = "        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)\n"
+_MAXIMUM = "maximum = all_reduce(x.amax(-1), op=dist.ReduceOp.MAX, group=group)"
 _HERE = "here = (targets >= self.part.start) & (targets < self.part.stop)"
 _UPSTREAM = "slope *= gradient.masked_fill(targets == classes.ignore_index, 0.0).unsqueeze(-1)"
 
@@ -18,20 +18,20 @@ MUTANTS = (
     _mutant(
         name="loss-local-maximum",
         wrong="The maximum is not exchanged, and the sums of exponentials have different units.",
-        snippet=_EXCHANGE,
-        replacement="",
+        snippet=_MAXIMUM,
+        replacement="maximum = x.amax(-1)",
     ),
     _mutant(
         name="loss-no-maximum",
         wrong="No maximum is subtracted, so that large logits overflow.",
-        snippet="        maximum = x.amax(-1)\n" + _EXCHANGE,
-        replacement="        maximum = torch.zeros_like(x[..., 0])\n",
+        snippet=_MAXIMUM,
+        replacement="maximum = torch.zeros_like(x[..., 0])",
     ),
     _mutant(
         name="loss-sum-of-maxima",
         wrong="The maxima are summed, so that large logits underflow.",
-        snippet="op=dist.ReduceOp.MAX, group=group",
-        replacement="group=group",
+        snippet=_MAXIMUM,
+        replacement="maximum = all_reduce(x.amax(-1), group=group)",
     ),
     _mutant(
         name="loss-first-class-lost",
