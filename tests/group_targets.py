@@ -1,51 +1,23 @@
-"""Targets that have process groups and nothing else: impl's, and wrong variants of them."""
+"""impl as a target, with its groups wrong in one way each."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
 
-import torch
 import torch.distributed as dist
 
-from impl.groups import Groups, build_groups
-from verify.case import Case
+from impl.groups import build_groups
 from verify.layout import Layout
-from verify.target import RankState
+from verify.targets import impl
+from verify.targets.impl import Session
 
 
-class Session:
-    def __init__(self, groups: Groups) -> None:
-        self.bundle = groups
-
-    def groups(self) -> Mapping[str, tuple[int, ...]]:
-        kinds = self.bundle.layout.kinds
-        return {kind: self.bundle.ranks(kind) for kind in kinds if self.bundle.group(kind)}
-
-    def probe(self, kind: str) -> list[int]:
-        mine = torch.tensor([dist.get_rank()])
-        everyone = [torch.empty_like(mine) for _ in range(self.bundle.size(kind))]
-        dist.all_gather(everyone, mine, group=self.bundle.group(kind))
-        return [int(rank) for rank in everyone]
-
-
-class Right:
-    """impl's groups."""
+class Right(impl.Target):
+    """impl; a subclass gives its groups another layout, or itself another session."""
 
     name = "groups"
     wrong = Session
-
-    def version(self) -> str:
-        return "0"
-
-    def stand_ins(self) -> tuple[str, ...]:
-        return ()
-
-    def supports(self, case: Case) -> str | None:
-        return None
-
-    def rank_state(self) -> tuple[RankState, ...]:
-        return ()
 
     def layout(self, layout: Layout) -> Layout:
         return layout
