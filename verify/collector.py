@@ -179,13 +179,12 @@ class Collector:
 
     def _write(self, *, finished: bool) -> dict[str, Any]:
         """Write what is known; until the end, what has not run yet is `unknown` too."""
-        waiting = [
-            Record(property=name, verdict=Verdict.UNKNOWN, reason=NOT_RUN)
+        waiting = {
+            name: Record(property=name, verdict=Verdict.UNKNOWN, reason=NOT_RUN)
             for name in self._expected
-            if name not in self.records
-        ]
-        known = [*self.records.values(), *waiting]
-        self._document = describe_run(self._facts(finished=finished), known)
+        }
+        known = {**waiting, **self.records}
+        self._document = describe_run(self._facts(finished=finished), list(known.values()))
         write(self.options.report / "report.json", self._document)
         return self._document
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from verify.limits import Limits
 from verify.options import RunOptions
 from verify.property import CHECKS
 from verify.record import Record, file_name, property_name
-from verify.recorder import Recorder, Undecided
+from verify.recorder import Recorder, Undecided, told
 from verify.targets import load_target
 from verify.verdict import Verdict
 
@@ -165,9 +166,9 @@ class Examiner:
         if not report.failed or call.excinfo is None:
             return None
         error = call.excinfo.value
-        known = isinstance(error, BadArgument)
-        reason = str(error) if known else report.longreprtext
-        return Record(property=name, verdict=Verdict.UNKNOWN, reason=reason)
+        reason = f"{report.when} ended in {told(error)}"
+        trace = "".join(format_exception(error))
+        return Record(property=name, verdict=Verdict.UNKNOWN, reason=reason, traceback=trace)
 
     def _tell_rank_state(self, report: pytest.TestReport) -> None:
         ask = getattr(load_target(self.options.target), "rank_state_report", None)

@@ -140,12 +140,12 @@ class Recorder:
         leaves = list(_leaves(error))
         findings = [e.finding for e in leaves if isinstance(e, Mismatch) and e.finding]
         if not findings and self.found:
-            told = "; ".join(map(_told, leaves))
-            reason = f"it failed, and the search for a smaller example ended: {told}"
+            why = "; ".join(map(told, leaves))
+            reason = f"it failed, and the search for a smaller example ended: {why}"
             return Verdict.FAILED, reason, self._last()
         unclear = [e for e in leaves if not (isinstance(e, Mismatch) and e.finding)]
         reasons = ["it does not fail every time that it is run"] * isinstance(error, Flaky)
-        reason = "\n".join([*reasons, *map(_told, unclear)])
+        reason = "\n".join([*reasons, *map(told, unclear)])
         false = any(isinstance(e, AssertionError) for e in leaves)
         return Verdict.FAILED if false else Verdict.UNKNOWN, reason, tuple(findings)
 
@@ -183,7 +183,7 @@ def _traceback(error: BaseException) -> str:
     return "".join("".join(format_exception(leaf)) for leaf in _leaves(error))
 
 
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     """What an error without a finding says, and Hypothesis' notes of the example, if any."""
     said = str(error) if isinstance(error, AssertionError) else ""
     said = said or f"{type(error).__name__}: {error}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+from verify.case import LENSES
 from verify.finding import LIKELY, Finding
 from verify.layout import Layout
 from verify.record import NOT_RUN
@@ -58,7 +59,7 @@ def page(document: Mapping[str, Any], report: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["seconds"] = _seconds
+    environment.filters |= {"seconds": _seconds, "lenses": _lenses}
     return environment.get_template("page.html.j2").render(
         run=document,
         grids=grids(document["coverage"]["layouts"]),
@@ -131,6 +132,14 @@ def _counts(document: Mapping[str, Any]) -> list[tuple[str, int]]:
     verdicts = [row["verdict"] for row in document["properties"]]
     order = ("failed", "unknown", "not supported", "passed")
     return [(name, verdicts.count(name)) for name in order if name in verdicts]
+
+
+def _lenses(arithmetic: list[str]) -> str:
+    """`exact, fp64, native bfloat16 float32`: only the lens `native` has a choice of dtypes."""
+    found: dict[str, set[str]] = {}
+    for lens, dtype in (each.split() for each in arithmetic):
+        found.setdefault(lens, set()).update({dtype} if lens == "native" else ())
+    return ", ".join(" ".join([lens, *sorted(found[lens])]) for lens in LENSES if lens in found)
 
 
 def _seconds(value: float) -> str:
