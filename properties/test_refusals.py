@@ -12,14 +12,22 @@ from hypothesis import given
 
 from verify.case import Case
 from verify.examiner import CheckCase
-from verify.strategies import FAULTS, MAPPINGS, refusable_cases
+from verify.strategies import refusable_cases
 
-_MAPPINGS = tuple(concept for concept in MAPPINGS if concept in FAULTS)
+_EXCHANGES = ("all_to_all_sp_to_hp", "all_to_all_hp_to_sp")
+_SPLITS = ("scatter_to_tp", "scatter_to_sp", "reduce_scatter_to_sp", "reduce_scatter_last_dim")
 
 
-@given(case=refusable_cases(*_MAPPINGS))
-def test_a_dimension_that_does_not_divide(check: CheckCase, case: Case) -> None:
+@given(case=refusable_cases(*_SPLITS))
+def test_a_split_that_does_not_divide(check: CheckCase, case: Case) -> None:
     """Laws 1 and 4, of the mappings. Must catch: a division that rounds down and drops the rest."""
+    check("refusal", case)
+
+
+@given(case=refusable_cases(*_EXCHANGES))
+def test_an_exchange_that_does_not_divide(check: CheckCase, case: Case) -> None:
+    """Laws 1 and 4, of all-to-all. Must catch: a rest that makes one chunk more than there are
+    ranks, and mixes them."""
     check("refusal", case)
 
 

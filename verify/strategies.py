@@ -178,22 +178,26 @@ def _arithmetic(case: Case, lenses: Sequence[Lens]) -> st.SearchStrategy[tuple[L
         names = NATIVE_DTYPES if lens == "native" else ("float64",)
         return st.tuples(st.just(lens), st.sampled_from(names))
 
-    return st.sampled_from(applicable).flatmap(dtypes)
+    # Three dtypes to one.
+    weighted = [*applicable, "native"] if "native" in applicable else applicable
+    return st.sampled_from(weighted).flatmap(dtypes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What makes a valid case one to refuse: a size that does not divide by tp, or the values of an
-    option. `sequence_parallel` and `given` are what the valid case must have for that."""
+    """What makes a valid case one to refuse: a size that does not divide by tp, the values of an
+    option, or sequence parallelism turned the other way. `sequence_parallel` and `given` are what
+    the valid case must have for that."""
 
     size: str = ""
     option: str = ""
     values: tuple[Option, ...] = ()
+    turned: bool = False
     sequence_parallel: tuple[bool, ...] = (False, True)
     given: Choices = dataclasses.field(default_factory=dict)
 
 
-_ON, _OFF = (True,), (False,)
+_ON = (True,)
 # Only what a rank can see of itself: it is given its part of a sequence, and of the logits, and
 # cannot tell whether another rank's part is as long.
 FAULTS: Mapping[str, tuple[Fault, ...]] = {
@@ -215,7 +219,7 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
     "vocab_embedding": (
         Fault("vocabulary"),
         Fault("sequence", sequence_parallel=_ON, given={"scatter": (True,)}),
-        Fault(option="scatter", values=(True,), sequence_parallel=_OFF),
+        Fault(turned=True, sequence_parallel=_ON, given={"scatter": (True,)}),
     ),
     "vocab_cross_entropy": (Fault(option="label_smoothing", values=(1.0, 1.5, -0.5)),),
     "tp_mlp": (Fault("ffn"),),
@@ -225,18 +229,18 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
 @st.composite
 def refusable_cases(draw: st.DrawFn, *concepts: str, faults: str = "") -> Case:
     """Cases that are valid but for one size or one option, on at least two tensor-parallel ranks,
-    and must be refused by every rank. `faults` is "size" or "option" to draw only those."""
+    and must be refused by every rank. `faults` is "size" or "option" to draw only those; sequence
+    parallelism counts as an option here."""
     found = [
         (concept, fault)
         for concept in concepts
         for fault in FAULTS[concept]
-        if not faults or getattr(fault, faults)
+        if faults in ("", "size" if fault.size else "option")
     ]
     concept, fault = draw(st.sampled_from(found))
     case = draw(
         cases(
             concept,
-            lenses=("fp64",),
             min_tp=2,
             sequence_parallel=fault.sequence_parallel,
             options={"strides": STRIDES[:1], **fault.given},
@@ -246,5 +250,9 @@ def refusable_cases(draw: st.DrawFn, *concepts: str, faults: str = "") -> Case:
         tp = case.layout.tp
         wrong = draw(st.integers(0, 2)) * tp + draw(st.integers(1, tp - 1))
         return dataclasses.replace(case, shape={**case.shape, fault.size: wrong})
+    if fault.turned:
+        flag = not case.layout.sequence_parallel
+        layout = dataclasses.replace(case.layout, sequence_parallel=flag)
+        return dataclasses.replace(case, layout=layout)
     value = draw(st.sampled_from(fault.values))
     return dataclasses.replace(case, options={**case.options, fault.option: value})

@@ -24,7 +24,8 @@ def column_linear(case: Case) -> Contract:
     backward all-reduce, or reduce-scatter); y and its upstream gradient Shard(-1), or Replicate
     with gather_output (forward all-gather, backward split). The output `bias` is Shard(0).
 
-    Raises BadArgument for gather_output with sequence parallelism, as Megatron does.
+    Raises BadArgument for gather_output with sequence parallelism: a whole output beside a split
+    input has no next layer to go to.
     """
     given = _switches(case)
     if given["gather_output"] and case.layout.sequence_parallel:

@@ -112,6 +112,8 @@ class Target:
             return f"{case.concept} has no option {', '.join(sorted(foreign))}"
         if case.concept == "vocab_cross_entropy":
             return _cross_entropy_lacks(case)
+        if reason := _means_something_else(case):
+            return reason
         if case.options.get("activation", "gelu") != "gelu":
             return f"no adapter for the activation {case.options['activation']}"
         return None
@@ -151,6 +153,16 @@ class Target:
                 state.save()
                 state.load(state.fresh())
                 torch.set_rng_state(generator)
+
+
+def _means_something_else(case: Case) -> str | None:
+    """Options that the contracts refuse beside each other, and megatron-core gives a meaning."""
+    parallel = case.layout.sequence_parallel
+    if case.options.get("scatter", False) and not parallel:
+        return "reduce_scatter_embeddings does not depend on sequence parallelism"
+    if case.options.get("gather_output", False) and parallel:
+        return "gather_output goes with sequence parallelism"
+    return None
 
 
 def _cross_entropy_lacks(case: Case) -> str | None:
