@@ -81,7 +81,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         if classes.share:
             loss -= classes.share * sums[0]
         ctx.classes = classes
-        ctx.save_for_backward(logits, targets, maximum, total)
+        # A copy, because `total` is a view that would keep all the terms.
+        ctx.save_for_backward(logits, targets, maximum, total.clone())
         loss = loss.masked_fill(targets == classes.ignore_index, 0.0)
         return loss.masked_fill(classes.invalid(targets), torch.nan)
 
@@ -91,8 +92,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         logits, targets, maximum, total = ctx.saved_tensors
         classes: _Classes = ctx.classes
         x = classes.masked(logits)
-        probabilities = x.sub_(maximum.unsqueeze(-1)).exp_().div_(total.unsqueeze(-1))
-        slope = probabilities
+        slope = x.sub_(maximum.unsqueeze(-1)).exp_().div_(total.unsqueeze(-1))  # p, so far
         slope[..., : classes.real] -= classes.share
         index, here = classes.local_targets(targets)
         slope.scatter_add_(-1, index, -classes.extra * here.to(slope.dtype).unsqueeze(-1))
