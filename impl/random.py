@@ -215,6 +215,7 @@ def _default_generator(device: torch.device) -> torch.Generator:
     if device.type == "cpu":
         return torch.default_generator
     if device.type == "cuda":
+        torch.cuda.init()
         index = torch.cuda.current_device() if device.index is None else device.index
         return torch.cuda.default_generators[index]
     raise ValueError(f"device: {device} has no default generator here; give a cpu or cuda device")
