@@ -6,29 +6,27 @@ contracts in `verify.oracle`; placements are read from the attributes of the par
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
 from torch.nn.functional import gelu
-from torch.nn.init import constant_
 
 from impl import mappings
 from impl.cross_entropy import vocab_parallel_cross_entropy
 from impl.embedding import VocabParallelEmbedding
-from impl.gradients import finish_sequence_parallel_gradients
 from impl.groups import Groups
 from impl.linear import ColumnParallelLinear, RowParallelLinear
 from impl.mlp import MLP
 from verify.case import Case
-from verify.placement import Placements
-from verify.targets.megatron_attributes import placements_of
-
-Tensors = Mapping[str, Tensor]
+from verify.targets.impl.subject import (
+    Builder,
+    ModuleSubject,
+    OperationSubject,
+    Tensors,
+    common,
+    switches,
+)
 
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "column_linear": ("bias", "gather_output", "skip_bias_add", "frozen_weight"),
@@ -41,65 +39,6 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": gelu}
 
 
-class ModuleSubject:
-    """A module whose `forward` is adapted by `call`."""
-
-    def __init__(self, module: Module, groups: Groups, call: Callable[[Tensors], Tensors]) -> None:
-        self.module, self._groups, self._call = module, groups, call
-
-    def parameters(self) -> Mapping[str, tuple[Parameter, Placements]]:
-        """Every parameter by its name, with the placement that its attributes say."""
-        return {
-            name: (parameter, placements_of(parameter))
-            for name, parameter in self.module.named_parameters()
-        }
-
-    def forward(self, inputs: Tensors) -> Tensors:
-        """Local inputs to local outputs."""
-        return self._call(inputs)
-
-    def finish_gradients(self) -> None:
-        """The sum over tp of gradients that each rank computed from its part of the sequence."""
-        finish_sequence_parallel_gradients(self.module.parameters(), group=self._groups.tp)
-
-
-class OperationSubject:
-    """An operation without parameters."""
-
-    def __init__(self, call: Callable[[Tensors], Tensors]) -> None:
-        self._call = call
-
-    def parameters(self) -> Mapping[str, tuple[Parameter, Placements]]:
-        """None."""
-        return {}
-
-    def forward(self, inputs: Tensors) -> Tensors:
-        """Local inputs to local outputs."""
-        return self._call(inputs)
-
-    def finish_gradients(self) -> None:
-        """No parameters, no gradients."""
-
-
-Builder = Callable[[Case, Groups], ModuleSubject | OperationSubject]
-
-
-def _common(case: Case, groups: Groups) -> dict[str, Any]:
-    """The arguments that every module takes. The harness writes all weights: one that it forgot
-    would be NaN."""
-    return {
-        "group": groups.tp,
-        "init": partial(constant_, val=math.nan),
-        "sequence_parallel": case.layout.sequence_parallel,
-        "dtype": getattr(torch, case.dtype),
-    }
-
-
-def _switches(case: Case, *names: str) -> dict[str, Any]:
-    """The options that the case names, as arguments; the others have the module's defaults."""
-    return {name: bool(case.options[name]) for name in names if name in case.options}
-
-
 def _linear(
     kind: type[ColumnParallelLinear] | type[RowParallelLinear],
     own_option: str,
@@ -110,8 +49,8 @@ def _linear(
     module = kind(
         case.shape["in_features"],
         out_features=case.shape["out_features"],
-        **_common(case, groups),
-        **_switches(case, "bias", "skip_bias_add", own_option),
+        **common(case, groups),
+        **switches(case, "bias", "skip_bias_add", own_option),
     )
     module.weight.requires_grad_(not case.options.get("frozen_weight", False))
 
@@ -128,7 +67,7 @@ def vocab_embedding(case: Case, groups: Groups) -> ModuleSubject:
         case.shape["vocabulary"],
         hidden=case.shape["hidden"],
         scatter_to_sequence=bool(case.options.get("scatter", False)),
-        **_common(case, groups),
+        **common(case, groups),
     )
     return ModuleSubject(module, groups, lambda inputs: {"y": module(inputs["tokens"])})
 
@@ -153,8 +92,8 @@ def tp_mlp(case: Case, groups: Groups) -> ModuleSubject:
         case.shape["hidden"],
         ffn=case.shape["ffn"],
         activation=ACTIVATIONS[str(case.options.get("activation", "gelu"))],
-        **_common(case, groups),
-        **_switches(case, "bias"),
+        **common(case, groups),
+        **switches(case, "bias"),
     )
     return ModuleSubject(module, groups, lambda inputs: {"y": module(inputs["x"])})
 
@@ -163,7 +102,7 @@ def gather_from_sp(case: Case, groups: Groups) -> OperationSubject:
     """`gather_from_sequence_parallel_region`, its backward a reduce-scatter or a split."""
     operation = partial(
         mappings.gather_from_sequence_parallel_region,
-        **_switches(case, "tensor_parallel_output_grad"),
+        **switches(case, "tensor_parallel_output_grad"),
     )
     return _mapping(operation, case, groups)
 
