@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -69,7 +70,7 @@ def _differences(name: str, cumulative: Tensor) -> tuple[int, ...]:
     found = cumulative.tolist()
     if cumulative.dim() != 1 or cumulative.is_floating_point() or not found or found[0] != 0:
         raise ValueError(f"{name}: {found} are not cumulative lengths; give integers from 0 on")
-    return tuple(after - before for before, after in zip(found, found[1:], strict=False))
+    return tuple(after - before for before, after in pairwise(found))
 
 
 @dataclass(frozen=True)

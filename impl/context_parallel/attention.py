@@ -1,0 +1,98 @@
+"""Attention over a sequence that is split over ranks, by any of the algorithms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from impl.context_parallel.all_gather import all_gather_attention
+from impl.context_parallel.hierarchical import hierarchical_attention
+from impl.context_parallel.mask import AttentionMask
+from impl.context_parallel.plan import ContextGroups, OnBlock, Plan
+from impl.context_parallel.ring import ring_attention
+from impl.context_parallel.ulysses import ulysses_attention
+from impl.context_parallel.zigzag import PackedSequences, Placement, chunks_by_rank
+
+CAUSAL = AttentionMask()
+
+
+class Algorithm(Protocol):
+    """How keys come to queries: local q, k, v to the local output, differentiable."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, plan: Plan) -> Tensor:
+        """[s, b, heads, d] and twice [s, b, kv_heads, d] to [s, b, heads, d]."""
+        ...
+
+
+ALGORITHMS: Mapping[str, Algorithm] = {
+    "all_gather": all_gather_attention,
+    "ring": ring_attention,
+    "ulysses": ulysses_attention,
+    "hierarchical": hierarchical_attention,
+}
+
+
+def context_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    algorithm: str,
+    groups: ContextGroups,
+    placement: Placement = "zigzag",
+    mask: AttentionMask = CAUSAL,
+    scale: float | None = None,
+    packed: PackedSequences | None = None,
+    on_block: OnBlock | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T, masked) v over the whole sequence, of which each rank has its chunks.
+
+    `q` is [sequence / cp, batch, heads, d], `k` and `v` are [sequence / cp, batch, kv_heads, d] (d
+    of v may be another); kv_heads divides heads. They, the output and all gradients lie over cp as
+    `placement` says: Shard(0), or ZigzagShard(0); with `packed`, so for each sequence, and a query
+    attends within its sequence. Padding takes no part: its output and its gradients are 0. `scale`
+    is 1 / sqrt(d) unless given. Over a tensor-parallel group heads may be Shard(2): each rank calls
+    this with its own. Sums are in float32 for dtypes narrower than that.
+
+    Blocks in which nothing is attended to are not computed; `on_block` is told of the others.
+    Collectives are those of the algorithm. Raises ValueError before any for shapes that do not fit
+    each other or the placement, and where the algorithm cannot do them.
+    """
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm: {algorithm!r} is not one of {', '.join(ALGORITHMS)}")
+    _check_shapes(q, k, v)
+    size = dist.get_world_size(groups.cp)
+    length = q.shape[0] * size
+    sequences = packed or PackedSequences((length,), (length,))
+    chunks = chunks_by_rank(sequences, size=size, placement=placement)
+    if sequences.total != length:
+        raise ValueError(
+            f"cu_seqlens_padded: ends at {sequences.total}, but {size} ranks with {q.shape[0]}"
+            f" tokens each have a sequence of {length}"
+        )
+    plan = Plan(
+        groups=groups,
+        chunks=chunks,
+        mask=mask,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        on_block=on_block,
+    )
+    # Copies of parts of a fused tensor, which is then not kept for backward.
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    return ALGORITHMS[algorithm](q, k, v, plan=plan)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if {q.dim(), k.dim(), v.dim()} != {4} or q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"{shapes}: give [sequence, batch, heads, d], d of q and k the same")
+    if k.shape[:3] != v.shape[:3] or q.shape[:2] != k.shape[:2]:
+        raise ValueError(f"{shapes}: sequence, batch and kv heads have to be the same")
+    if not k.shape[2] or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"kv_heads: {k.shape[2]} do not divide the {q.shape[2]} heads;"
+            " give heads as a multiple of kv_heads"
+        )

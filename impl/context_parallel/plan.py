@@ -1,0 +1,59 @@
+"""What a rank computes of an attention that is split over a sequence, whatever the algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from impl.context_parallel.mask import AttentionMask
+from impl.context_parallel.zigzag import Chunk, Chunks, side_by_side
+
+OnBlock = Callable[[Chunk, Chunk], None]
+"""Called in forward for every block that is computed, with its chunks of queries and of keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextGroups:
+    """The context-parallel group of this rank, and its levels, innermost first, where it has them.
+
+    `levels` are two: the inner ranks are neighbours in `cp`, the outer ones lie one from each set
+    of inner ranks, so that the index in `cp` is inner index + inner size * outer index.
+    """
+
+    cp: ProcessGroup
+    levels: tuple[ProcessGroup, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """`chunks` has, for each rank of `groups.cp`, what it holds of the sequence; `scale` multiplies
+    the scores before the softmax."""
+
+    groups: ContextGroups
+    chunks: tuple[Chunks, ...]
+    mask: AttentionMask
+    scale: float
+    on_block: OnBlock | None = None
+
+    def together(self, size: int) -> tuple[Chunks, ...]:
+        """The chunks of every `size` neighbours in one tensor, in the order of their ranks."""
+        neighbours = (self.chunks[i : i + size] for i in range(0, len(self.chunks), size))
+        return tuple(side_by_side([*chain.from_iterable(each)]) for each in neighbours)
+
+    def require_heads(self, *, heads: int, kv_heads: int, group: ProcessGroup, name: str) -> None:
+        """ValueError where the heads of this rank cannot be shared out to the ranks of a group."""
+        size = dist.get_world_size(group)
+        if heads % size:
+            raise ValueError(
+                f"algorithm: {name} shares {heads} heads out to {size} ranks;"
+                f" give a multiple of {size} heads for each tensor-parallel rank, or take ring"
+            )
+        if kv_heads % size and size % kv_heads:
+            raise ValueError(
+                f"algorithm: {name} shares {kv_heads} kv heads out to {size} ranks; one must divide"
+                f" the other, for each tensor-parallel rank, or take ring"
+            )
