@@ -193,7 +193,7 @@ class _Source:
     def input(self, name: str, spec: TensorSpec, ranks: RankMap) -> Generated:
         drawn = self.tensor(name, spec, spec.placements, ranks)
         magnitude = float(self.case.options.get("magnitude") or 1)
-        if spec.high is not None or magnitude == 1:
+        if not drawn.full.is_floating_point() or magnitude == 1:
             return drawn
         parts = None if drawn.parts is None else drawn.parts * magnitude
         return Generated(drawn.full * magnitude, parts)
@@ -201,6 +201,8 @@ class _Source:
     def tensor(
         self, name: str, spec: TensorSpec, placements: Placements | None, ranks: RankMap
     ) -> Generated:
+        if spec.values is not None:
+            return Generated(torch.tensor(spec.values).view(spec.shape))
         if spec.high is not None:
             return Generated(self._integers(name, spec.shape, spec.high))
         partial = any(isinstance(p, Partial) for p in (placements or {}).values())

@@ -8,7 +8,7 @@ are those of torch DTensor, with `ZigzagShard` for load-balanced context paralle
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -25,18 +25,24 @@ class Shard:
     """Rank i of n holds the i-th of n equal parts of dimension `dim`.
 
     With `stride` s the dimension is first cut into s blocks and the i-th part of every block is
-    held, as for packed projections ([gate | up] has stride 2; Megatron's `partition_stride`).
+    held, as for packed projections ([gate | up] has stride 2; Megatron's `partition_stride`). With
+    `lengths` the dimension is packed with sequences of these lengths, which are cut one by one.
     """
 
     dim: int
     stride: int = 1
+    lengths: tuple[int, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
 class ZigzagShard:
-    """Rank i of n holds chunks i and 2n-1-i of the 2n equal chunks of dimension `dim`."""
+    """Rank i of n holds chunks i and 2n-1-i of the 2n equal chunks of dimension `dim`.
+
+    With `lengths` the dimension is packed with sequences of these lengths, each cut by itself.
+    """
 
     dim: int
+    lengths: tuple[int, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,10 @@ Placements = Mapping[str, Placement]
 def pieces(length: int, placement: Shard | ZigzagShard, size: int) -> list[list[slice]]:
     """For each of `size` ranks, the slices of a dimension of `length` it holds, in local order.
 
-    Raises ValueError where the length does not divide.
+    Raises ValueError where the length, or that of a packed sequence, does not divide.
     """
+    if placement.lengths:
+        return _packed_pieces(length, placement, size)
     if isinstance(placement, ZigzagShard):
         chunk, rest = divmod(length, 2 * size)
         order: list[tuple[int, ...]] = [(rank, 2 * size - 1 - rank) for rank in range(size)]
@@ -66,6 +74,20 @@ def pieces(length: int, placement: Shard | ZigzagShard, size: int) -> list[list[
     if rest:
         raise ValueError(f"a dimension of {length} does not divide by {needed} ({placement})")
     return [[slice(i * chunk, (i + 1) * chunk) for i in indices] for indices in order]
+
+
+def _packed_pieces(length: int, placement: Shard | ZigzagShard, size: int) -> list[list[slice]]:
+    if sum(placement.lengths) != length:
+        raise ValueError(
+            f"a dimension of {length} is not packed with sequences of {list(placement.lengths)}"
+        )
+    found: list[list[slice]] = [[] for _ in range(size)]
+    first, alone = 0, replace(placement, lengths=())
+    for each in placement.lengths:
+        for mine, own in zip(found, pieces(each, alone, size), strict=True):
+            mine += [slice(first + piece.start, first + piece.stop) for piece in own]
+        first += each
+    return found
 
 
 def _take(full: Tensor, dim: int, slices: list[slice]) -> Tensor:

@@ -17,6 +17,7 @@ import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 from types import TracebackType
 
@@ -138,14 +139,17 @@ def _names_something(message: str, case: Case) -> bool:
 
 
 def _inputs(case: Case) -> Mapping[str, Tensor]:
-    """Zeros of the shapes that this rank would be given, divided as evenly as the sizes allow."""
+    """Zeros of the shapes that this rank would be given, divided as evenly as the sizes allow; the
+    integers that the contract gives."""
     contract = _contract_near(case)
     ranks, rank = RankMap(case.layout, contract.axes), dist.get_rank()
     found = {}
     for name, spec in contract.inputs.items():
-        full = torch.zeros(spec.shape, dtype=torch.int64)
+        fixed = (0,) * prod(spec.shape) if spec.values is None else spec.values
+        full = torch.tensor(fixed, dtype=torch.int64).view(spec.shape)
         part = _roughly(full, spec.placements, ranks, rank)
-        dtype = torch.int64 if spec.high is not None else getattr(torch, case.dtype)
+        integer = spec.high is not None or spec.values is not None
+        dtype = torch.int64 if integer else getattr(torch, case.dtype)
         found[name] = part.to(dtype, copy=True)
         if spec.grad_placements is not None:
             found[name].requires_grad_()

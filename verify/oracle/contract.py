@@ -25,13 +25,15 @@ class TensorSpec:
 
     For an input, `grad_placements` says how the gradient comes out; for an output, how the upstream
     gradient is given in. None: the tensor is not differentiable. `high` is set for integer tensors
-    (tokens, targets), drawn from 0 to high-1.
+    (tokens, targets), drawn from 0 to high-1; `values` for integer ones that are given as they are
+    (cumulative lengths).
     """
 
     shape: tuple[int, ...]
     placements: Placements = field(default_factory=dict)
     grad_placements: Placements | None = field(default_factory=dict)
     high: int | None = None
+    values: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
