@@ -15,10 +15,16 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
-from impl.partition import split
+from impl.partition import divide, split
 
 Initialiser = Callable[[Tensor], object]
 """Fills a full parameter in place, with the same values on every rank of the group."""
+
+
+def defer(values: Tensor) -> None:
+    """An initialiser that leaves the values, NaN, to `impl.initialise`. With it no rank makes the
+    full parameter."""
+    values.fill_(torch.nan)
 
 
 def sharded_parameter(
@@ -32,12 +38,19 @@ def sharded_parameter(
     """This rank's part, along `dim`, of a parameter of full `shape`.
 
     The values do not depend on the size of the group, because `init` fills the full parameter. It
-    is on every rank for a moment. ValueError where the dimension does not divide.
+    is on every rank for a moment, unless `init` is `defer`. ValueError where the dimension does not
+    divide.
     """
-    full = torch.empty(shape, dtype=dtype, device=device)
-    with torch.no_grad():
-        init(full)
-        part = split(full, dim=dim, group=group)
+    if init is defer:
+        lengths = list(shape)
+        lengths[dim] = divide(shape[dim], group=group, name=f"parameter, dimension {dim}")
+        part = torch.empty(lengths, dtype=dtype, device=device)
+        defer(part)
+    else:
+        full = torch.empty(shape, dtype=dtype, device=device)
+        with torch.no_grad():
+            init(full)
+            part = split(full, dim=dim, group=group)
     return _marked(part, tensor_model_parallel=True, partition_dim=dim, partition_stride=1)
 
 
