@@ -7,7 +7,8 @@ row cannot hide in a large tensor. In both, with u the unit roundoff of the case
     allowed = multiple * max(u * scale, deviation)
 
 `scale` is the norm of the reference there, and at least what a tensor of the full reference's root
-mean square would have, because a row whose terms cancel keeps the rounding errors of its terms.
+mean square would have, because a row whose terms cancel keeps the rounding errors of its terms; and
+what the contract says that these are at least, where all rows may cancel at once.
 
 `deviation` is what the reference itself does in the case's dtype: the largest distance from
 float64, in the same norm of the same part, of the plain run and of runs whose inputs, weights and
@@ -108,7 +109,8 @@ class Tolerance:
         multiple = self.slack * MULTIPLES[self.reference.case.lens]
         wrong, right = _rows(difference), _rows(expected)
         width = right.shape[1]
-        error, scale = _norms(wrong), _norms(right).clamp_min(self._rms_of(name) * width**0.5)
+        least = max(self._rms_of(name) * width**0.5, self._terms_of(name))
+        error, scale = _norms(wrong), _norms(right).clamp_min(least)
         deviated = torch.stack([torch.zeros_like(scale), *(_norms(each) for each in deviations)])
         bound = multiple * torch.maximum(roundoff * scale, deviated.amax(0))
         if bool((error > bound).any()):
@@ -127,6 +129,12 @@ class Tolerance:
             full = self.reference.results[name]
             self._rms[name] = float(full.norm()) / max(full.numel(), 1) ** 0.5
         return self._rms[name]
+
+    def _terms_of(self, name: str) -> float:
+        contract = self.reference.contract
+        results = {f"grad {each}": spec for each, spec in contract.inputs.items()}
+        results |= contract.outputs
+        return results[name].terms if name in results else 0.0
 
     def _deviations(self, name: str, disturbed: int) -> list[Tensor]:
         """The distances from float64 of the reference at the case's precision: of the plain run and

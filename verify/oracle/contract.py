@@ -26,7 +26,8 @@ class TensorSpec:
     For an input, `grad_placements` says how the gradient comes out; for an output, how the upstream
     gradient is given in. None: the tensor is not differentiable. `high` is set for integer tensors
     (tokens, targets), drawn from 0 to high-1; `values` for integer ones that are given as they are
-    (cumulative lengths).
+    (cumulative lengths). `terms` is the least norm of the terms of which a row of an output, or of
+    an input's gradient, is computed, where they cancel below what is measured.
     """
 
     shape: tuple[int, ...]
@@ -34,6 +35,7 @@ class TensorSpec:
     grad_placements: Placements | None = field(default_factory=dict)
     high: int | None = None
     values: tuple[int, ...] | None = None
+    terms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,11 @@ class Contract:
     and other weights. `linear` says that outputs and gradients are sums of products of what is
     generated, so that the exact lens applies. Parameters in `frozen` do not require gradients.
     `divided` names the sizes that the ranks of the axes share out equally, besides those that the
-    placements cut.
+    placements cut; of those named in `over` it is the ranks of these axes only.
+
+    `settle`, where a result depends on decisions (which scores are the largest), is given the
+    inputs and parameters as drawn, and returns inputs of which no rounding error can turn one:
+    otherwise neither a candidate nor the reference's own error could be told from a wrong result.
 
     `masks` are the dropouts of the forward pass in its order; `reference` gets what the candidate
     kept of each, a bool tensor, among its inputs by the mask's name. `forward` and `backward` are
@@ -83,6 +89,8 @@ class Contract:
     linear: bool = False
     frozen: frozenset[str] = frozenset()
     divided: Mapping[str, int] = field(default_factory=dict)
+    over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    settle: Callable[[Tensors, Tensors], Tensors] | None = None
     masks: Mapping[str, Mask] = field(default_factory=dict)
     forward: tuple[Step, ...] | None = None
     backward: tuple[Step, ...] | None = None

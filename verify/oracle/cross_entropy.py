@@ -13,6 +13,9 @@ loss and all of their gradient are zero.
 Whatever the dtype of the logits, all of it is computed in float32, and the loss is float32, as
 megatron-core's `vocab_parallel_cross_entropy` does (its first step is `logits.float()`); only
 float64 stays float64. The gradient has the dtype of the logits.
+
+Where the target is all but certain, the loss is the logarithm of a sum just above 1, and its
+gradient the difference of two numbers near 1: both have the rounding errors of 1.
 """
 
 from __future__ import annotations
@@ -52,12 +55,16 @@ def vocab_cross_entropy(case: Case) -> Contract:
     return Contract(
         inputs={
             "logits": TensorSpec(
-                (sequence, batch, vocabulary), {"tp": Shard(-1)}, {"tp": Shard(-1)}
+                (sequence, batch, vocabulary), {"tp": Shard(-1)}, {"tp": Shard(-1)}, terms=1.0
             ),
             "targets": TensorSpec((sequence, batch), grad_placements=None, high=real),
         },
         parameters={},
-        outputs={"loss": TensorSpec((sequence, batch), {"tp": Replicate()}, {"tp": Replicate()})},
+        outputs={
+            "loss": TensorSpec(
+                (sequence, batch), {"tp": Replicate()}, {"tp": Replicate()}, terms=1.0
+            )
+        },
         reference=lambda inputs, parameters: {
             "loss": loss_of(inputs["logits"], inputs["targets"], classes, smoothing)
         },
