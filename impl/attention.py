@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,19 +18,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
-from torch.nn import functional as F
 from torch.nn.init import zeros_
 
+from impl.dropout import check_probability
+from impl.dropout import dropout as dropped
 from impl.linear import ColumnParallelLinear, RowParallelLinear
 from impl.mappings import all_gather_last_dim_from_tensor_parallel_region
 from impl.masking import alibi_bias, alibi_slopes, allowed_pairs, last_positions
 from impl.parameters import Initialiser, sharded_parameter
 from impl.partition import divide
+from impl.random import Stream
 
 Core = Callable[..., Tensor]
 """core(q, k, v, **arguments) to [queries, batch, heads, e], of this rank's heads."""
-Stream = Callable[[], AbstractContextManager[object]]
-"""Within it, random numbers come from a stream of its own."""
 PerHead = Callable[[Tensor], Tensor]
 """Of [sequence, batch, heads, d], to the same shape."""
 
@@ -72,9 +72,7 @@ def attention(
     key, value = _by_head(k).flatten(0, 1), _by_head(v).flatten(0, 1)
     scores = (query @ key.transpose(1, 2)).view(batch, heads, queries, keys)
     shares = _shares(scores, allowed, bias, sink, layer_number).to(q.dtype)
-    if dropout:
-        with dropout_stream():
-            shares = F.dropout(shares, dropout)
+    shares = dropped(shares, p=dropout, stream=dropout_stream)
     out = (shares.view(*grouped, keys) @ value).view(batch, heads, queries, -1)
     if allowed is not None:
         out = out.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
@@ -115,11 +113,11 @@ def _shares(
 class CoreAttention(Module):
     """Attention of this rank's heads, out of `heads` over the group.
 
-    `causal` attends to keys up to the query's position, `window` to those at most that far from
-    it, before and, unless causal, after. The queries are the last of the keys' positions. `alibi`
-    biases by distance (`impl.masking`). `sink` gives each head a learnable one, [heads] Shard(0).
-    `scale` is 1 / sqrt(d) unless given. `layer_number`, from 1 in the whole model and not in one
-    pipeline stage, turns on the scaling of queries and keys by it. Dropout draws from
+    `causal` attends to keys up to the query's position, `window` to so many keys that end, or
+    unless causal also begin, at the query's own. The queries are the last of the keys' positions.
+    `alibi` biases by distance (`impl.masking`). `sink` gives each head a learnable one, [heads]
+    Shard(0). `scale` is 1 / sqrt(d) unless given. `layer_number`, from 1 in the whole model and not
+    in one pipeline stage, turns on the scaling of queries and keys by it. Dropout draws from
     `dropout_stream`, which must differ on ranks of the group, because they have different heads.
 
     Communicates nothing. ValueError for heads that do not divide by the size of the group, and for
@@ -146,12 +144,11 @@ class CoreAttention(Module):
     ) -> None:
         super().__init__()
         self.heads = divide(heads, group=group, name="heads")
-        if window is not None and window < 0:
-            raise ValueError(f"window: {window} is below 0; give 0 for the query's own key only")
+        if window is not None and window < 1:
+            raise ValueError(f"window: {window} is below 1; give 1 for the query's own key only")
         if layer_number is not None and layer_number < 1:
             raise ValueError(f"layer_number: {layer_number} is below 1; layers count from 1")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout: {dropout} is not a probability from 0 to below 1")
+        check_probability(dropout, name="dropout")
         self.causal, self.window, self.scale = causal, window, scale
         self.layer_number = layer_number or 1
         self.dropout, self.dropout_stream = dropout, dropout_stream

@@ -29,13 +29,13 @@ def allowed_pairs(
 ) -> Tensor | None:
     """Bool [queries, keys], True where the query may attend to the key; None where all may.
 
-    `causal` allows keys up to the query's own position, `window` those at most that far from it.
+    `causal` allows keys up to the query's own position, `window` those less than that far from it.
     """
     if not causal and window is None:
         return None
     distance = queries[:, None] - keys[None, :]
     allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    return allowed if window is None else allowed & (distance.abs() <= window)
+    return allowed if window is None else allowed & (distance.abs() < window)
 
 
 def alibi_slopes(heads: int, *, group: ProcessGroup) -> Tensor:

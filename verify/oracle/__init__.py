@@ -7,12 +7,15 @@ is shared with an implementation.
 from collections.abc import Callable
 
 from verify.case import Case
+from verify.oracle.attention import core_attention
 from verify.oracle.contract import Contract
 from verify.oracle.cross_entropy import vocab_cross_entropy
 from verify.oracle.embedding import vocab_embedding
+from verify.oracle.latent_attention import latent_attention
 from verify.oracle.linear import column_linear, row_linear
 from verify.oracle.mappings import MAPPINGS
 from verify.oracle.mlp import tp_mlp
+from verify.oracle.self_attention import self_attention
 
 CONTRACTS: dict[str, Callable[[Case], Contract]] = {
     **MAPPINGS,
@@ -21,6 +24,9 @@ CONTRACTS: dict[str, Callable[[Case], Contract]] = {
     "vocab_embedding": vocab_embedding,
     "vocab_cross_entropy": vocab_cross_entropy,
     "tp_mlp": tp_mlp,
+    "core_attention": core_attention,
+    "self_attention": self_attention,
+    "latent_attention": latent_attention,
 }
 
 __all__ = ["CONTRACTS"]

@@ -39,6 +39,35 @@ def switches(case: Case, defaults: Mapping[str, bool]) -> dict[str, bool]:
     return {name: bool(value) for name, value in found.items()}
 
 
+def whole_number(case: Case, name: str, *, least: int) -> int | None:
+    """An option that is a whole number from `least` up, or None where the case leaves it out.
+
+    Raises BadArgument for anything else.
+    """
+    value = case.options.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise BadArgument(f"case.options.{name}: {value!r} is no whole number from {least} up")
+    return value
+
+
+def number(case: Case, name: str, *, least: float, below: float | None = None) -> float | None:
+    """An option that is a number from `least` to below `below`, or None where it is left out.
+
+    Raises BadArgument for anything else.
+    """
+    value = case.options.get(name)
+    if value is None:
+        return None
+    allowed = f"a number from {least}" + ("" if below is None else f" to below {below}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadArgument(f"case.options.{name}: {value!r} is not {allowed}")
+    if not least <= value or (below is not None and value >= below):
+        raise BadArgument(f"case.options.{name}: {value!r} is not {allowed}")
+    return float(value)
+
+
 def known_options(case: Case, *names: str) -> None:
     """Raise BadArgument for an option that is neither of these nor the harness's own."""
     if foreign := sorted(set(case.options) - {*names, *HARNESS_OPTIONS}):

@@ -19,6 +19,7 @@ from impl.groups import Groups
 from impl.linear import ColumnParallelLinear, RowParallelLinear
 from impl.mlp import MLP
 from verify.case import Case
+from verify.targets.impl import attention
 from verify.targets.impl.subject import (
     Builder,
     ModuleSubject,
@@ -35,6 +36,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "vocab_cross_entropy": ("label_smoothing", "ignored", "mask_padding"),
     "tp_mlp": ("bias", "activation"),
     "gather_from_sp": ("tensor_parallel_output_grad",),
+    **attention.OPTIONS,
 }
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": gelu}
 
@@ -131,4 +133,5 @@ BUILDERS: Mapping[str, Builder] = {
     "tp_mlp": tp_mlp,
     "gather_from_sp": gather_from_sp,
     **{concept: partial(_mapping, operation) for concept, operation in _OPERATIONS.items()},
+    **attention.BUILDERS,
 }
