@@ -132,10 +132,12 @@ class Reference:
     def _may_vanish(self) -> bool:
         """Whether something in the case explains results that are all zero."""
         options = self.case.options
-        # Large logits make a softmax that is exactly one and zeros.
-        asked = options.get("zeros") or options.get("ignored") or options.get("magnitude", 1) != 1
+        # Large logits make a softmax that is exactly one and zeros; small tensors may be dropped
+        # or padding as a whole.
+        asked = any(options.get(name) for name in ("zeros", "ignored", "padding"))
+        asked = asked or bool(self.contract.masks) or options.get("magnitude", 1) != 1
         classes = [spec.high for spec in self.contract.inputs.values() if spec.high is not None]
-        return bool(asked) or any(high == 1 for high in classes)
+        return asked or any(high == 1 for high in classes)
 
     def _check_exact(self) -> None:
         """The results of the absolute values of everything bound every partial sum of the real
