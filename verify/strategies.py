@@ -130,15 +130,22 @@ def cases(
     case = Case(concept=concept, layout=layout, shape=draw(_shapes(concept, layout)))
     for option, values in {**OPTIONS.get(concept, {}), **_BY_THE_HARNESS}.items():
         wanted = options.get(option, values)
-        changes = [_with_option(case, option, value, default=values[0]) for value in wanted]
+        changes = [with_option(case, option, value, default=values[0]) for value in wanted]
         valid = [changed for changed in changes if contract_or_none(changed) is not None]
         assume(valid)
         case = draw(st.sampled_from(valid))
+    return draw(completed(case, lenses))
+
+
+@st.composite
+def completed(draw: st.DrawFn, case: Case, lenses: Sequence[Lens] = LENSES) -> Case:
+    """The case, its concept, layout, sizes and options, with all else that a case has."""
     lens, dtype = draw(_arithmetic(case, lenses))
     return dataclasses.replace(case, lens=lens, dtype=dtype, seed=draw(st.integers(0, MAX_SEED)))
 
 
-def _with_option(case: Case, option: str, value: Option, *, default: Option) -> Case:
+def with_option(case: Case, option: str, value: Option, *, default: Option) -> Case:
+    """The case with an option, which is left out where it is at its default."""
     if value == default:
         return case
     return dataclasses.replace(case, options={**case.options, option: value})
