@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from impl.random import Stream
 
 
-def check_probability(p: float, *, name: str = "p") -> None:
+def check_probability(p: float, *, name: str = "dropout, p") -> None:
     """Raise ValueError unless `p`, called `name`, is a probability below 1."""
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{name}: {p} is not a probability from 0 to below 1")

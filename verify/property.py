@@ -31,6 +31,7 @@ from verify.rank_program import Observation, Source, contract_of, observe
 from verify.reference import Reference
 from verify.refusal import refusal
 from verify.replica import RankMap
+from verify.stream_laws import streams
 from verify.tolerance import Tolerance
 
 
@@ -166,6 +167,7 @@ CHECKS: Mapping[str, Check] = {
     "memory": memory,
     "refusal": refusal,
     "groups": groups,
+    "streams": streams,
 }
 
 

@@ -8,13 +8,17 @@ from collections.abc import Callable
 
 from verify.case import Case
 from verify.oracle.attention import core_attention
+from verify.oracle.context import context_attention, context_split
+from verify.oracle.context_block import context_attention_block
 from verify.oracle.contract import Contract
 from verify.oracle.cross_entropy import vocab_cross_entropy
+from verify.oracle.dropout import dropout
 from verify.oracle.embedding import vocab_embedding
 from verify.oracle.latent_attention import latent_attention
 from verify.oracle.linear import column_linear, row_linear
 from verify.oracle.mappings import MAPPINGS
 from verify.oracle.mlp import tp_mlp
+from verify.oracle.recompute import recomputed_block
 from verify.oracle.self_attention import self_attention
 
 CONTRACTS: dict[str, Callable[[Case], Contract]] = {
@@ -24,6 +28,11 @@ CONTRACTS: dict[str, Callable[[Case], Contract]] = {
     "vocab_embedding": vocab_embedding,
     "vocab_cross_entropy": vocab_cross_entropy,
     "tp_mlp": tp_mlp,
+    "dropout": dropout,
+    "recomputed_block": recomputed_block,
+    "context_split": context_split,
+    "context_attention": context_attention,
+    "context_attention_block": context_attention_block,
     "core_attention": core_attention,
     "self_attention": self_attention,
     "latent_attention": latent_attention,

@@ -13,7 +13,9 @@ from impl.groups import Groups, build_groups
 from verify.case import HARNESS_OPTIONS, Case
 from verify.errors import BadArgument
 from verify.layout import Layout
+from verify.stream_laws import Draw
 from verify.target import RankState, Subject
+from verify.targets.impl import dropout
 from verify.targets.impl.subjects import BUILDERS, OPTIONS
 
 
@@ -41,6 +43,10 @@ class Session:
         dist.all_gather(everyone, mine, group=group)
         return [int(rank) for rank in everyone]
 
+    def streams(self) -> Mapping[str, Draw]:
+        """How to draw from this rank's random stream of every region."""
+        return dropout.streams(self.bundle.layout)
+
     def build(self, case: Case) -> Subject:
         """The subject of a supported case. Raises ValueError where impl refuses."""
         return BUILDERS[case.concept](case, self.bundle)
@@ -61,7 +67,7 @@ class Target:
 
     def supports(self, case: Case) -> str | None:
         """None, or that a concept or an option is unknown here."""
-        if case.concept == "groups":
+        if case.concept in ("groups", "random_streams"):
             return None
         if case.concept not in BUILDERS:
             return f"no adapter for {case.concept}"

@@ -19,7 +19,7 @@ from impl.groups import Groups
 from impl.linear import ColumnParallelLinear, RowParallelLinear
 from impl.mlp import MLP
 from verify.case import Case
-from verify.targets.impl import attention
+from verify.targets.impl import attention, context, dropout, recompute
 from verify.targets.impl.subject import (
     Builder,
     ModuleSubject,
@@ -37,6 +37,9 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "tp_mlp": ("bias", "activation"),
     "gather_from_sp": ("tensor_parallel_output_grad",),
     **attention.OPTIONS,
+    **context.OPTIONS,
+    **dropout.OPTIONS,
+    **recompute.OPTIONS,
 }
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": gelu}
 
@@ -134,4 +137,7 @@ BUILDERS: Mapping[str, Builder] = {
     "gather_from_sp": gather_from_sp,
     **{concept: partial(_mapping, operation) for concept, operation in _OPERATIONS.items()},
     **attention.BUILDERS,
+    **dropout.BUILDERS,
+    **recompute.BUILDERS,
+    **context.BUILDERS,
 }
