@@ -23,7 +23,7 @@ from verify.cluster.sim.backend import (
     register,
 )
 from verify.cluster.sim.exchange import Exchange
-from verify.cluster.sim.isolation import C10dWorld, RandomGenerator
+from verify.cluster.sim.isolation import C10dWorld, DefaultDtype, RandomGenerator
 from verify.cluster.sim.opponent import Opponent
 from verify.cluster.sim.scheduler import HERE, RankThread, Run
 from verify.cluster.sim.store import SimStore
@@ -40,7 +40,7 @@ class SimCluster:
     """Rank threads, made on first use and reused for every run of any size up to the maximum.
 
     `timeout` bounds a run in seconds; a deadlock needs no timeout. Each rank has its own process
-    groups, default random generator (seeded with 0 at the start) and what `rank_states` names;
+    groups, default dtype, default random generator (seeded with 0) and what `rank_states` names;
     arguments are copied for every rank where they could be changed. The generators of Python's
     `random` and of NumPy are shared.
 
@@ -61,11 +61,16 @@ class SimCluster:
         register()
         self.max_world_size, self.timeout, self.device = world_size, timeout, device
         self._threads: list[RankThread] = []
+        self._closed = False
         generators = [torch.default_generator]
         if device == "cuda":
             torch.cuda.init()
             generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
-        self._own: tuple[Any, ...] = (C10dWorld(), *map(RandomGenerator, generators))
+        self._own: tuple[Any, ...] = (
+            C10dWorld(),
+            DefaultDtype(),
+            *map(RandomGenerator, generators),
+        )
 
     def run(
         self,
@@ -84,6 +89,8 @@ class SimCluster:
                 f"world_size: {world_size} is not in 1 to {self.max_world_size}, the size of this"
                 " cluster"
             )
+        if self._closed:
+            raise HarnessError("the cluster is closed")
         if HERE.run is not None:
             raise HarnessError("a rank of a sim cluster cannot itself run a sim cluster")
         with _ONE_RUN:
@@ -93,7 +100,8 @@ class SimCluster:
             return self._run(run, program, args)
 
     def close(self) -> None:
-        """Stop every rank thread."""
+        """Stop every rank thread; no run is possible afterwards."""
+        self._closed = True
         threads, self._threads = self._threads, []
         for thread in threads:
             thread.end()
@@ -123,19 +131,18 @@ class SimCluster:
                 with _default_device(self.device):
                     return program(*_own(args))
             finally:
-                distributed_c10d._unregister_all_process_groups()
+                if not run.is_lost(rank):
+                    distributed_c10d._unregister_all_process_groups()
 
         while len(self._threads) < world_size:
             self._threads.append(RankThread(len(self._threads)))
         outside = [state.save() for state in states]
-        dtype = torch.get_default_dtype()
         forced = None
         try:
             with every_backend_is_simulated():
                 run.start(self._threads[:world_size], whole)
                 forced = self._await(run)
         finally:
-            torch.set_default_dtype(dtype)
             for state, value in zip(states, outside, strict=True):
                 state.load(value)
         if forced is not None:
@@ -155,8 +162,7 @@ class SimCluster:
                 run.force()
             raise
         finally:
-            if run.lost:
-                self._threads = []
+            self._threads = [thread for thread in self._threads if not thread.retired]
 
 
 def _default_device(device: str) -> AbstractContextManager[object]:

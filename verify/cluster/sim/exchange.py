@@ -7,6 +7,7 @@ to arrive computes the result for all, in the order of group ranks, so that it i
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +18,17 @@ from torch import Tensor
 
 from verify.cluster.base import CollectiveMismatch, RankFailure
 from verify.cluster.history import History, Record, phase
-from verify.cluster.sim.callsite import CallSite, describe
-from verify.cluster.sim.collectives import KINDS, Misfit
+from verify.cluster.sim.callsite import CallSite, call_site, describe
+from verify.cluster.sim.collectives import KINDS, Kind, Misfit
 from verify.cluster.sim.scheduler import Run
 
 if TYPE_CHECKING:
     from verify.cluster.sim.opponent import Opponent
 
 _SHOWN = 8
+# What carries out an operation is not part of the program of the rank that happens to come last:
+# its dispatch modes must not see it.
+_unseen = torch._C._DisableTorchDispatch
 
 
 @dataclass(slots=True, eq=False)
@@ -119,8 +123,11 @@ class Message:
 class Channel:
     """One process group, as seen by all of its members. `ranks` are global, by group rank."""
 
-    def __init__(self, name: str, ranks: tuple[int, ...]) -> None:
+    def __init__(
+        self, name: str, ranks: tuple[int, ...], maker: int, site: CallSite | None
+    ) -> None:
         self.name, self.ranks = name, ranks
+        self.maker, self.site = maker, site
         self.counts = [0] * len(ranks)
         self.operations: dict[int, Operation] = {}
         self.sends: dict[int, deque[Message]] = {}
@@ -172,13 +179,23 @@ class Exchange:
 
     def channel(self, name: str, ranks: tuple[int, ...], rank: int) -> Channel:
         """The channel of a group by name. Members that made it of other ranks are at fault."""
-        found = self.channels.setdefault(name, Channel(name, ranks))
+        found = self.channels.get(name)
+        if found is None:
+            found = self.channels[name] = Channel(name, ranks, rank, call_site(sys._getframe()))
         if found.ranks != ranks:
-            self._fail(
-                f"group {name!r} was made of {_ranks(found.ranks)} by one rank and of"
-                f" {_ranks(ranks)} by rank {rank}",
-                [RankFailure(rank, "CollectiveMismatch", "made another group", "")],
-            )
+            failures = [
+                RankFailure(
+                    maker,
+                    "CollectiveMismatch",
+                    f"makes a group of {_ranks(members)} at {describe(site)}",
+                    "",
+                )
+                for maker, members, site in (
+                    (found.maker, found.ranks, found.site),
+                    (rank, ranks, call_site(sys._getframe())),
+                )
+            ]
+            self._fail(f"ranks make group {name!r} of different members", failures)
         return found
 
     def join(self, channel: Channel, member: int, call: Call) -> None:
@@ -220,7 +237,8 @@ class Exchange:
             self._pass(message, receive)
             return
         if self.opponent is None or not self.opponent.rendezvous:
-            call.inputs = [tensor.detach().clone() for tensor in call.inputs]
+            with _unseen():
+                call.inputs = [tensor.detach().clone() for tensor in call.inputs]
             call.done = True
         channel.sends.setdefault(target, deque()).append(message)
 
@@ -280,14 +298,12 @@ class Exchange:
 
     def _complete(self, channel: Channel, calls: list[Call]) -> None:
         kind = KINDS[calls[0].kind]
-        try:
-            kind.fit(calls)
-        except Misfit as misfit:
+        if (misfit := _misfit(kind, calls)) is not None:
             self._differ(channel, calls[misfit.one], calls[misfit.other], misfit.text)
         site = calls[0].site
         if any(call.site != site for call in calls) and kind.symmetric:
             channel.mixed.append([(call.text(), call.site) for call in calls])
-        with torch.no_grad():
+        with torch.no_grad(), _unseen():
             kind.perform(calls)
         self._finish(calls)
 
@@ -295,7 +311,7 @@ class Exchange:
         for one, other in zip(sent.call.inputs, received.call.outputs, strict=True):
             if one.numel() != other.numel() or one.dtype is not other.dtype:
                 self._differ(sent.channel, sent.call, received.call, "the tensors differ")
-            with torch.no_grad():
+            with torch.no_grad(), _unseen():
                 other.data.copy_(one.reshape(other.shape))
         assert sent.source is not None
         received.source = sent.source
@@ -334,6 +350,14 @@ def _take(
         if message.tag == tag and (whom is None or whom == given):
             queue.remove(message)  # type: ignore[union-attr]
             return message
+    return None
+
+
+def _misfit(kind: Kind, calls: list[Call]) -> Misfit | None:
+    try:
+        kind.fit(calls)
+    except Misfit as misfit:
+        return misfit
     return None
 
 

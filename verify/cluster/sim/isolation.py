@@ -15,6 +15,17 @@ import torch
 from torch.distributed import distributed_c10d
 
 
+def reset_thread_state() -> None:
+    """What torch keeps for each thread, as a rank starts: autograd on and on the rank's own thread,
+    no autocast, and one thread for each operation, as more would each need a pool."""
+    torch.set_grad_enabled(True)
+    torch._C._set_multithreading_enabled(False)
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+    for device in ("cpu", "cuda"):
+        torch.set_autocast_enabled(device, False)
+
+
 class ModuleGlobals:
     """The named globals of a module. A rank starts with deep copies of what the module holds when
     this object is made; assignments and changes in place are then its own."""
@@ -56,6 +67,20 @@ class RandomGenerator:
 
     def load(self, value: object) -> None:
         self._generator.set_state(value)  # type: ignore[arg-type]
+
+
+class DefaultDtype:
+    """The default dtype. A rank starts with float32, as a new process does."""
+
+    def fresh(self) -> torch.dtype:
+        return torch.float32
+
+    def save(self) -> torch.dtype:
+        return torch.get_default_dtype()
+
+    def load(self, value: object) -> None:
+        if value is not torch.get_default_dtype():
+            torch.set_default_dtype(value)  # type: ignore[arg-type]
 
 
 class C10dWorld:

@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
-
 from verify.cluster.base import Deadlock, RankFailure, RankFailures
 from verify.cluster.history import mark
+from verify.cluster.sim.isolation import reset_thread_state
 from verify.target import RankState
 
 _GRACE = 5.0
@@ -56,6 +55,7 @@ class _Rank:
     state: list[object] | None = None
     wait: Wait | None = None
     done: bool = False
+    lost: bool = False
 
 
 @dataclass
@@ -83,12 +83,14 @@ class Run:
     current: int = -1
     results: list[Any] = field(default_factory=list)
     failures: dict[int, RankFailure] = field(default_factory=dict)
+    interrupted: dict[int, RankFailure] = field(default_factory=dict)
     error: RankFailures | None = None
     stopping: bool = False
     finished: threading.Lock = field(default_factory=threading.Lock)
     _ranks: list[_Rank] = field(default_factory=list)
     _ready: deque[int] = field(default_factory=deque)
     _threads: list[RankThread] = field(default_factory=list)
+    _ending: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self, threads: Sequence[RankThread], program: Callable[[int], Any]) -> None:
         """Begin; `finished` is released when no rank is left."""
@@ -154,11 +156,17 @@ class Run:
         raise Stopped
 
     def outcome(self) -> list[Any]:
-        """Results by rank, or raise what went wrong."""
+        """Results by rank, or raise what went wrong: what ranks raised, together with what else did
+        not fit. Exceptions that ranks were handling when they were stopped count where no other
+        was raised."""
+        raised = self.failures or (self.interrupted if self.error is not None else {})
+        if raised:
+            others = () if self.error is None else self.error.failures
+            found = {each.rank: each for each in others} | raised
+            headline = None if self.error is None else self.error.headline
+            raise RankFailures([found[rank] for rank in sorted(found)], headline)
         if self.error is not None:
             raise self.error
-        if self.failures:
-            raise RankFailures([self.failures[rank] for rank in sorted(self.failures)])
         return self.results
 
     def describe(self, rank: int, kind: str = "Unfinished") -> RankFailure:
@@ -175,10 +183,18 @@ class Run:
         try:
             if not self.stopping:
                 self.results[rank] = program(rank)
-        except Stopped:
-            pass
+        except Stopped as stopped:
+            handled = stopped.__context__
+            if handled is not None and not isinstance(handled, Stopped):
+                self.interrupted[rank] = failure_of(rank, handled)
         except BaseException as error:
             self.failures[rank] = failure_of(rank, error)
+        with self._ending:
+            if not mine.lost:
+                self._end(mine)
+
+    def _end(self, mine: _Rank) -> None:
+        """Nothing more comes from the running rank: let another run."""
         mine.done = True
         following = self._next(ended=True)
         if following is None:
@@ -189,26 +205,29 @@ class Run:
 
     def force(self) -> RankFailures:
         """The run takes too long: end it from outside. What the rank that did not give way was
-        doing. `Run.lost` then says whether its thread is lost."""
+        doing. A thread that cannot be ended is lost (`is_lost`); the other ranks end without it."""
         rank = self.current
-        stuck = self.describe(rank)
+        before, stuck = dict(self.failures), self.describe(rank)
         others = [r for r, each in enumerate(self._ranks) if not each.done and r != rank]
         waiting = "".join(f"; rank {r} {self.describe(r).message}" for r in others[:8])
         self.stopping = True
         self._threads[rank].interrupt()
-        error = RankFailures([stuck], f"rank {rank} did not give way in time{waiting}")
-        if self.finished.acquire(timeout=_GRACE):
-            self.finished.release()
-            return error
-        hung = RankFailure(
-            rank, "Unresponsive", f"its thread does not answer: {stuck.message}", stuck.traceback
-        )
-        return RankFailures([hung], error.headline)
+        while not self.finished.acquire(timeout=_GRACE):
+            with self._ending:
+                current = self._ranks[self.current]
+                if not current.done:
+                    current.lost = self._threads[self.current].retired = True
+                    self._end(current)
+        if self.is_lost(rank):
+            text = f"its thread does not answer: {stuck.message}"
+            stuck = RankFailure(rank, "Unresponsive", text, stuck.traceback)
+        found = before | {rank: stuck}
+        headline = f"rank {rank} did not give way in time{waiting}"
+        return RankFailures([found[each] for each in sorted(found)], headline)
 
-    @property
-    def lost(self) -> bool:
-        """Whether some thread never came back."""
-        return not all(each.done for each in self._ranks)
+    def is_lost(self, rank: int) -> bool:
+        """Whether the thread of a rank was given up, and may run beside others."""
+        return self._ranks[rank].lost
 
     def _next(self, ended: bool = False) -> int | None:
         """The rank to run next; the run is stopped first where none is ready but some wait. None
@@ -265,19 +284,19 @@ class RankThread(threading.Thread):
         self.gate = threading.Lock()
         self.gate.acquire()
         self.job: tuple[Run, int, Callable[[int], Any]] | None = None
+        self.retired = False
         self.start()
 
     def run(self) -> None:
-        """Run jobs until there is none at the gate."""
-        torch.set_num_threads(1)
-        torch._C._set_multithreading_enabled(False)
-        while True:
+        """Run jobs until there is none at the gate, or it is retired."""
+        while not self.retired:
             self.gate.acquire()
             if self.job is None:
                 return
             run, rank, program = self.job
             self.job = None
             HERE.run = run
+            reset_thread_state()
             try:
                 run.execute(rank, program)
             finally:

@@ -41,16 +41,22 @@ class SimStore(dist.Store):
         return self._values.get(key, wanted)
 
     def check(self, keys: list[str]) -> bool:
-        return all(key in self._values for key in keys)
+        """Whether all keys are set. A program may poll, so others get their turn."""
+        if not self._has(keys):
+            self._run.give_way()
+        return self._has(keys)
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        self._run.wait_for(lambda: self.check(keys), f"store keys {', '.join(keys)}")
+        self._run.wait_for(lambda: self._has(keys), f"store keys {', '.join(keys)}")
 
     def delete_key(self, key: str) -> bool:
         return self._values.pop(key, None) is not None
 
     def num_keys(self) -> int:
         return len(self._values)
+
+    def _has(self, keys: list[str]) -> bool:
+        return all(key in self._values for key in keys)
 
     def set_timeout(self, timeout: timedelta) -> None:
         """Has no effect: a wait that cannot end is known at once and needs no timeout."""

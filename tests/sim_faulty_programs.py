@@ -1,0 +1,425 @@
+"""Rank programs that go wrong, and programs that show what ranks share and what they do not."""
+
+import gc
+import random
+import threading
+import time
+import warnings
+import weakref
+
+import torch
+import torch.distributed as dist
+from sim_programs import values, world
+from torch import nn
+
+released = threading.Event()
+counter = {"value": 0, "items": []}
+kept: list[weakref.ref] = []
+
+
+def total() -> tuple[int, float]:
+    x = torch.tensor([1.0 + dist.get_rank()])
+    dist.all_reduce(x)
+    return dist.get_world_size(), x.item()
+
+
+def missing_rank() -> None:
+    if dist.get_rank() != 1:
+        dist.all_reduce(torch.ones(2, 3))
+
+
+def crossed_receives() -> None:
+    dist.recv(torch.ones(2), src=1 - dist.get_rank())
+
+
+def crossed_groups() -> None:
+    """Ranks 0 and 1 take two groups in opposite orders."""
+    rank, _ = world()
+    groups = [dist.new_group([0, 1]), dist.new_group([0, 1])]
+    for group in groups if rank == 0 else groups[::-1]:
+        if rank < 2:
+            dist.all_reduce(torch.ones(1), group=group)
+
+
+def waits_for_a_key() -> None:
+    rank, _ = world()
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 0:
+        store.set("there", "yes")
+    store.get("there" if rank == 0 else "never")
+
+
+def waits_late() -> None:
+    """Issues at one place and waits at another; the other rank ends."""
+    if dist.get_rank() == 0:
+        work = dist.all_reduce(torch.ones(5), async_op=True)
+        work.wait()
+
+
+class Stuck(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        dist.broadcast(upstream.clone(), 0)
+        return upstream
+
+
+def stuck_in_backward() -> None:
+    x = torch.ones(2, requires_grad=True)
+    y = Stuck.apply(x) if dist.get_rank() == 0 else x * 2
+    y.sum().backward()
+
+
+def other_operation() -> None:
+    x = values(2)
+    if dist.get_rank() == 1:
+        dist.broadcast(x, 0)
+    else:
+        dist.all_reduce(x)
+
+
+def other_shape() -> None:
+    dist.all_reduce(values(2 + (dist.get_rank() == 1), 3))
+
+
+def other_dtype() -> None:
+    dist.all_reduce(values(2, dtype=torch.float32 if dist.get_rank() == 1 else torch.float64))
+
+
+def other_reduction() -> None:
+    dist.all_reduce(values(2), dist.ReduceOp.MAX if dist.get_rank() == 1 else dist.ReduceOp.SUM)
+
+
+def other_root() -> None:
+    dist.broadcast(values(2), src=int(dist.get_rank() == 1))
+
+
+def other_reduce_root() -> None:
+    dist.reduce(values(2), dst=int(dist.get_rank() == 1))
+
+
+def other_gather_shape() -> None:
+    rank, size = world()
+    out = [torch.empty(2, dtype=torch.float64) for _ in range(size)] if rank == 0 else None
+    dist.gather(values(2 + (rank == 1)), out, dst=0)
+
+
+def other_list_shape() -> None:
+    rank, size = world()
+    out = [torch.empty(2, dtype=torch.float64) for _ in range(size)]
+    dist.all_gather(out, values(3) if rank == 1 else values(2))
+
+
+def other_scatter_shape() -> None:
+    rank, size = world()
+    out = torch.empty(2 + (rank == 1), dtype=torch.float64)
+    dist.scatter(out, [values(2)] * size if rank == 0 else None, src=0)
+
+
+def other_splits() -> None:
+    """Rank 1 expects another share from rank 0 than rank 0 sends."""
+    rank, size = world()
+    sizes = [1] * size
+    expected = [2, 0, *sizes[2:]] if rank == 1 else sizes
+    out = torch.empty(size, 2, dtype=torch.float64)
+    dist.all_to_all_single(out, values(size, 2), expected, sizes)
+
+
+def other_list_of_exchange() -> None:
+    rank, size = world()
+    out = [torch.empty(2, dtype=torch.float64) for _ in range(size)]
+    given = [values(2 + (rank == 1 and other == 0)) for other in range(size)]
+    dist.all_to_all(out, given)
+
+
+def other_number_of_tensors() -> None:
+    dist.all_reduce_coalesced([values(2)] * (2 if dist.get_rank() == 1 else 1))
+
+
+def other_order() -> None:
+    x = values(2)
+    for kind in ("sum", "told") if dist.get_rank() != 1 else ("told", "sum"):
+        if kind == "sum":
+            dist.all_reduce(x)
+        else:
+            dist.broadcast(x, 0)
+
+
+def other_members() -> None:
+    """Rank 1 takes the group to be of other ranks than the rest."""
+    group = dist.new_group([0, 1] if dist.get_rank() == 1 else [0, 1, 2])
+    dist.all_reduce(values(1), group=group)
+
+
+def other_message_shape() -> None:
+    if dist.get_rank() == 0:
+        dist.send(values(3), 1)
+    elif dist.get_rank() == 1:
+        dist.recv(values(2), 0)
+
+
+def other_message_dtype() -> None:
+    if dist.get_rank() == 0:
+        dist.send(values(2), 1)
+    elif dist.get_rank() == 1:
+        dist.recv(values(2, dtype=torch.float32), 0)
+
+
+def in_a_subgroup() -> None:
+    """Only ranks 2 and 3 disagree, in a group of their own."""
+    rank, _ = world()
+    group, _ = dist.new_subgroups(2)
+    dist.all_reduce(values(2 + (rank == 3)), group=group)
+
+
+def raises(ranks: list[int]) -> None:
+    if dist.get_rank() in ranks:
+        raise ValueError(f"refused on {dist.get_rank()}")
+    dist.all_reduce(torch.ones(2))
+
+
+def raises_after_a_collective(ranks: list[int]) -> None:
+    dist.all_reduce(torch.ones(2))
+    if dist.get_rank() in ranks:
+        raise KeyError("late")
+
+
+def raises_while_others_compute() -> str:
+    """Rank 1 fails first; rank 2 then fails on its own, rank 0 finishes."""
+    rank, _ = world()
+    dist.barrier()
+    if rank == 0:
+        return "finished"
+    raise ValueError(f"refused on {rank}")
+
+
+def swallows() -> int:
+    """Goes on after whatever is raised where it communicates."""
+    caught = 0
+    if dist.get_rank() == 1:
+        raise ValueError("refused on 1")
+    for _ in range(20):
+        try:
+            dist.all_reduce(torch.ones(2))
+        except BaseException:
+            caught += 1
+    return caught
+
+
+def communicates(kind: str) -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("refused on 1")
+    if kind == "reduces":
+        dist.all_reduce(torch.ones(1))
+
+
+def cleans_up() -> None:
+    """A `finally` that communicates, as frameworks have; it meets the others' all-reduce."""
+    try:
+        communicates("reduces")
+    finally:
+        dist.barrier()
+
+
+def cleans_up_alone() -> None:
+    try:
+        communicates("nothing")
+    finally:
+        if dist.get_rank() == 1:
+            dist.barrier()
+
+
+def raises_and_the_others_differ() -> None:
+    rank, _ = world()
+    if rank == 0:
+        raise ValueError("refused on 0")
+    group = dist.new_group([1, 2], use_local_synchronization=True)
+    if rank == 1:
+        dist.all_reduce(values(1), group=group)
+    else:
+        dist.broadcast(values(1), 1, group=group)
+
+
+def raises_and_another_loops() -> None:
+    rank, _ = world()
+    if rank == 0:
+        raise ValueError("refused on 0")
+    while rank == 1:
+        time.sleep(0.001)
+
+
+def leaves(kind: str) -> None:
+    if dist.get_rank() == 1:
+        raise {"exit": SystemExit(3), "interrupt": KeyboardInterrupt()}[kind]
+    dist.barrier()
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+def raises_unprintable() -> None:
+    if dist.get_rank() == 1:
+        raise Unprintable
+    dist.barrier()
+
+
+def loops(rank: int) -> None:
+    if dist.get_rank() == rank:
+        while True:
+            time.sleep(0.001)
+    dist.barrier()
+
+
+def loops_and_swallows() -> None:
+    """Does not end when it is asked to, until the test says so."""
+    if dist.get_rank() == 0:
+        while not released.is_set():
+            try:
+                time.sleep(0.01)
+            except BaseException:
+                continue
+    dist.barrier()
+
+
+def loops_on_communication() -> None:
+    """Ranks 0 and 1 never stop; the rest wait for them."""
+    rank, _ = world()
+    while rank < 2:
+        dist.isend(torch.ones(1), 1 - rank)
+        dist.recv(torch.ones(1), 1 - rank)
+    dist.barrier()
+
+
+def stray_send() -> None:
+    if dist.get_rank() == 0:
+        dist.isend(values(2), 1)
+
+
+def stray_receive() -> None:
+    if dist.get_rank() == 0:
+        dist.irecv(values(2), 1)
+
+
+def stray_collective() -> None:
+    if dist.get_rank() == 0:
+        dist.all_reduce(values(2), async_op=True)
+
+
+def sleeps_then(seconds: float) -> None:
+    time.sleep(seconds)
+    dist.barrier()
+
+
+def nested(cluster) -> None:
+    cluster.run(total, world_size=1)
+
+
+def leaves_everything_changed() -> None:
+    """What a program may leave behind in its thread and in the process."""
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(77 + dist.get_rank())
+    torch.set_num_threads(2)
+    torch.autograd.set_multithreading_enabled(True)
+    torch.set_autocast_enabled("cpu", True)
+    dist.new_group([0])
+    dist.barrier()
+
+
+def state() -> list:
+    group = dist.new_group()
+    return [
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.rand(2).tolist(),
+        torch.get_num_threads(),
+        torch._C._is_multithreading_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        dist.get_pg_count() if hasattr(dist, "get_pg_count") else None,
+        group.group_name,
+    ]
+
+
+def default_dtypes() -> torch.dtype:
+    """Each rank for itself, across a hand-over."""
+    rank, _ = world()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if rank else torch.float16)
+    dist.barrier()
+    inside = torch.get_default_dtype()
+    torch.set_default_dtype(before)
+    dist.barrier()
+    return inside
+
+
+def draws_with_own_seed() -> list[float]:
+    rank, _ = world()
+    torch.manual_seed(rank)
+    first = torch.rand(2)
+    dist.barrier()
+    if rank == 1:
+        torch.manual_seed(99)
+        torch.rand(100)
+    dist.barrier()
+    return [*first.tolist(), *torch.rand(2).tolist()]
+
+
+def counts() -> tuple[int, list[int]]:
+    rank, size = world()
+    for _ in range(size):
+        counter["value"] += rank
+        counter["items"].append(rank)
+        dist.barrier()
+    return counter["value"], list(counter["items"])
+
+
+def changes_its_arguments(x: torch.Tensor, more: dict, layers: list) -> list:
+    rank, _ = world()
+    x += rank
+    more["x"].add_(rank)
+    layers.append(rank)
+    dist.barrier()
+    return [x, more["x"], layers]
+
+
+def remembers_an_object() -> None:
+    model = nn.Linear(2, 2)
+    kept.append(weakref.ref(model))
+    group = dist.new_group()
+    kept.append(weakref.ref(group))
+    x = model(torch.ones(2))
+    x.sum().backward()
+    dist.all_reduce(model.weight.grad, group=group)
+
+
+def forgotten() -> int:
+    gc.collect()
+    alive = sum(each() is not None for each in kept)
+    kept.clear()
+    return alive
+
+
+def order_of_ranks(log: list[int]) -> None:
+    for _ in range(3):
+        ORDER.append(dist.get_rank())
+        dist.barrier()
+
+
+ORDER: list[int] = []
+
+
+def destroys() -> bool:
+    dist.all_reduce(torch.ones(1))
+    dist.destroy_process_group()
+    return dist.is_initialized()
+
+
+def draws_in_python() -> float:
+    with warnings.catch_warnings():
+        dist.barrier()
+        return random.random()
