@@ -26,7 +26,7 @@ Kind = Literal[
     "masks",  # dropout masks that copies do not share, or parts do
     "communication",  # more, less or something else was sent than promised
     "memory",  # more was kept for backward than promised
-    "random state",  # a random generator was not left as promised
+    "random state",  # a random generator does not draw what it has to
     "missing",  # a tensor or a gradient that should be there is not
     "unexpected",  # one is there that should not
     "shape",
@@ -37,6 +37,7 @@ Kind = Literal[
     "collective",  # members of a group issued collectives that do not fit
     "refusal",  # a case that must be refused was not, or not clearly
     "groups",
+    "initialisation",  # parameters before training that are not as promised
 ]
 KINDS = get_args(Kind)
 
@@ -199,9 +200,10 @@ _HEADLINES: Mapping[str, str] = {
     "contract": "the target's tensors are not those that the concept promises",
     "communication": "what was communicated is not what the concept promises",
     "memory": "more is kept for backward than the concept promises",
-    "random state": "random generators are not left as they would be without recomputation",
+    "random state": "random generators do not draw what they have to",
     "refusal": "the case must be refused on every rank with an error that names what is wrong",
     "groups": "the process groups are not those of the layout",
+    "initialisation": "parameters are not initialised as promised",
 }
 
 

@@ -22,6 +22,7 @@ from verify.diagnose import diagnose
 from verify.errors import BadArgument, HarnessError, Mismatch, NotSupported
 from verify.finding import Divergence
 from verify.group_laws import groups_check
+from verify.initialisation import initialisation_check
 from verify.layout import Layout
 from verify.lens import check_fits, generate
 from verify.masks import Masks
@@ -168,6 +169,7 @@ CHECKS: Mapping[str, Check] = {
     "refusal": refusal,
     "groups": groups,
     "streams": streams,
+    "initialisation": initialisation_check,
 }
 
 

@@ -52,14 +52,20 @@ def streams(case: Case, *, target_name: str, cluster: Cluster) -> None:
     is not judged, but it must have those of `REQUIRED`."""
     bench = Bench("streams", case, target_name, cluster)
     bench.require_support(case)
-    size = case.layout.world_size
-    apart = bench.run(_draws, target_name, case.layout, False, world_size=size)
-    mixed = bench.run(_draws, target_name, case.layout, True, world_size=size)
-    if None in apart or None in mixed:
-        raise NotSupported(f"{target_name} does not support {case}: it does not tell its streams")
+    apart, mixed = (_drawn(bench, mixed=mixed) for mixed in (False, True))
     details = [*_shared(apart, case.layout), *_disturbed(apart, mixed)]
     if details:
         raise bench.mismatch("random state", details=tuple(details[:_MOST_DETAILS]))
+
+
+def _drawn(bench: Bench, *, mixed: bool) -> list[Drawn]:
+    """What every rank draws."""
+    layout = bench.case.layout
+    found = bench.run(_draws, bench.target_name, layout, mixed, world_size=layout.world_size)
+    drawn = [each for each in found if each is not None]
+    if len(drawn) < layout.world_size:
+        raise NotSupported(f"{bench.target_name} does not tell its random streams")
+    return drawn
 
 
 def _draws(target_name: str, layout: Layout, mixed: bool) -> Drawn | None:

@@ -80,7 +80,8 @@ def recomputed_block(case: Case) -> Contract:
     plan = plan_of(case)
     if plan is not None:
         _check(case, plan, elements=sequence * batch * hidden, layers=layers)
-    parameters, masks = {}, {}
+    parameters: dict[str, tuple[int, ...]] = {}
+    masks: dict[str, Mask] = {}
     for i in range(layers):
         parameters |= {f"{i}.fc1.weight": (ffn, hidden), f"{i}.fc1.bias": (ffn,)}
         parameters |= {f"{i}.fc2.weight": (hidden, ffn), f"{i}.fc2.bias": (hidden,)}

@@ -19,7 +19,7 @@ from impl.groups import Groups
 from impl.linear import ColumnParallelLinear, RowParallelLinear
 from impl.mlp import MLP
 from verify.case import Case
-from verify.targets.impl import attention, context, dropout, recompute
+from verify.targets.impl import attention, context, dropout, initialise, moe, recompute
 from verify.targets.impl.subject import (
     Builder,
     ModuleSubject,
@@ -38,7 +38,9 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "gather_from_sp": ("tensor_parallel_output_grad",),
     **attention.OPTIONS,
     **context.OPTIONS,
+    **moe.OPTIONS,
     **dropout.OPTIONS,
+    **initialise.OPTIONS,
     **recompute.OPTIONS,
 }
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": gelu}
@@ -138,6 +140,8 @@ BUILDERS: Mapping[str, Builder] = {
     **{concept: partial(_mapping, operation) for concept, operation in _OPERATIONS.items()},
     **attention.BUILDERS,
     **dropout.BUILDERS,
+    **initialise.BUILDERS,
     **recompute.BUILDERS,
     **context.BUILDERS,
+    **moe.BUILDERS,
 }
