@@ -127,7 +127,7 @@ class Tolerance:
     def _rms_of(self, name: str) -> float:
         if name not in self._rms:
             full = self.reference.results[name]
-            self._rms[name] = float(full.norm()) / max(full.numel(), 1) ** 0.5
+            self._rms[name] = float(full.double().norm()) / max(full.numel(), 1) ** 0.5
         return self._rms[name]
 
     def _terms_of(self, name: str) -> float:

@@ -1,0 +1,133 @@
+"""Context parallelism of impl as subjects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from impl.attention import SelfAttention
+from impl.context_parallel.attention import context_attention as attention
+from impl.context_parallel.mask import AttentionMask
+from impl.context_parallel.plan import ContextGroups
+from impl.context_parallel.zigzag import Chunk, PackedSequences, positions, split_sequence
+from impl.gradients import sum_gradients
+from impl.groups import Groups
+from verify.case import Case
+from verify.targets.impl.subject import (
+    Builder,
+    ModuleSubject,
+    OperationSubject,
+    Tensors,
+    common,
+    switches,
+)
+
+OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "context_split": ("placement", "packed"),
+    "context_attention": (
+        "algorithm",
+        "placement",
+        "mask",
+        "window",
+        "scale",
+        "packed",
+        "blocks",
+    ),
+    "context_attention_block": ("algorithm", "placement", "mask", "window", "bias"),
+}
+
+
+class BlockSubject(ModuleSubject):
+    """A module whose parameters' gradients are also summed over cp."""
+
+    def finish_gradients(self) -> None:
+        """The sum over tp, and that over cp."""
+        super().finish_gradients()
+        sum_gradients(self.module.parameters(), group=self._groups.cp)
+
+
+def context_split(case: Case, groups: Groups) -> OperationSubject:
+    """`split_sequence`, and the `positions` that belong to its result."""
+    length = case.shape["sequence"]
+
+    def call(inputs: Tensors) -> Tensors:
+        given: dict[str, Any] = {
+            "group": groups.cp,
+            "placement": _placement(case),
+            "packed": _packed(inputs),
+        }
+        return {
+            "y": split_sequence(inputs["x"], **given),
+            "positions": positions(length, **given),
+        }
+
+    return OperationSubject(call)
+
+
+def context_attention(case: Case, groups: Groups) -> OperationSubject:
+    """`context_attention`; with option blocks also how many blocks it computed."""
+    given, scale = _given(case, groups), case.options.get("scale")
+
+    def call(inputs: Tensors) -> Tensors:
+        blocks: list[tuple[Chunk, Chunk]] = []
+        out = attention(
+            inputs["q"],
+            inputs["k"],
+            inputs["v"],
+            **given,
+            scale=None if scale is None else float(scale),
+            packed=_packed(inputs),
+            on_block=lambda q, k: blocks.append((q, k)),
+        )
+        counted = {"blocks": torch.tensor([len(blocks)])} if case.options.get("blocks") else {}
+        return {"out": out, **counted}
+
+    return OperationSubject(call)
+
+
+def context_attention_block(case: Case, groups: Groups) -> BlockSubject:
+    """`SelfAttention` with `context_attention` as its core."""
+    module = SelfAttention(
+        case.shape["hidden"],
+        heads=case.shape["heads"],
+        groups=case.shape["kv_heads"],
+        head_size=case.shape["head_dim"],
+        core=partial(attention, **_given(case, groups)),
+        **common(case, groups),
+        **switches(case, "bias"),
+    )
+    return BlockSubject(module, groups, lambda inputs: {"y": module(inputs["x"])})
+
+
+def _given(case: Case, groups: Groups) -> dict[str, Any]:
+    window = case.options.get("window")
+    return {
+        "algorithm": str(case.options.get("algorithm", "all_gather")),
+        "groups": ContextGroups(cp=groups.cp, levels=groups.hcp),
+        "placement": _placement(case),
+        "mask": AttentionMask(
+            case.options.get("mask", "causal"),  # type: ignore[arg-type]
+            None if window is None else int(window),
+        ),
+    }
+
+
+def _placement(case: Case) -> Any:
+    return case.options.get("placement", "zigzag")
+
+
+def _packed(inputs: Mapping[str, Tensor]) -> PackedSequences | None:
+    if "cu_seqlens" not in inputs:
+        return None
+    return PackedSequences.from_cumulative(inputs["cu_seqlens"], inputs["cu_seqlens_padded"])
+
+
+BUILDERS: Mapping[str, Builder] = {
+    "context_split": context_split,
+    "context_attention": context_attention,
+    "context_attention_block": context_attention_block,
+}
