@@ -120,3 +120,17 @@ def _from_first(x: Tensor, *, dim: int, group: ProcessGroup) -> Tensor:
     dim %= x.dim()
     parts = x.unflatten(0, (size, x.shape[0] // size))
     return parts.movedim(0, dim).flatten(dim, dim + 1)
+
+
+def all_to_all_unequal(
+    x: Tensor, *, send: list[int], receive: list[int], group: ProcessGroup
+) -> Tensor:
+    """Rows of `x` exchanged: `send[i]` of them, in order, go to rank i, which sends `receive[i]`.
+
+    Every rank knows both. A length may be zero. The rows received lie in the order of the ranks.
+    """
+    if dist.get_world_size(group) == 1:
+        return x
+    received = x.new_empty((sum(receive), *x.shape[1:]))
+    dist.all_to_all_single(received, x.contiguous(), receive, send, group=group)
+    return received

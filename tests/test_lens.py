@@ -1,5 +1,6 @@
 """Generated tensors: the same everywhere, exact sums, every option does what it says."""
 
+import dataclasses
 import hashlib
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from verify.reference import Reference
 from verify.replica import RankMap
 
 SHAPE = {"sequence": 3, "batch": 2, "in_features": 8, "out_features": 5}
+HALF = torch.full((3, 2, 8), 0.5)
 
 
 def case_of(concept="fake_row", layout=None, **parts) -> Case:
@@ -207,3 +209,26 @@ def test_two_partial_axes_have_a_part_for_each_pair():
     assert ranks.summed(placed, range(6)) == [(0, 1, 2, 3, 4, 5)]
     assert ranks.summed({"tp": Partial()}, range(6)) == [(0, 1), (2, 3), (4, 5)]
     assert ranks.alike({"tp": Shard(0)}, range(6)) == [(0, 2, 4), (1, 3, 5)]
+
+
+def test_a_contract_settles_inputs_of_which_a_decision_would_be_in_doubt():
+    case = case_of()
+    contract = dataclasses.replace(contract_of(case), settle=lambda given, _: {**given, "x": HALF})
+    ranks = RankMap(case.layout, contract.axes)
+    assert generate(case, contract, ranks, "").inputs["x"].full is HALF
+    narrow = case_of(lens="native", dtype="bfloat16")
+    third = dataclasses.replace(contract, settle=lambda given, _: {**given, "x": HALF / 3})
+    with pytest.raises(HarnessError, match="x of .* settled to what is no bfloat16"):
+        generate(narrow, third, ranks, "")
+
+
+def test_a_size_may_be_divided_by_some_axes_only():
+    case = case_of()
+    contract = dataclasses.replace(contract_of(case), divided={"batch": 3}, over={"batch": ("tp",)})
+    with pytest.raises(BadArgument, match=r"batch: 3 of .* does not divide by 2 over tp"):
+        check_fits(case, contract, RankMap(case.layout, contract.axes))
+    check_fits(
+        case,
+        dataclasses.replace(contract, over={"batch": ("pp",)}),
+        RankMap(case.layout, contract.axes),
+    )

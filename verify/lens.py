@@ -21,6 +21,7 @@ and n the number of parts, so that every sum of them is exact in any order.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from verify.case import Case
-from verify.errors import BadArgument
+from verify.errors import BadArgument, HarnessError
 from verify.oracle.contract import IGNORED, Contract, TensorSpec
 from verify.placement import Partial, Placements, Shard, ZigzagShard, pieces, shard
 from verify.replica import RankMap
@@ -39,6 +40,9 @@ STRIDES = ("contiguous", "transposed")
 _LARGEST_INTEGER = 9
 _GRID = 2.0**-23
 _MOST_PRECISION = 24
+# In the `sim` cluster all ranks and the reference ask for the same.
+_SETTLED: dict[tuple[str, str], dict[str, Generated]] = {}
+_SETTLED_KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,33 @@ def generate(case: Case, contract: Contract, ranks: RankMap, replica: str) -> Pr
         for name, spec in contract.outputs.items()
         if spec.grad_placements is not None
     }
+    if contract.settle is not None:
+        inputs = _settled(contract, case, replica, inputs, parameters)
     return Problem(inputs, parameters, upstream)
+
+
+def _settled(
+    contract: Contract,
+    case: Case,
+    replica: str,
+    inputs: Mapping[str, Generated],
+    parameters: Mapping[str, Generated],
+) -> dict[str, Generated]:
+    """The inputs of which no decision is near a tie. Raises HarnessError if they are no longer
+    numbers of the case's dtype."""
+    key = (json.dumps(case.to_json(), sort_keys=True), replica)
+    if key not in _SETTLED:
+        assert contract.settle is not None
+        drawn = ({n: g.full for n, g in given.items()} for given in (inputs, parameters))
+        found = {name: Generated(full) for name, full in contract.settle(*drawn).items()}
+        for name, each in found.items():
+            rounded = each.full.to(dtype_of(case)).to(each.full.dtype)
+            if each.full.is_floating_point() and not torch.equal(rounded, each.full):
+                raise HarnessError(f"lens: {name} of {case} was settled to what is no {case.dtype}")
+        while len(_SETTLED) >= _SETTLED_KEPT:
+            _SETTLED.pop(next(iter(_SETTLED)))
+        _SETTLED[key] = found
+    return _SETTLED[key]
 
 
 def local(
@@ -126,12 +156,13 @@ def check_fits(case: Case, contract: Contract, ranks: RankMap) -> None:
     for name, spec in (*contract.inputs.items(), *contract.outputs.items()):
         for placements in (spec.placements, spec.grad_placements or {}):
             _check_cut(name, spec.shape, placements, ranks, case)
-    ways = prod(ranks.sizes[axis] for axis in contract.axes)
     for name, size in contract.divided.items():
+        axes = contract.over.get(name, contract.axes)
+        ways = prod(ranks.sizes[axis] for axis in axes)
         if size % ways:
             raise BadArgument(
                 f"case.shape.{name}: {size} of {case} does not divide by {ways}"
-                f" over {', '.join(contract.axes)}"
+                f" over {', '.join(axes)}"
             )
 
 

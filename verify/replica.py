@@ -3,6 +3,10 @@
 A concept is split over the axes that its contract names. Along all other axes of the mesh ranks are
 replicas: each set of ranks that differ only along the contract's axes has data and weights of its
 own.
+
+A mixture of experts has tensors on both meshes: tokens on tp, cp and dp, experts on etp, ep and
+edp. These are the same ranks, those of a pipeline stage, in other arrangements, so a concept may
+name all six; its replicas are the stages.
 """
 
 from __future__ import annotations
@@ -21,7 +25,8 @@ from verify.placement import Partial, Placements, Shard, ZigzagShard
 class RankMap:
     """The ranks of `layout` as seen by a concept that is split over `axes`.
 
-    `axes` are of the dense mesh (tp, cp, dp, pp) or of the expert mesh (etp, ep, edp, pp).
+    `axes` are of the dense mesh (tp, cp, dp, pp), or of the expert mesh (etp, ep, edp, pp), or all
+    of both but pp, in any order.
     """
 
     layout: Layout
@@ -29,18 +34,29 @@ class RankMap:
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:
-        """Size of every axis of the mesh."""
-        for sizes in (self.layout.sizes, self.layout.expert_sizes):
+        """Size of every axis of the mesh, or of both."""
+        dense, expert = self.layout.sizes, self.layout.expert_sizes
+        for sizes in (dense, expert):
             if set(self.axes) <= set(sizes):
                 return sizes
-        raise HarnessError(f"contract: the axes {', '.join(self.axes)} are not of one mesh")
+        both = {**dense, **expert}
+        if set(self.axes) == set(both) - {"pp"}:
+            return both
+        raise HarnessError(
+            f"contract: the axes {', '.join(self.axes)} are neither of one mesh nor all of both"
+            " but pp"
+        )
 
     @cached_property
     def coordinates(self) -> tuple[Mapping[str, int], ...]:
-        """Coordinates of every rank on the mesh."""
-        expert = "edp" in self.sizes
-        locate = self.layout.expert_coordinates if expert else self.layout.coordinates
-        return tuple(locate(rank) for rank in range(self.layout.world_size))
+        """Coordinates of every rank on the mesh, or on both."""
+        return tuple(
+            {axis: found[axis] for axis in self.sizes}
+            for found in (
+                self.layout.coordinates(rank) | self.layout.expert_coordinates(rank)
+                for rank in range(self.layout.world_size)
+            )
+        )
 
     def replica(self, rank: int) -> str:
         """The replica that a rank belongs to, as `dp1-pp2`; empty for the first in every axis, so
@@ -64,9 +80,18 @@ class RankMap:
 
     def summed(self, placements: Placements, ranks: Iterable[int]) -> list[tuple[int, ...]]:
         """The sets of ranks, of those given, whose local tensors add up to the expected one: each
-        set has one rank of every coordinate on the `Partial` axes and agrees in all others."""
+        set has one rank of every coordinate on the `Partial` axes and agrees in all others of their
+        mesh. Raises HarnessError for `Partial` axes of two meshes."""
         partial = {axis for axis, p in placements.items() if isinstance(p, Partial)}
-        return self._together([axis for axis in self.sizes if axis not in partial], ranks)
+        found = [mesh for mesh in self._meshes if partial <= set(mesh)]
+        if not found:
+            raise HarnessError(f"contract: Partial over {', '.join(partial)}, axes of two meshes")
+        return self._together([axis for axis in found[0] if axis not in partial], ranks)
+
+    def along(self, axis: str, ranks: Iterable[int]) -> list[tuple[int, ...]]:
+        """The sets of ranks, of those given, that differ along one axis of its mesh only."""
+        mesh = next(mesh for mesh in self._meshes if axis in mesh)
+        return self._together([each for each in mesh if each != axis], ranks)
 
     def part(self, placements: Placements, rank: int) -> int:
         """The index, among the summands of a tensor with `Partial` axes, of this rank's."""
@@ -79,6 +104,12 @@ class RankMap:
     def parts(self, placements: Placements) -> int:
         """How many summands a tensor with these placements has; 1 without `Partial` axes."""
         return prod(self.sizes[a] for a, p in placements.items() if isinstance(p, Partial))
+
+    @cached_property
+    def _meshes(self) -> list[Mapping[str, int]]:
+        """The meshes that the ranks are seen on."""
+        both = (self.layout.sizes, self.layout.expert_sizes)
+        return [mesh for mesh in both if set(mesh) <= set(self.sizes)]
 
     def _together(self, axes: list[str], ranks: Iterable[int]) -> list[tuple[int, ...]]:
         found: dict[tuple[int, ...], tuple[int, ...]] = {}

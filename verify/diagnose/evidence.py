@@ -54,7 +54,7 @@ class Evidence:
         """By axis with more than one rank, the groups of ranks that differ along it only."""
         members = sorted(self.candidate)
         return {
-            axis: tuple(self._along(axis, members))
+            axis: tuple(self.ranks.along(axis, members))
             for axis in self.ranks.axes
             if self.ranks.sizes[axis] > 1
         }
@@ -91,10 +91,3 @@ class Evidence:
     def _norm(self, predicted: Mapping[int, Tensor]) -> float:
         squares = [float((self.candidate[r] - predicted[r]).norm()) ** 2 for r in self.wrong]
         return sum(squares) ** 0.5
-
-    def _along(self, axis: str, members: list[int]) -> list[tuple[int, ...]]:
-        found: dict[tuple[int, ...], tuple[int, ...]] = {}
-        for rank in members:
-            key = tuple(i for a, i in self.ranks.coordinates[rank].items() if a != axis)
-            found[key] = (*found.get(key, ()), rank)
-        return list(found.values())

@@ -18,6 +18,7 @@ from verify.oracle.latent_attention import latent_attention
 from verify.oracle.linear import column_linear, row_linear
 from verify.oracle.mappings import MAPPINGS
 from verify.oracle.mlp import tp_mlp
+from verify.oracle.moe import moe_dispatch, moe_expert_bias, moe_layer, moe_router
 from verify.oracle.recompute import recomputed_block
 from verify.oracle.self_attention import self_attention
 
@@ -28,6 +29,10 @@ CONTRACTS: dict[str, Callable[[Case], Contract]] = {
     "vocab_embedding": vocab_embedding,
     "vocab_cross_entropy": vocab_cross_entropy,
     "tp_mlp": tp_mlp,
+    "moe_router": moe_router,
+    "moe_dispatch": moe_dispatch,
+    "moe_layer": moe_layer,
+    "moe_expert_bias": moe_expert_bias,
     "dropout": dropout,
     "recomputed_block": recomputed_block,
     "context_split": context_split,

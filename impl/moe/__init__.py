@@ -1,0 +1,1 @@
+"""Mixture of experts: router, dispatch of tokens to ranks, experts, and the layer of them."""

@@ -1,0 +1,153 @@
+"""The experts of one rank: as many perceptrons, their weights stacked."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import Module, Parameter
+from torch.nn.functional import gelu, linear, silu
+from torch.nn.init import zeros_
+
+from impl.mappings import copy_to_tensor_parallel_region
+from impl.parameters import Initialiser
+from impl.partition import divide, split
+
+ACTIVATIONS = ("gelu", "swiglu")
+
+
+class GroupedLinear(Module):
+    """y = x weight^T + bias with a weight of its own for every run of rows.
+
+    `weight` [experts, out, in] and `bias` [experts, out] are Shard(0) over ep, and are split over
+    etp along `etp_dim` of the full weight (1 out, 2 in) in `stride` blocks; a bias is split with
+    the outputs. With split inputs, `y` are summands over etp, to which the first rank adds the
+    bias; the bias is Replicate over etp and its gradient, all-reduced, complete.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        out_features: int,
+        num_experts: int,
+        etp_dim: int,
+        ep_group: ProcessGroup,
+        etp_group: ProcessGroup,
+        init: Initialiser,
+        bias: bool,
+        stride: int = 1,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.etp_group, self.row = etp_group, etp_dim == 2
+        full = torch.empty(num_experts, out_features, in_features, dtype=dtype, device=device)
+        full_bias = torch.empty(num_experts, out_features, dtype=dtype, device=device)
+        with torch.no_grad():
+            init(full)
+            zeros_(full_bias)
+            mine = split(full, dim=0, group=ep_group)
+            own_bias = split(full_bias, dim=0, group=ep_group)
+            weight = _split_strided(mine, etp_dim, stride, etp_group)
+            if not self.row:
+                own_bias = _split_strided(own_bias, etp_dim, stride, etp_group)
+        self.weight = _expert_parameter(weight, etp_dim, stride)
+        self.bias = _expert_parameter(own_bias, None if self.row else 1, stride) if bias else None
+
+    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
+        """`y` [rows, out] of `x` [rows, in], whose rows are sorted by expert: `counts` of each."""
+        biases: Tensor | None = self.bias
+        if biases is not None and self.row:
+            first = dist.get_rank(self.etp_group) == 0
+            biases = copy_to_tensor_parallel_region(biases, group=self.etp_group) * first
+        parts = [
+            linear(rows, self.weight[i], None if biases is None else biases[i])
+            for i, rows in enumerate(x.split(counts))
+        ]
+        return torch.cat(parts)
+
+
+class Experts(Module):
+    """fc2(activation(fc1(x))) for every expert, the ffn features split over etp.
+
+    Inputs are rows sorted by expert, Replicate over etp, whose gradients are Partial; outputs are
+    summands over etp. The dispatcher gathers and sums them: there is no communication here but
+    that of a bias. With swiglu, fc1 is packed, [gate | up], and every rank has its part of both.
+    Parameters are marked `allreduce` False, as Megatron's: replicas are along edp, not dp.
+
+    Raises ValueError for experts that do not divide by ep and an ffn that does not by etp.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        *,
+        ffn: int,
+        num_experts: int,
+        ep_group: ProcessGroup,
+        etp_group: ProcessGroup,
+        init: Initialiser,
+        activation: str = "gelu",
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        divide(num_experts, group=ep_group, name="num_experts")
+        divide(ffn, group=etp_group, name="ffn")
+        self.activation = activation
+        self.fc1 = GroupedLinear(
+            hidden,
+            out_features=ffn * (2 if activation == "swiglu" else 1),
+            num_experts=num_experts,
+            etp_dim=1,
+            ep_group=ep_group,
+            etp_group=etp_group,
+            init=init,
+            bias=bias,
+            stride=2 if activation == "swiglu" else 1,
+            dtype=dtype,
+            device=device,
+        )
+        self.fc2 = GroupedLinear(
+            ffn,
+            out_features=hidden,
+            num_experts=num_experts,
+            etp_dim=2,
+            ep_group=ep_group,
+            etp_group=etp_group,
+            init=init,
+            bias=bias,
+            dtype=dtype,
+            device=device,
+        )
+
+    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
+        """Summands of the outputs [rows, hidden] of `x` [rows, hidden], sorted by expert."""
+        inner = self.fc1(x, counts)
+        if self.activation == "swiglu":
+            gate, up = inner.chunk(2, dim=-1)
+            return self.fc2(silu(gate) * up, counts)
+        return self.fc2(gelu(inner), counts)
+
+
+def _split_strided(x: Tensor, dim: int, stride: int, group: ProcessGroup) -> Tensor:
+    """This rank's part of each of `stride` blocks of a dimension, side by side."""
+    parts = [split(block, dim=dim, group=group) for block in x.chunk(stride, dim)]
+    return torch.cat(parts, dim)
+
+
+def _expert_parameter(values: Tensor, etp_dim: int | None, stride: int) -> Parameter:
+    parameter = Parameter(values)
+    marks: dict[str, bool | int] = {
+        "allreduce": False,
+        "tensor_model_parallel": etp_dim is not None,
+    }
+    marks |= {} if etp_dim is None else {"partition_dim": etp_dim, "partition_stride": stride}
+    for name, value in marks.items():
+        setattr(parameter, name, value)
+    return parameter
