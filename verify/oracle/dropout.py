@@ -43,10 +43,10 @@ def dropout(case: Case) -> Contract:
     bias: Placements = {}
     grad_bias: Placements = {"cp": Partial()}
     if tensor_parallel:
-        placed |= {"tp": Shard(-1)}
+        placed = {**placed, "tp": Shard(-1)}
         bias, grad_bias = {"tp": Shard(-1)}, {"cp": Partial(), "tp": Shard(-1)}
     elif sequence_parallel:
-        placed |= {"tp": Shard(0)}
+        placed = {**placed, "tp": Shard(0)}
         grad_bias = {"cp": Partial(), "tp": Partial()}
     tensor = TensorSpec(shape, placed, placed)
     inputs = {"x": tensor, "residual": tensor}
