@@ -14,10 +14,12 @@ from verify.case import LENSES, Case, Lens
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest world of the cluster (None: whatever is drawn), and the wanted lenses."""
+    """The largest world of the cluster (None: whatever is drawn), the wanted lenses, and whether
+    the cluster can have an adversary."""
 
     max_world_size: int | None = None
     lenses: tuple[Lens, ...] = LENSES
+    adversaries: bool = True
 
     def world_size(self, wanted: int) -> int:
         """The largest world to draw where a property wants worlds of up to `wanted`."""
@@ -30,6 +32,8 @@ class Limits:
             return f"it needs more than the {self.max_world_size} ranks of this run"
         if case.lens not in self.lenses:
             return f"the lens {case.lens} is not one of --lens {','.join(self.lenses)}"
+        if case.adversary and not self.adversaries:
+            return "the cluster of this run has no adversary"
         return None
 
 

@@ -43,7 +43,7 @@ def set_up(config: pytest.Config) -> None:
         world_size = _world_size(options, config)
     except (BadArgument, HarnessError) as error:
         raise pytest.UsageError(str(error)) from None
-    given_limits = Limits(world_size, options.lenses)
+    given_limits = Limits(world_size, options.lenses, options.cluster == "sim")
     config.add_cleanup(partial(set_limits, limits()))
     set_limits(given_limits)
     config.add_cleanup(use_profile(options))

@@ -2,8 +2,8 @@
 
 They describe validity and nothing else, draw sizes that are awkward on purpose (one, primes, barely
 divisible by tp, one token a rank), and shrink towards one rank, sizes of one, default options, the
-first lens and seed 0. An option at its default is left out of the case. What this run cannot check
-(`verify.limits`) is not drawn.
+first lens, seed 0 and no adversary. An option at its default is left out of the case. What this run
+cannot check (`verify.limits`) is not drawn.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from hypothesis import assume
 from hypothesis import strategies as st
 
+from verify.adversary import NONE, Adversary
 from verify.case import LENSES, Case, Lens, Option
 from verify.errors import BadArgument
 from verify.layout import DEFAULT_ORDER, Layout
@@ -109,6 +110,14 @@ def _orders(*, pp_last: bool) -> st.SearchStrategy[str]:
     return st.permutations(moved).map(lambda axes: "-".join([*axes, *last]))
 
 
+def adversaries() -> st.SearchStrategy[Adversary]:
+    """What a run may be made hard by and still be right; nothing on a cluster that cannot."""
+    if not limits().adversaries:
+        return st.just(NONE)
+    schedules = st.none() | st.integers(0, MAX_SEED)
+    return st.just(NONE) | st.builds(Adversary, late=st.just(True), schedule=schedules)
+
+
 @st.composite
 def cases(
     draw: st.DrawFn,
@@ -133,7 +142,8 @@ def cases(
         changes = [with_option(case, option, value, default=values[0]) for value in wanted]
         valid = [changed for changed in changes if contract_or_none(changed) is not None]
         assume(valid)
-        case = draw(st.sampled_from(valid))
+        # As many to choose from whatever is valid, or a case would shrink to where the choice ends.
+        case = draw(st.sampled_from([each if each in valid else valid[0] for each in changes]))
     return draw(completed(case, lenses))
 
 
@@ -141,7 +151,13 @@ def cases(
 def completed(draw: st.DrawFn, case: Case, lenses: Sequence[Lens] = LENSES) -> Case:
     """The case, its concept, layout, sizes and options, with all else that a case has."""
     lens, dtype = draw(_arithmetic(case, lenses))
-    return dataclasses.replace(case, lens=lens, dtype=dtype, seed=draw(st.integers(0, MAX_SEED)))
+    return dataclasses.replace(
+        case,
+        lens=lens,
+        dtype=dtype,
+        seed=draw(st.integers(0, MAX_SEED)),
+        adversary=draw(adversaries()),
+    )
 
 
 def with_option(case: Case, option: str, value: Option, *, default: Option) -> Case:
