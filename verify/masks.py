@@ -8,7 +8,7 @@ that hold copies of a tensor drop the same elements of it, ranks that hold diffe
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import log2
 from typing import Any
@@ -64,6 +64,12 @@ def recorded() -> Iterator[list[Tensor]]:
     masks: list[Tensor] = []
     with _Recording(masks):
         yield masks
+
+
+def applied_alike() -> AbstractContextManager[object]:
+    """While inside, this thread's dropouts are applied as `recorded` applies them, and nothing is
+    recorded: for what a target computes again. torch's own keep other tensors on some devices."""
+    return _Recording([])
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ def _run(
     reached = [name for name in upstream if outputs[name].requires_grad]
     mark("backward")
     if reached:
-        with target_code("running backward"):
+        with target_code("running backward"), watch.backward():
             torch.autograd.backward([outputs[n] for n in reached], [upstream[n] for n in reached])
     mark("finish")
     with target_code("finishing its gradients"):

@@ -7,9 +7,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
+from torch.autograd.grad_mode import set_multithreading_enabled
 from torch.autograd.graph import saved_tensors_hooks
 
-from verify.masks import recorded
+from verify.masks import applied_alike, recorded
 from verify.oracle.contract import Contract
 
 
@@ -34,6 +35,15 @@ class Watch:
                 self.masks = stack.enter_context(recorded())
             if self.contract.kept is not None:
                 stack.enter_context(saved_tensors_hooks(self._keep, _unchanged))
+            yield
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """While inside, backward runs, on this thread where dropouts are recorded."""
+        with ExitStack() as stack:
+            if self.contract.masks:
+                stack.enter_context(applied_alike())
+                stack.enter_context(set_multithreading_enabled(False))
             yield
 
     @property
