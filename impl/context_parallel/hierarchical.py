@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from impl.context_parallel.plan import ContextGroups, Plan
-from impl.context_parallel.ring import ring_over
+from impl.context_parallel.ring import ring_attention, ring_over
 from impl.context_parallel.ulysses import with_heads_exchanged
 
 
@@ -20,9 +20,11 @@ def hierarchical_attention(q: Tensor, k: Tensor, v: Tensor, *, plan: Plan) -> Te
     """Attention of q, k, v and output Shard(0) or ZigzagShard(0) over cp, by `with_heads_exchanged`
     over the inner level of `ring_over` the outer one.
 
-    Kept as by `ulysses_attention`. ValueError for groups that have not two levels, and for heads
-    that do not divide by the number of inner ranks.
+    Kept as by `ulysses_attention`. ValueError for heads that do not divide by the number of inner
+    ranks, and for groups that have not two levels, which a single rank does not need.
     """
+    if dist.get_world_size(plan.groups.cp) == 1:
+        return ring_attention(q, k, v, plan=plan)
     inner, outer = _levels(plan.groups)
     plan.require_heads(heads=q.shape[2], kv_heads=k.shape[2], group=inner, name="hierarchical")
     chunks = plan.together(dist.get_world_size(inner))

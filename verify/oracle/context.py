@@ -191,7 +191,7 @@ def attention_costs(case: Case, volume: Volume) -> Costs:
             f"case.shape.kv_heads: {volume.kv_heads} do not divide {volume.heads} heads"
         )
     levels = case.layout.hierarchical_cp or ()
-    if algorithm == "hierarchical" and len(levels) != 2:
+    if algorithm == "hierarchical" and case.layout.cp > 1 and len(levels) != 2:
         exclude(case, "algorithm", algorithm, why="it needs a hierarchical_cp of two levels")
     together = {"ulysses": case.layout.cp, "hierarchical": levels[0] if levels else 1}
     costs = Costs(algorithm, case.layout, volume, together.get(algorithm, 1))

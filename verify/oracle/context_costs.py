@@ -112,6 +112,8 @@ def _ulysses(costs: Costs) -> tuple[Steps, Steps]:
 
 
 def _hierarchical(costs: Costs) -> tuple[Steps, Steps]:
+    if costs.layout.cp == 1:
+        return (), ()
     exchanges = _exchanges(costs, "hcp_0")
     forward, backward = _round(costs, "hcp_1", costs.layout.cp // costs.together)
     return (*exchanges, *forward), (*exchanges, *backward)
