@@ -46,4 +46,4 @@ def test_ranks_along_an_axis_differ_in_it_alone_on_its_own_mesh():
 @pytest.mark.parametrize("axes", [("tp", "ep"), ("tp", "cp", "dp", "ep", "edp"), ("nothing",)])
 def test_other_mixtures_of_axes_are_no_contract(axes):
     with pytest.raises(HarnessError, match="neither of one mesh nor all of both"):
-        RankMap(LAYOUT, axes).replicas
+        assert RankMap(LAYOUT, axes).replicas
