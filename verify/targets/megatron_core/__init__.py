@@ -25,6 +25,7 @@ from verify.layout import Layout
 from verify.targets.megatron_core import stand_ins
 
 if TYPE_CHECKING:
+    from verify.stream_laws import Draw
     from verify.target import RankState, Subject
     from verify.targets.megatron_core.rank_state import Found, GlobalState
 
@@ -40,14 +41,8 @@ _NEEDS_CUDA = (
     "megatron.core.transformer.moe.fused_a2a",
 )
 
-_OPTIONS: dict[str, frozenset[str]] = {
-    "column_linear": frozenset({"bias", "gather_output", "skip_bias_add", "frozen_weight"}),
-    "row_linear": frozenset({"bias", "input_is_parallel", "skip_bias_add", "frozen_weight"}),
-    "vocab_embedding": frozenset({"scatter"}),
-    "vocab_cross_entropy": frozenset({"label_smoothing", "ignored", "mask_padding"}),
-    "tp_mlp": frozenset({"bias", "activation"}),
-    "gather_from_sp": frozenset({"tensor_parallel_output_grad"}),
-}
+# Each has BUILDERS and OPTIONS by concept, and `lacks`, why a case is not supported.
+_ADAPTERS = ("subjects", "random")
 
 
 class Session:
@@ -81,7 +76,14 @@ class Session:
 
     def build(self, case: Case) -> Subject:
         """The subject of a supported case; raises what megatron-core raises where it refuses."""
-        return _subjects().BUILDERS[case.concept](case)
+        builders = {name: b for each in _adapters() for name, b in each.BUILDERS.items()}
+        return builders[case.concept](case)
+
+    def streams(self) -> Mapping[str, Draw]:
+        """How to draw from this rank's random stream of every region that Megatron knows."""
+        from verify.targets.megatron_core import random
+
+        return random.streams()
 
 
 class Target:
@@ -105,17 +107,16 @@ class Target:
 
     def supports(self, case: Case) -> str | None:
         """None, or why megatron-core or this adapter cannot do the case."""
-        if case.concept not in _subjects().BUILDERS:
+        concepts = {concept for each in _adapters() for concept in each.BUILDERS}
+        if case.concept not in concepts | {"random_streams"}:
             return f"no adapter for {case.concept}"
-        known = _OPTIONS.get(case.concept, frozenset()).union(HARNESS_OPTIONS)
+        options = {c: names for each in _adapters() for c, names in each.OPTIONS.items()}
+        known = options.get(case.concept, frozenset()).union(HARNESS_OPTIONS)
         if foreign := set(case.options) - known:
             return f"{case.concept} has no option {', '.join(sorted(foreign))}"
-        if case.concept == "vocab_cross_entropy":
-            return _cross_entropy_lacks(case)
-        if reason := _means_something_else(case):
-            return reason
-        if case.options.get("activation", "gelu") != "gelu":
-            return f"no adapter for the activation {case.options['activation']}"
+        for reason in (each.lacks(case) for each in _adapters()):
+            if reason is not None:
+                return reason
         return None
 
     def rank_state(self) -> tuple[RankState, ...]:
@@ -136,7 +137,7 @@ class Target:
     @contextlib.contextmanager
     def session(self, layout: Layout) -> Iterator[Session]:
         """Collective: make Megatron's groups and its random states for `layout`; undo both."""
-        from megatron.core import tensor_parallel
+        from megatron.core import parallel_state, tensor_parallel
 
         from verify.targets.megatron_core import groups
 
@@ -144,7 +145,9 @@ class Target:
         with stand_ins.applied():
             try:
                 groups.initialise(layout)
-                tensor_parallel.model_parallel_cuda_manual_seed(SEED)
+                # The seed of a stage is Megatron-LM's, whose training script calls this.
+                stage = parallel_state.get_pipeline_model_parallel_rank()
+                tensor_parallel.model_parallel_cuda_manual_seed(SEED + 100 * stage)
                 yield Session(layout)
                 # Not after an error: the world may be broken, and its cluster replaces it then.
                 groups.destroy()
@@ -153,28 +156,6 @@ class Target:
                 state.save()
                 state.load(state.fresh())
                 torch.set_rng_state(generator)
-
-
-def _means_something_else(case: Case) -> str | None:
-    """Options that the contracts refuse beside each other, and megatron-core gives a meaning."""
-    parallel = case.layout.sequence_parallel
-    if case.options.get("scatter", False) and not parallel:
-        return "reduce_scatter_embeddings does not depend on sequence parallelism"
-    if case.options.get("gather_output", False) and parallel:
-        return "gather_output goes with sequence parallelism"
-    return None
-
-
-def _cross_entropy_lacks(case: Case) -> str | None:
-    if case.options.get("ignored", False):
-        return "vocab_parallel_cross_entropy has no ignore_index"
-    if case.options.get("mask_padding", False):
-        return "vocab_parallel_cross_entropy does not mask the padding of the vocabulary"
-    if case.options.get("strides", "contiguous") != "contiguous":
-        return "vocab_parallel_cross_entropy raises for logits that are not contiguous"
-    if case.dtype == "float64":
-        return "vocab_parallel_cross_entropy computes in float32, whatever its input"
-    return None
 
 
 def _device() -> torch.device:
@@ -186,19 +167,19 @@ def _needs_cuda(found: Found) -> bool:
 
 
 @cache
-def _subjects() -> ModuleType:
-    """The module of adapters, which imports all of megatron-core that is in use. What it warns of
+def _adapters() -> tuple[ModuleType, ...]:
+    """The modules of adapters, which import all of megatron-core that is in use. What it warns of
     then is that TransformerEngine and apex are missing, and neither runs on a CPU."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return importlib.import_module("verify.targets.megatron_core.subjects")
+        return tuple(importlib.import_module(f"{__name__}.{name}") for name in _ADAPTERS)
 
 
 @cache
 def _found() -> tuple[Found, ...]:
     from verify.targets.megatron_core import rank_state
 
-    _subjects()
+    _adapters()
     return tuple(rank_state.find(PACKAGE))
 
 

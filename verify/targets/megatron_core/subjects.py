@@ -29,6 +29,15 @@ from verify.targets.megatron_attributes import placements_of
 
 Tensors = Mapping[str, Tensor]
 
+OPTIONS: Mapping[str, frozenset[str]] = {
+    "column_linear": frozenset({"bias", "gather_output", "skip_bias_add", "frozen_weight"}),
+    "row_linear": frozenset({"bias", "input_is_parallel", "skip_bias_add", "frozen_weight"}),
+    "vocab_embedding": frozenset({"scatter"}),
+    "vocab_cross_entropy": frozenset({"label_smoothing", "ignored", "mask_padding"}),
+    "tp_mlp": frozenset({"bias", "activation"}),
+    "gather_from_sp": frozenset({"tensor_parallel_output_grad"}),
+}
+
 
 def config_of(case: Case, **sizes: Any) -> TransformerConfig:
     """The configuration of a module in `case.dtype`, on `case.layout`.
@@ -241,3 +250,34 @@ BUILDERS: dict[str, Callable[[Case], ModuleSubject | OperationSubject]] = {
     "gather_from_sp": gather_from_sp,
     **{concept: partial(_mapping, operation) for concept, operation in _OPERATIONS.items()},
 }
+
+
+def lacks(case: Case) -> str | None:
+    """Why megatron-core or this adapter cannot do a case; None where it can."""
+    if case.concept == "vocab_cross_entropy":
+        return _cross_entropy_lacks(case)
+    if case.concept == "tp_mlp" and case.options.get("activation", "gelu") != "gelu":
+        return f"no adapter for the activation {case.options['activation']}"
+    return _means_something_else(case)
+
+
+def _means_something_else(case: Case) -> str | None:
+    """Options that the contracts refuse beside each other, and megatron-core gives a meaning."""
+    parallel = case.layout.sequence_parallel
+    if case.options.get("scatter", False) and not parallel:
+        return "reduce_scatter_embeddings does not depend on sequence parallelism"
+    if case.options.get("gather_output", False) and parallel:
+        return "gather_output goes with sequence parallelism"
+    return None
+
+
+def _cross_entropy_lacks(case: Case) -> str | None:
+    if case.options.get("ignored", False):
+        return "vocab_parallel_cross_entropy has no ignore_index"
+    if case.options.get("mask_padding", False):
+        return "vocab_parallel_cross_entropy does not mask the padding of the vocabulary"
+    if case.options.get("strides", "contiguous") != "contiguous":
+        return "vocab_parallel_cross_entropy raises for logits that are not contiguous"
+    if case.dtype == "float64":
+        return "vocab_parallel_cross_entropy computes in float32, whatever its input"
+    return None
