@@ -60,6 +60,12 @@ class Choice:
             raise ValueError("expert_bias: True needs score='sigmoid'; a softmax has no use for it")
         if self.score != "softmax" and self.pre_softmax:
             raise ValueError("pre_softmax: True needs score='softmax'; leave it out")
+        alike = self.score == "softmax" and not self.pre_softmax and self.top_k == 1
+        if self.capacity is not None and self.drop == "probability" and alike:
+            raise ValueError(
+                "capacity: the probability of an only choice is 1, so none is the smallest to drop;"
+                " set pre_softmax, or drop='position'"
+            )
         if self.capacity is not None and self.capacity <= 0:
             raise ValueError(f"capacity: {self.capacity} is not above 0; None drops nothing")
         if self.groups < 1 or num_experts % self.groups:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from verify.errors import HarnessError
+from verify.errors import BadArgument
 from verify.oracle.moe.routing import (
     admitted,
     by_rank,
@@ -111,8 +111,9 @@ def settled(x: Tensor, weight: Tensor, rule: Rules, bias: Tensor | None = None) 
     """`x` [sequence, batch, hidden] with other tokens where a decision is in doubt.
 
     Their features are drawn from those of all tokens, with either sign, so that they are numbers of
-    the same dtype. Raises HarnessError where that does not help.
+    the same dtype. Raises BadArgument where that does not help.
     """
+    rule.check_sizes()
     pool, x = x.flatten(), x.clone()
     for attempt in range(_ATTEMPTS):
         wrong = Doubt(x, weight, bias, rule).tokens()
@@ -122,8 +123,9 @@ def settled(x: Tensor, weight: Tensor, rule: Rules, bias: Tensor | None = None) 
         size = (int(wrong.sum()), x.shape[-1])
         drawn = pool[torch.randint(0, pool.numel(), size, generator=generator)]
         x[wrong] = drawn * (torch.randint(0, 2, size, generator=generator) * 2 - 1)
-    raise HarnessError(
-        f"moe: {_ATTEMPTS} draws of tokens left decisions between {rule.experts} experts in doubt"
+    raise BadArgument(
+        f"case: {_ATTEMPTS} draws of tokens left decisions between {rule.experts} experts in doubt;"
+        " take a wider dtype or other sizes"
     )
 
 

@@ -61,6 +61,16 @@ class Rules:
         names = ("balance",) * (self.balance != "none") + ("z",) * (self.z_loss != 0)
         return tuple(f"{name}_loss" for name in names)
 
+    def check_sizes(self) -> None:
+        """Raise BadArgument where a token cannot choose so many experts in so many groups."""
+        groups, chosen = self.groups, self.group_top_k
+        fits = self.experts % groups == 0 and chosen <= groups and self.top_k % chosen == 0
+        if not fits or self.top_k > self.experts // groups * chosen:
+            raise BadArgument(
+                f"case.shape.top_k: {self.top_k} of {self.experts} experts in {groups} groups,"
+                f" {chosen} of them admitted, do not fit"
+            )
+
 
 def rules(case: Case, *, score: str = "", expert_bias: bool = False) -> Rules:
     """The rules of a case, whose concept may fix the score and the bias.
@@ -93,6 +103,7 @@ def rules(case: Case, *, score: str = "", expert_bias: bool = False) -> Rules:
 
 
 def _check(rule: Rules) -> None:
+    """Raise BadArgument for options that do not go together."""
     if rule.score != "sigmoid" and rule.expert_bias:
         raise BadArgument("case.options.expert_bias: True needs score=sigmoid")
     if rule.score != "softmax" and rule.pre_softmax:
@@ -104,13 +115,6 @@ def _check(rule: Rules) -> None:
         raise BadArgument(
             "case.options.drop: probability with top_k=1 needs pre_softmax or sigmoid; else every"
             " choice has probability 1"
-        )
-    groups, chosen = rule.groups, rule.group_top_k
-    fits = rule.experts % groups == 0 and chosen <= groups and rule.top_k % chosen == 0
-    if not fits or rule.top_k > rule.experts // groups * chosen:
-        raise BadArgument(
-            f"case.shape.groups: top_k={rule.top_k} of {rule.experts} experts in {groups} groups,"
-            f" {chosen} of them admitted, do not fit"
         )
 
 
