@@ -211,8 +211,8 @@ def repro(report: Path, target: str | None, cluster: str | None) -> int:
         shardproof repro shardproof-report/report.json --target fork.adapter:Fixed
         shardproof repro shardproof-report/report.json --target megatron-core
     """
-    from verify.listing import print_replay
     from verify.replay import Replay
+    from verify.repro import print_replay
 
     return print_replay(Replay.of(report, target=target, cluster=cluster))
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -24,20 +21,7 @@ from rich.text import Text
 from verify.collector import Listener
 from verify.options import RunOptions
 from verify.record import Record
-from verify.report.table import STYLES, WIDTH, print_summary
-
-
-def console_of_stdout() -> Console:
-    """A console on what stdout is now, whatever pytest puts in its place later.
-
-    Wide lines are not broken where the output is no terminal.
-    """
-    stream: Any = sys.stdout
-    with contextlib.suppress(OSError, AttributeError, io.UnsupportedOperation):
-        stream = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    console = Console(file=stream, highlight=False)
-    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
-    return console
+from verify.report.table import STYLES, print_summary
 
 
 class Display(Listener):

@@ -22,6 +22,7 @@ from verify.case import Case
 from verify.check_fixture import CheckCase
 from verify.cluster import open_cluster
 from verify.errors import BadArgument, Mismatch, NotSupported
+from verify.interrupts import DeferredInterrupt
 from verify.limits import Limits
 from verify.options import RunOptions
 from verify.property import CHECKS
@@ -74,6 +75,7 @@ class Examiner:
         self.on_example: Callable[[str, int], None] = lambda name, count: None
         self._record: Record | None = None
         self._rank_state = ""
+        self._interrupt = DeferredInterrupt()
 
     @contextmanager
     def checking(self) -> Iterator[CheckCase]:
@@ -117,6 +119,15 @@ class Examiner:
         return True if property_name(name) not in self.options.suites else None
 
     @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Let an interrupt wait until the ranks are at rest."""
+        with DeferredInterrupt() as self._interrupt:
+            done = yield
+        if self._interrupt.asked:
+            item.session.shouldstop = "interrupted"
+        return done
+
+    @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Function) -> Generator[None, object, object]:
         """Record every example of a property."""
         self._record = None
@@ -127,7 +138,7 @@ class Examiner:
         )
         raised: BaseException | None = None
         try:
-            with _recorded(item, recorder):
+            with _recorded(item, recorder, self._interrupt):
                 return (yield)
         except KeyboardInterrupt:
             raise
@@ -184,7 +195,10 @@ class Examiner:
 class _recorded:
     """While open, every run of a test's function is an example of the recorder."""
 
-    def __init__(self, item: pytest.Function, recorder: Recorder) -> None:
+    def __init__(
+        self, item: pytest.Function, recorder: Recorder, interrupt: DeferredInterrupt
+    ) -> None:
+        self._interrupt = interrupt
         self._holder: Any = item
         self._name = "obj"
         if is_hypothesis_test(item.obj):
@@ -193,10 +207,11 @@ class _recorded:
         self._recorder = recorder
 
     def __enter__(self) -> None:
-        inner, recorder = self._inner, self._recorder
+        inner, recorder, interrupt = self._inner, self._recorder, self._interrupt
 
         @functools.wraps(inner)
         def example(*args: Any, **kwargs: Any) -> Any:
+            interrupt.check()
             with recorder.example(kwargs):
                 return inner(*args, **kwargs)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from verify.display import Display, console_of_stdout
+from verify.console import console_of_stdout
+from verify.display import Display
 from verify.errors import BadArgument
 from verify.options import RunOptions
 from verify.suites import PACKAGE, suite_names

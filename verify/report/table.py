@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-WIDTH = 100
+from verify.console import WIDTH
+
 STYLES = {"passed": "green", "failed": "bold red", "unknown": "bold yellow", "not supported": "dim"}
 
 
