@@ -262,12 +262,15 @@ def lacks(case: Case) -> str | None:
 
 
 def _means_something_else(case: Case) -> str | None:
-    """Options that the contracts refuse beside each other, and megatron-core gives a meaning."""
-    parallel = case.layout.sequence_parallel
+    """Options and sizes that the contracts refuse, and megatron-core gives a meaning."""
+    parallel, tp, shape = case.layout.sequence_parallel, case.layout.tp, case.shape
     if case.options.get("scatter", False) and not parallel:
         return "reduce_scatter_embeddings does not depend on sequence parallelism"
     if case.options.get("gather_output", False) and parallel:
         return "gather_output goes with sequence parallelism"
+    if case.concept == "all_to_all_hp_to_sp" and shape and shape["sequence"] % tp:
+        tokens = shape["sequence"] * shape["batch"]
+        return None if tokens % tp else "all_to_all_hp2sp divides the tokens, not the sequence"
     return None
 
 
