@@ -105,15 +105,13 @@ def attend(
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     scores = scores * (q.shape[-1] ** -0.5 if given.scale is None else given.scale)
     scores = scores if bias is None else scores + bias.to(scores.dtype)
-    lowest = torch.finfo(scores.dtype).min
-    top = scores.detach().masked_fill(~allowed, lowest).amax(-1, keepdim=True)
-    extra = None if sink is None else sink.to(scores.dtype).view(-1, 1, 1)
-    if extra is not None:
-        top = torch.maximum(top, extra.detach())
-    weights = (scores - top).masked_fill(~allowed, float("-inf")).exp()
-    total = weights.sum(-1, keepdim=True)
-    total = total if extra is None else total + (extra - top).exp()
-    shares = (weights / total.masked_fill(total == 0, 1.0)).to(q.dtype)
+    # A row that may attend to nothing is computed as if to everything, and then thrown away.
+    alive = allowed.any(-1, keepdim=True)
+    scores = scores.masked_fill(~allowed & alive, float("-inf"))
+    if sink is not None:
+        extra = sink.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((extra, scores), -1)
+    shares = scores.softmax(-1)[..., -keys:].masked_fill(~alive, 0.0).to(q.dtype)
     if kept is not None:
         shares = shares * kept / (1 - given.dropout)
     return torch.einsum("bhst,tbhe->sbhe", shares, v)
@@ -140,12 +138,14 @@ def core_attention(case: Case) -> Contract:
 
     split: Placements = {"tp": Shard(2)}
     shared = groups == 1 and case.layout.tp > 1
+    # Where one key takes nearly all of a softmax, gradients are what is left of terms like these.
+    terms = float(case.options.get("magnitude") or 1) ** 2
     key: Placements = {"tp": Replicate()} if shared else split
     grad_key: Placements = {"tp": Partial()} if shared else split
     return Contract(
         inputs={
-            "q": TensorSpec((sequence, batch, heads, size), split, split),
-            "k": TensorSpec((keys, batch, groups, size), key, grad_key),
+            "q": TensorSpec((sequence, batch, heads, size), split, split, terms=terms),
+            "k": TensorSpec((keys, batch, groups, size), key, grad_key, terms=terms),
             "v": TensorSpec((keys, batch, groups, width), key, grad_key),
             **padding_input(given, batch, keys),
         },

@@ -1,0 +1,62 @@
+"""Multi-latent attention split over tp by heads (arXiv:2405.04434).
+
+Laws: (1) output and all gradients are those of one device, with a latent of the queries and
+without; the gradients of the narrow weights, which every rank has, are complete; (2) copies on
+several ranks are equal; (3) ranks drop different shares; (4) what is summed or gathered is narrow;
+(5) memory order and (6) the layout change nothing; (7) what cannot be computed is refused. Sequence
+parallelism is on or off.
+"""
+
+from __future__ import annotations
+
+from hypothesis import given
+
+from verify.case import Case
+from verify.examiner import CheckCase
+from verify.strategies import STRIDES, Choices
+from verify.strategies_attention import CERTAIN, attention_cases, refusable_attention_cases
+
+CONCEPT = "latent_attention"
+PLAIN: Choices = {
+    **CERTAIN,
+    "padding": (False,),
+    "alibi": (False,),
+    "sink": (False,),
+    "layer_number": (None,),
+}
+ANY: Choices = {"strides": STRIDES[:1]}
+
+
+@given(case=attention_cases(CONCEPT, options=PLAIN))
+def test_output_and_gradients(check: CheckCase, case: Case) -> None:
+    """Laws 1 and 2. Must catch: a gradient of the shared key of this rank's heads only; narrow
+    weights with the gradient of this rank's tokens under sequence parallelism, or summed where it
+    is complete; the split of latent and shared key, or of a head's key and value, elsewhere; a
+    scale of a part of the key."""
+    check("equivalence", case)
+
+
+@given(case=attention_cases(CONCEPT, options={}))
+def test_every_way_of_scoring(check: CheckCase, case: Case) -> None:
+    """Laws 1, 3 and 5. Must catch: arguments that do not reach the core; ranks that drop alike in
+    different heads; memory in the order of storage."""
+    check("equivalence", case)
+
+
+@given(case=attention_cases(CONCEPT, options=ANY))
+def test_what_is_communicated(check: CheckCase, case: Case) -> None:
+    """Law 4. Must catch: a gather of x, or of all heads' keys and values, in place of latents."""
+    check("communication", case)
+
+
+@given(case=attention_cases(CONCEPT))
+def test_the_layout_does_not_matter(check: CheckCase, case: Case) -> None:
+    """Law 6. Must catch: a path of its own for one rank."""
+    check("invariance", case)
+
+
+@given(case=refusable_attention_cases(CONCEPT))
+def test_what_cannot_be_computed(check: CheckCase, case: Case) -> None:
+    """Law 7. Must catch: a rank with the heads that remain, or with fewer; an option that is
+    quietly left out."""
+    check("refusal", case)
