@@ -29,29 +29,27 @@ class _AllGather(torch.autograd.Function):
         sweep = ForwardSweep(q, chunks=own, value_dim=v.shape[-1], plan=plan)
         all_k, all_v = (each.wait() for each in gathering)
         sweep.show(all_k, all_v, everything)
-        out = sweep.out
-        ctx.save_for_backward(q, k, v, out, sweep.lse)
-        ctx.plan, ctx.own, ctx.everything = plan, own, everything
-        return out
+        ctx.everything = everything
+        return sweep.save(ctx, k, v)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out, lse = ctx.saved_tensors
         cp = ctx.plan.groups.cp
-        gathering = [start_all_gather(x, group=cp) for x in (k, v)]
-        sweep = BackwardSweep(gradient, q, out, lse, chunks=ctx.own, plan=ctx.plan)
+        sweep = BackwardSweep(ctx, gradient)
+        gathering = [start_all_gather(x, group=cp) for x in (sweep.k, sweep.v)]
         all_k, all_v = (each.wait() for each in gathering)
         partial = sweep.show(all_k, all_v, ctx.everything)
         summing = [start_reduce_scatter(each, group=cp) for each in partial]
         dk, dv = (each.wait() for each in summing)
-        return sweep.dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+        return *sweep.gradients(dk, dv), None
 
 
 def all_gather_attention(q: Tensor, k: Tensor, v: Tensor, *, plan: Plan) -> Tensor:
     """Attention of q, k, v and output Shard(0) or ZigzagShard(0) over cp.
 
     Forward: all-gather of k and of v. Backward: the same again, and the reduce-scatter of their
-    gradients, in the accumulation dtype. Kept: q, k, v, output and lse of this rank's tokens.
+    gradients, in the accumulation dtype. Kept: q, k, v, output, peak and total of this rank's
+    tokens.
     """
     return _AllGather.apply(q, k, v, plan)

@@ -1,16 +1,20 @@
 """Attention of one block, a chunk of queries with a chunk of keys, and how blocks become a whole.
 
-The softmax over all keys is never there at once. A block yields its own output and the logarithm of
-its normaliser, `out` and `lse`, from which the output over all blocks follows (online softmax,
-Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135, section 3.1). Backward
-computes the weights of a block again, from the `lse` of the whole row.
+The softmax over all keys is never there at once. A block yields, for each row of scores, its peak,
+the total of exp(score - peak), and the values weighted by the same; from these, those over all
+blocks follow (online softmax, Milakov and Gimelshein, arXiv:1805.02867; Dao et al.,
+arXiv:2205.14135, section 3.1). Backward computes the weights of a block again. Peak and total are
+kept apart for that, not as the one number lse = peak + log(total): where a softmax is nearly
+certain its gradient is a small difference, which the rounding of a large lse would drown.
 
 Queries are [s, b, heads, d], keys and values [t, b, kv_heads, d]: heads lie in order of the
-kv head that they share (grouped-query attention, Ainslie et al., arXiv:2305.13245). `out` is
-[s, b, heads, d] and `lse` [s, b, heads]. Everything is computed in `accumulation_dtype`.
+kv head that they share (grouped-query attention, Ainslie et al., arXiv:2305.13245). Everything is
+computed in `accumulation_dtype`.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, einsum
@@ -23,28 +27,48 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, allowed: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`out` and `lse` of a block. A row without an allowed key has 0 and minus infinity.
+@dataclass(frozen=True)
+class Rows:
+    """What rows of queries have of the keys they were shown: `weighted` values [s, b, heads, d],
+    `peak` and `total` [s, b, heads]. Without a key: zeros, a peak of minus infinity."""
 
-    `allowed` is bool [s, t], None for all.
-    """
+    weighted: Tensor
+    peak: Tensor
+    total: Tensor
+
+    @staticmethod
+    def without_keys(q: Tensor, *, value_dim: int) -> Rows:
+        """The rows of `q` before anything was shown."""
+        dtype = accumulation_dtype(q.dtype)
+        return Rows(
+            q.new_zeros((*q.shape[:3], value_dim), dtype=dtype),
+            q.new_full(q.shape[:3], MINUS_INFINITY, dtype=dtype),
+            q.new_zeros(q.shape[:3], dtype=dtype),
+        )
+
+    def merge(self, rows: slice, block: Rows) -> None:
+        """Add to some rows, in place, a block of keys that they were not shown yet."""
+        weighted, peak, total = (x[rows] for x in (self.weighted, self.peak, self.total))
+        highest = torch.maximum(peak, block.peak)
+        before = torch.exp(peak - _finite(highest))
+        after = torch.exp(block.peak - _finite(highest))
+        weighted.mul_(before[..., None]).add_(block.weighted * after[..., None])
+        total.mul_(before).add_(block.total * after)
+        peak.copy_(highest)
+
+    @property
+    def out(self) -> Tensor:
+        """softmax(scores) v over what was shown; zeros without a key."""
+        return self.weighted / _nonzero(self.total)[..., None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, allowed: Tensor | None) -> Rows:
+    """The rows of a block. `allowed` is bool [s, t], None for all."""
     scores = _scores(q, k, scale=scale, allowed=allowed)
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - _finite(lse)[..., None])
-    out = einsum("sbgrt,tbgd->sbgrd", weights, v.to(weights.dtype))
-    return out.flatten(2, 3), lse.flatten(2, 3)
-
-
-def merge(out: Tensor, lse: Tensor, *, block_out: Tensor, block_lse: Tensor) -> None:
-    """Add a block of other keys to `out` and `lse`, in place; they begin with 0 and minus
-    infinity."""
-    total = torch.logaddexp(lse, block_lse)
-    finite = _finite(total)
-    out.mul_(torch.exp(lse - finite)[..., None])
-    out.add_(block_out * torch.exp(block_lse - finite)[..., None])
-    lse.copy_(total)
+    peak = scores.amax(-1)
+    weights = torch.exp(scores - _finite(peak)[..., None])
+    weighted = einsum("sbgrt,tbgd->sbgrd", weights, v.to(weights.dtype))
+    return Rows(*(x.flatten(2, 3) for x in (weighted, peak, weights.sum(-1))))
 
 
 def attend_backward(
@@ -53,23 +77,26 @@ def attend_backward(
     k: Tensor,
     v: Tensor,
     *,
-    lse: Tensor,
+    peak: Tensor,
+    total: Tensor,
     delta: Tensor,
     scale: float,
     allowed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a block adds to the gradients of q, k and v, in the accumulation dtype.
 
-    `lse` and `delta` [s, b, heads] are of whole rows; delta is the sum of gradient * out over d,
-    which is what the softmax's own gradient subtracts (arXiv:2205.14135, appendix B.4).
+    `peak`, `total` and `delta` [s, b, heads] are of whole rows; delta is the sum of gradient * out
+    over d, which is what the softmax's own gradient subtracts (arXiv:2205.14135, appendix B.4).
     """
     kv_heads = k.shape[2]
-    scores = _scores(q, k, scale=scale, allowed=allowed)
-    weights = torch.exp(scores - _grouped(_finite(lse), kv_heads)[..., None])
+    peak, total, delta = (
+        _grouped(x, kv_heads)[..., None] for x in (_finite(peak), _nonzero(total), delta)
+    )
+    weights = torch.exp(_scores(q, k, scale=scale, allowed=allowed) - peak) / total
     given = _grouped(gradient.to(weights.dtype), kv_heads)
     dv = einsum("sbgrt,sbgrd->tbgd", weights, given)
     of_weights = einsum("sbgrd,tbgd->sbgrt", given, v.to(weights.dtype))
-    of_scores = weights * (of_weights - _grouped(delta, kv_heads)[..., None]) * scale
+    of_scores = weights * (of_weights - delta) * scale
     dq = einsum("sbgrt,tbgd->sbgrd", of_scores, k.to(weights.dtype))
     dk = einsum("sbgrt,sbgrd->tbgd", of_scores, _grouped(q.to(weights.dtype), kv_heads))
     return dq.flatten(2, 3), dk, dv
@@ -89,6 +116,11 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
     return x.unflatten(2, (kv_heads, x.shape[2] // kv_heads))
 
 
-def _finite(lse: Tensor) -> Tensor:
-    """`lse` as something to subtract: a row without keys has weights exp(-inf - 0) = 0."""
-    return lse.masked_fill(lse == MINUS_INFINITY, 0.0)
+def _finite(peak: Tensor) -> Tensor:
+    """A peak to subtract: where there is no key, weights are exp(-inf - 0) = 0."""
+    return peak.masked_fill(peak == MINUS_INFINITY, 0.0)
+
+
+def _nonzero(total: Tensor) -> Tensor:
+    """A total to divide by: where there is no key, weights are 0 / 1."""
+    return total.masked_fill(total == 0.0, 1.0)

@@ -71,18 +71,14 @@ class _Ring(torch.autograd.Function):
             shift = None if last else start_shift(*here, group=group)
             sweep.show(here[0], here[1], chunks[source])
             here = here if shift is None else shift.wait()
-        out = sweep.out
-        ctx.save_for_backward(q, k, v, out, sweep.lse)
-        ctx.group, ctx.chunks, ctx.plan = group, chunks, plan
-        return out
+        ctx.group, ctx.chunks = group, chunks
+        return sweep.save(ctx, k, v)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        own = ctx.chunks[ctx.sources[0]]
-        sweep = BackwardSweep(gradient, q, out, lse, chunks=own, plan=ctx.plan)
-        here: tuple[Tensor, ...] = (k, v)
+        sweep = BackwardSweep(ctx, gradient)
+        here: tuple[Tensor, ...] = (sweep.k, sweep.v)
         travelling: Shift | None = None
         for source in ctx.sources:
             last = source == ctx.sources[-1]
@@ -95,7 +91,7 @@ class _Ring(torch.autograd.Function):
                 travelling = start_shift(*shares, group=ctx.group)
             here = here if shift is None else shift.wait()
         dk, dv = shares if travelling is None else travelling.wait()
-        return sweep.dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return *sweep.gradients(dk, dv), None, None, None
 
 
 def _sources(group: ProcessGroup) -> tuple[int, ...]:
@@ -117,7 +113,7 @@ def ring_over(
     """Attention of what the ranks of `group` hold, which lies as `chunks`, for each of them.
 
     Forward: n - 1 times k and v to the next rank. Backward: the same, and n times their gradients,
-    in the accumulation dtype. Kept: q, k, v, output and lse of this rank's tokens.
+    in the accumulation dtype. Kept: q, k, v, output, peak and total of this rank's tokens.
     """
     return _Ring.apply(q, k, v, group, chunks, plan)
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from impl.context_parallel.blocks import (
-    MINUS_INFINITY,
-    accumulation_dtype,
-    attend,
-    attend_backward,
-    merge,
-)
+from impl.context_parallel.blocks import Rows, attend, attend_backward
 from impl.context_parallel.plan import Plan
 from impl.context_parallel.zigzag import Chunk, Chunks
 
@@ -22,61 +17,53 @@ class ForwardSweep:
     """The output of queries `q` [s, b, heads, d] that lie as `chunks`, of the keys it is shown."""
 
     def __init__(self, q: Tensor, *, chunks: Chunks, value_dim: int, plan: Plan) -> None:
-        dtype = accumulation_dtype(q.dtype)
         self._q, self._chunks, self._plan = q, chunks, plan
-        self._out = q.new_zeros((*q.shape[:3], value_dim), dtype=dtype)
-        self.lse = q.new_full(q.shape[:3], MINUS_INFINITY, dtype=dtype)
+        self.rows = Rows.without_keys(q, value_dim=value_dim)
 
     def show(self, k: Tensor, v: Tensor, chunks: Chunks) -> None:
         """Attend to keys and values that lie as `chunks`. Each is shown once."""
         for mine, theirs in _blocks(self._plan, self._chunks, chunks):
-            block_out, block_lse = attend(
+            block = attend(
                 self._q[mine.rows],
                 k[theirs.rows],
                 v[theirs.rows],
                 scale=self._plan.scale,
                 allowed=self._plan.mask.allowed(mine, theirs, device=k.device),
             )
-            merge(
-                self._out[mine.rows],
-                self.lse[mine.rows],
-                block_out=block_out,
-                block_lse=block_lse,
-            )
+            self.rows.merge(mine.rows, block)
             if self._plan.on_block is not None:
                 self._plan.on_block(mine, theirs)
 
-    @property
-    def out(self) -> Tensor:
-        """The output over what was shown, in the dtype of q; 0 where there was no key."""
-        return self._out.to(self._q.dtype)
+    def save(self, ctx: Any, k: Tensor, v: Tensor) -> Tensor:
+        """Keep for a `BackwardSweep` what it needs, with k and v; the output, in q's dtype."""
+        out = self.rows.out.to(self._q.dtype)
+        ctx.save_for_backward(self._q, k, v, out, self.rows.peak, self.rows.total)
+        ctx.queries, ctx.plan = self._chunks, self._plan
+        return out
 
 
 class BackwardSweep:
-    """The gradients that belong to a `ForwardSweep` with these results. `dq` grows with every
-    portion of keys; it is in the accumulation dtype."""
+    """The gradients of what a `ForwardSweep` saved. `dq` grows with every portion of keys; it is in
+    the accumulation dtype. `k` and `v` are those that were saved."""
 
-    def __init__(
-        self, gradient: Tensor, q: Tensor, out: Tensor, lse: Tensor, *, chunks: Chunks, plan: Plan
-    ) -> None:
-        self._gradient, self._q, self._lse = gradient, q, lse
-        self._chunks, self._plan = chunks, plan
-        self._delta = (gradient.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-        self.dq = torch.zeros_like(q, dtype=lse.dtype, memory_format=torch.contiguous_format)
+    def __init__(self, ctx: Any, gradient: Tensor) -> None:
+        self._q, self.k, self.v, out, self._peak, self._total = ctx.saved_tensors
+        self._gradient, self._chunks, self._plan = gradient, ctx.queries, ctx.plan
+        self._dtype = self._total.dtype
+        self._delta = (gradient.to(self._dtype) * out.to(self._dtype)).sum(-1)
+        self.dq = torch.zeros_like(self._q, dtype=self._dtype)
 
     def show(self, k: Tensor, v: Tensor, chunks: Chunks) -> tuple[Tensor, Tensor]:
         """What these queries add to the gradients of k and v, in the accumulation dtype."""
-        dk, dv = (
-            torch.zeros_like(x, dtype=self._lse.dtype, memory_format=torch.contiguous_format)
-            for x in (k, v)
-        )
+        dk, dv = (torch.zeros_like(x, dtype=self._dtype) for x in (k, v))
         for mine, theirs in _blocks(self._plan, self._chunks, chunks):
             of_q, of_k, of_v = attend_backward(
                 self._gradient[mine.rows],
                 self._q[mine.rows],
                 k[theirs.rows],
                 v[theirs.rows],
-                lse=self._lse[mine.rows],
+                peak=self._peak[mine.rows],
+                total=self._total[mine.rows],
                 delta=self._delta[mine.rows],
                 scale=self._plan.scale,
                 allowed=self._plan.mask.allowed(mine, theirs, device=k.device),
@@ -85,6 +72,10 @@ class BackwardSweep:
             dk[theirs.rows] += of_k
             dv[theirs.rows] += of_v
         return dk, dv
+
+    def gradients(self, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of q, k and v in their dtypes."""
+        return self.dq.to(self._q.dtype), dk.to(self.k.dtype), dv.to(self.v.dtype)
 
 
 def _blocks(plan: Plan, queries: Chunks, keys: Chunks) -> Iterator[tuple[Chunk, Chunk]]:

@@ -31,18 +31,13 @@ class _Alone(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, plan: Plan) -> Tensor:
         sweep = ForwardSweep(q, chunks=chunks, value_dim=v.shape[-1], plan=plan)
         sweep.show(k, v, chunks)
-        out = sweep.out
-        ctx.save_for_backward(q, k, v, out, sweep.lse)
-        ctx.chunks, ctx.plan = chunks, plan
-        return out
+        return sweep.save(ctx, k, v)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        sweep = BackwardSweep(gradient, q, out, lse, chunks=ctx.chunks, plan=ctx.plan)
-        dk, dv = sweep.show(k, v, ctx.chunks)
-        return sweep.dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+        sweep = BackwardSweep(ctx, gradient)
+        return *sweep.gradients(*sweep.show(sweep.k, sweep.v, ctx.queries)), None, None
 
 
 def with_heads_exchanged(
@@ -70,9 +65,9 @@ def _to_heads(x: Tensor, group: ProcessGroup) -> Tensor:
 def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, *, plan: Plan) -> Tensor:
     """Attention of q, k, v and output Shard(0) or ZigzagShard(0) over cp.
 
-    Collectives are those of `with_heads_exchanged`. Kept: q, k, v, output and lse of as many
-    elements as this rank's tokens have, kv heads counted as often as they are held. ValueError for
-    heads that do not divide by cp, and for kv heads that neither divide by it nor divide it.
+    Collectives are those of `with_heads_exchanged`. Kept: q, k, v, output, peak and total of as
+    many elements as this rank's tokens have, kv heads counted as often as they are held. ValueError
+    for heads that do not divide by cp, and for kv heads that neither divide by it nor divide it.
     """
     cp = plan.groups.cp
     plan.require_heads(heads=q.shape[2], kv_heads=k.shape[2], group=cp, name="ulysses")

@@ -138,11 +138,15 @@ def context_attention(case: Case) -> Contract:
     if counted:
         whose: Placements = {"cp": Replicate() if balanced else Shard(0), "tp": Replicate()}
         outputs["blocks"] = TensorSpec((1 if balanced else case.layout.cp,), whose, None)
+    # Where one key takes nearly all of a softmax, gradients are what is left of terms like these:
+    # scale times upstream gradient times v times k, of which each element is near 1.
+    factor = dim**-0.5 if scale is None else scale
+    terms = factor * (dim * value_dim) ** 0.5 * float(case.options.get("magnitude") or 1) ** 2
     keys, values = ((sequence, batch, kv_heads, each) for each in (dim, value_dim))
     return Contract(
         inputs={
-            "q": TensorSpec((sequence, batch, heads, dim), placed, placed),
-            "k": TensorSpec(keys, placed, placed),
+            "q": TensorSpec((sequence, batch, heads, dim), placed, placed, terms=terms),
+            "k": TensorSpec(keys, placed, placed, terms=terms),
             "v": TensorSpec(values, placed, placed),
             **sequences.inputs,
         },

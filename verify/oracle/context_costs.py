@@ -1,7 +1,7 @@
 """What context parallelism communicates and keeps on a rank, by the published formulas.
 
-With n ranks, and for each of them q, k, v, o the elements of its tokens of its tensor-parallel
-heads, and m as many for lse:
+With n ranks, and for each of them q, k, v, o the elements of its tokens and its tensor-parallel
+heads, and m their rows of scores:
 
 | algorithm | forward | backward |
 |---|---|---|
@@ -10,7 +10,8 @@ heads, and m as many for lse:
 | ulysses | all-to-all q, k, v, o | the same |
 | hierarchical | ulysses over the inner ranks, ring over the outer ones | |
 
-Each keeps q, k, v, o and m, whatever n. An all-to-all of heads over more ranks than there are kv
+Each keeps q, k, v, o, and two numbers for each of the m rows (a peak and a total; their lse alone
+would do, less exactly), whatever n. An all-to-all of heads over more ranks than there are kv
 heads repeats k and v, to one kv head for each rank.
 """
 
@@ -58,7 +59,7 @@ class Costs:
     @property
     def kept(self) -> int:
         """The elements that a rank keeps for backward."""
-        return self.q + self.k + self.v + self.out + self._tokens * self._heads
+        return self.q + self.k + self.v + self.out + 2 * self._tokens * self._heads
 
     @property
     def q(self) -> int:
