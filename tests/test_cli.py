@@ -32,7 +32,7 @@ def environment(**more):
 def shardproof(*arguments, cwd, **more):
     command = [sys.executable, "-m", "verify", *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env=environment(**more), timeout=120
+        command, capture_output=True, text=True, cwd=cwd, env=environment(**more), timeout=300
     )
 
 
@@ -317,7 +317,7 @@ def test_torchrun_runs_it_on_rank_0_and_all_end_with_its_code(tmp_path):
         )
         for rank in range(4)
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=120) for process in ranks]
+    outputs = [process.communicate(timeout=300) for process in ranks]
     assert [process.returncode for process in ranks] == [1] * 4
     assert "groups.every_rank_of_the_target_has_its_groups" in outputs[0][0]
     assert all(output == ("", "") for output in outputs[1:])
