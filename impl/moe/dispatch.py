@@ -30,7 +30,7 @@ from impl.mappings import (
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from impl.moe.permutation import Permutation, by_expert
+from impl.moe.permutation import by_expert
 from impl.partition import part_of
 
 
@@ -156,6 +156,3 @@ def _expert_order(table: Tensor) -> Tensor:
     sources, experts = table.shape[0] * table.shape[1], table.shape[2]
     expert = torch.arange(experts, device=table.device).repeat(sources)
     return expert.repeat_interleave(table.flatten()).argsort(stable=True)
-
-
-__all__ = ["AllGatherDispatcher", "AllToAllDispatcher", "Dispatched", "Dispatcher", "Permutation"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import combinations
+from math import prod
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ def other_placement(evidence: Evidence) -> Iterator[Explanation]:
         dim = evidence.dim(axis)
         if dim is None:
             continue
+        # Another axis may share the dimension out too.
+        parts = prod(evidence.ranks.sizes[a] for a in evidence.groups if evidence.dim(a) == dim)
         ways: dict[str, Placement] = {
             "contiguous": Shard(dim),
             "zigzag": ZigzagShard(dim),
@@ -28,7 +31,7 @@ def other_placement(evidence: Evidence) -> Iterator[Explanation]:
             (name for name, way in ways.items() if _same_way(evidence, axis, way)), "its own"
         )
         for name, way in ways.items():
-            if name == own or evidence.full.shape[dim] % (2 * evidence.ranks.sizes[axis]):
+            if name == own or evidence.full.shape[dim] % (2 * parts):
                 continue
             placements = {**evidence.placements, axis: way}
             predicted = {r: evidence.cut(evidence.full, r, placements) for r in evidence.wrong}

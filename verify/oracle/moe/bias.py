@@ -8,6 +8,7 @@ from torch import Tensor
 from verify.case import Case
 from verify.oracle.contract import Contract, Tensors, TensorSpec
 from verify.oracle.moe.doubt import settled
+from verify.oracle.moe.router import summands
 from verify.oracle.moe.routing import logits_of, route
 from verify.oracle.moe.rules import AXES, Rules, rules, token_placements
 from verify.oracle.terms import known_options, sizes, switches
@@ -21,9 +22,10 @@ def moe_expert_bias(case: Case) -> Contract:
 
     x [steps, sequence, batch, hidden] holds the tokens of each step, the step's dimension first and
     the rest placed as in `moe_router`; `weights` [steps, sequence, batch, experts] are its weights
-    in each, and `biases` [steps, experts] the bias after each, on every rank. After a step the bias
-    of an expert that all tokens of all ranks chose less than the mean rises by RATE, of one they
-    chose more falls by it. arXiv:2408.15664, algorithm 1.
+    in each, `counts` [steps, experts] how many tokens chose each expert, every rank telling the
+    number of its own, and `biases` [steps, experts] the bias after each, on every rank. After a
+    step the bias of an expert that the tokens of all ranks chose less than the mean rises by RATE,
+    of one they chose more falls by it. arXiv:2408.15664, algorithm 1.
 
     With `evaluated`, every step is followed by a forward pass of the same tokens in evaluation
     mode, and with `recomputed` preceded by one without gradients, as recomputation does: neither
@@ -41,7 +43,7 @@ def moe_expert_bias(case: Case) -> Contract:
     }
 
     def reference(inputs: Tensors, parameters: Tensors) -> Tensors:
-        weights, biases = [], []
+        weights, counts, biases = [], [], []
         dtype = logits_of(inputs["x"][0], parameters["weight"]).dtype
         bias = torch.zeros(experts, dtype=dtype)
         for x in inputs["x"]:
@@ -49,8 +51,10 @@ def moe_expert_bias(case: Case) -> Contract:
             chosen, found = route(logits, rule, bias)
             bias = moved(bias, chosen)
             weights.append(found)
+            counts.append(chosen.flatten(0, -2).sum(0).to(dtype))
             biases.append(bias)
-        return {"weights": torch.stack(weights), "biases": torch.stack(biases)}
+        told = {"weights": weights, "counts": counts, "biases": biases}
+        return {name: torch.stack(values) for name, values in told.items()}
 
     def settle(inputs: Tensors, parameters: Tensors) -> Tensors:
         return {"x": _settled(inputs["x"], parameters["weight"], rule)}
@@ -58,10 +62,11 @@ def moe_expert_bias(case: Case) -> Contract:
     shape = (steps, sequence, batch)
     return Contract(
         axes=AXES,
-        inputs={"x": TensorSpec((*shape, hidden), placed, placed)},
+        inputs={"x": TensorSpec((*shape, hidden), placed, placed, terms=1.0)},
         parameters={"weight": (experts, hidden)},
         outputs={
             "weights": TensorSpec((*shape, experts), placed, placed),
+            "counts": TensorSpec((steps, experts), summands(case), None),
             "biases": TensorSpec((steps, experts), {}, None),
         },
         reference=reference,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -60,7 +62,8 @@ def moe_layer(case: Case) -> Contract:
             y = y + _shared(x, parameters, gated=gated)
         return {"y": y, **found}
 
-    spec = TensorSpec((sequence, batch, hidden), placed, placed)
+    # Where one expert takes nearly all, gradients are what is left of terms like these.
+    spec = TensorSpec((sequence, batch, hidden), placed, placed, terms=rule.scaling)
     shared, over = case.shape.get("shared_ffn"), {"experts": ("ep",), "ffn": ("etp",)}
     divided = {"experts": experts, "ffn": ffn}
     if shared is not None:
@@ -78,7 +81,7 @@ def moe_layer(case: Case) -> Contract:
             **_biases(case, experts, hidden, ffn, gated=gated),
             **_shared_weights(hidden, shared, gated=gated),
         },
-        outputs={"y": spec, **loss_outputs(case, rule)},
+        outputs={"y": dataclasses.replace(spec, terms=0.0), **loss_outputs(case, rule)},
         reference=reference,
         divided=divided,
         over=over,

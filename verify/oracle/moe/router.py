@@ -12,7 +12,7 @@ from verify.oracle.moe.doubt import settles
 from verify.oracle.moe.routing import logits_of, losses, route, with_losses
 from verify.oracle.moe.rules import AXES, OPTIONS, Rules, rules, token_placements
 from verify.oracle.terms import known_options, sizes
-from verify.placement import Partial, Shard
+from verify.placement import Partial, Placements, Shard
 
 
 def moe_router(case: Case) -> Contract:
@@ -50,7 +50,8 @@ def moe_router(case: Case) -> Contract:
     return Contract(
         axes=AXES,
         inputs={
-            "x": TensorSpec((sequence, batch, hidden), placed, placed),
+            # Where one expert takes nearly all, gradients are what is left of terms like these.
+            "x": TensorSpec((sequence, batch, hidden), placed, placed, terms=rule.scaling),
             **expert_bias(rule),
         },
         parameters={"weight": (experts, hidden)},
@@ -71,9 +72,13 @@ def expert_bias(rule: Rules) -> dict[str, TensorSpec]:
 
 def loss_outputs(case: Case, rule: Rules) -> Mapping[str, TensorSpec]:
     """The auxiliary losses: the sum over the ranks that hold different tokens."""
-    shared = {axis for axis, p in token_placements(case).items() if isinstance(p, Shard)}
-    summands = {axis: Partial() for axis in shared}
-    return {name: TensorSpec((), summands, None) for name in rule.loses}
+    return {name: TensorSpec((), summands(case), None) for name in rule.loses}
+
+
+def summands(case: Case) -> Placements:
+    """A sum over the ranks that hold different tokens, each having its own part of it."""
+    placed = token_placements(case)
+    return {axis: Partial() for axis, each in placed.items() if isinstance(each, Shard)}
 
 
 def sum_of_products(weights: Tensor, outputs: Tensor, dtype_of: Tensor) -> Tensor:

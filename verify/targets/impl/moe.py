@@ -159,12 +159,14 @@ def moe_expert_bias(case: Case, groups: Groups) -> MoESubject:
         return weights
 
     def call(inputs: Tensors) -> Tensors:
-        weights, biases = [], []
+        weights, counts, biases = [], [], []
         for x in inputs["x"]:
             weights.append(step(x))
+            counts.append(bias.counts.to(bias.bias.dtype))
             bias.update()
             biases.append(bias.bias.clone())
-        return {"weights": torch.stack(weights), "biases": torch.stack(biases)}
+        found = {"weights": weights, "counts": counts, "biases": biases}
+        return {name: torch.stack(values) for name, values in found.items()}
 
     return MoESubject(router, groups, call)
 
