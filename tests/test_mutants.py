@@ -30,6 +30,8 @@ TP2, TP3, SP2, SP3 = (
 )
 STRIDED = Layout(tp=2, dp=2, order="dp-tp-cp-ep-pp")
 LATE = Adversary(late=True)
+# Tensor, expert tensor, expert and data parallelism, two experts a rank and more tokens than one.
+EXPERTS = Layout(tp=2, dp=4, ep=2, etp=2, sequence_parallel=True)
 
 SMALL = {"sequence": 6, "batch": 2}
 ACTIVATION = {**SMALL, "hidden": 12}
@@ -37,6 +39,7 @@ LINEAR = {**SMALL, "in_features": 12, "out_features": 6}
 TOKENS = {**SMALL, "vocabulary": 6, "hidden": 4}
 LOGITS = {**SMALL, "vocabulary": 12}
 MLP = {**SMALL, "hidden": 4, "ffn": 6}
+ROUTER = {"sequence": 4, "batch": 8, "hidden": 4, "experts": 6, "top_k": 2}
 
 
 def _case(concept: str, layout: Layout, shape: dict[str, int], lens: str, **options) -> Case:
@@ -102,7 +105,87 @@ def _others() -> Iterator[tuple[str, Case]]:
         yield "groups", Case(concept="groups", layout=layout)
 
 
-CASES = (*_mappings(), *_linears(), *_others())
+def _experts() -> Iterator[tuple[str, Case]]:
+    routers = (
+        {},
+        {"scaling": 2.5, "capacity": 0.75, "loss_scale": 0.25, "balance": "global"},
+        {"pre_softmax": True, "capacity": 1.0, "drop": "position", "balance": "batch"},
+        {"score": "sigmoid", "expert_bias": True, "balance": "sequence", "z_loss": 0.5},
+    )
+    shared = {**ROUTER, "ffn": 4, "shared_ffn": 2}
+    for options in routers:
+        yield "equivalence", _case("moe_router", EXPERTS, ROUTER, "fp64", **options)
+    grouped = {**ROUTER, "groups": 3, "group_top_k": 1}
+    yield "equivalence", _case("moe_router", EXPERTS, grouped, "fp64")
+    for switch in ("evaluated", "recomputed"):
+        steps = {**ROUTER, "steps": 3}
+        yield "equivalence", _case("moe_expert_bias", EXPERTS, steps, "fp64", **{switch: True})
+    for dispatcher in ("all_to_all", "all_gather"):
+        options = {"dispatcher": dispatcher}
+        yield "equivalence", _case("moe_dispatch", EXPERTS, ROUTER, "exact", **options)
+        yield "equivalence", _case("moe_layer", EXPERTS, shared, "fp64", bias=True, **options)
+    options = {"activation": "swiglu", "balance": "batch", "z_loss": 0.5}
+    for layout in (EXPERTS, Layout(tp=2)):
+        yield "equivalence", _case("moe_layer", layout, shared, "fp64", **options)
+    few = {**shared, "sequence": 2, "batch": 4, "experts": 12, "top_k": 1}
+    yield "equivalence", _case("moe_layer", EXPERTS, few, "fp64")
+    yield "equivalence", _case("moe_layer", EXPERTS, shared, "native")
+    yield "refusal", _case("moe_router", EXPERTS, {**ROUTER, "top_k": 1, "groups": 4}, "fp64")
+    yield "refusal", _case("moe_layer", EXPERTS, {**shared, "ffn": 3}, "fp64")
+
+
+def _random() -> Iterator[tuple[str, Case]]:
+    # Parts have to be large enough not to be dropped alike by chance.
+    spread = {**SMALL, "sequence": 8, "hidden": 24}
+    for layout in (TP2, SP2, *(Layout(tp=2, cp=2, sequence_parallel=sp) for sp in (False, True))):
+        for options in ({}, {"region": "tensor-parallel", "dropout": 0.5}, {"training": False}):
+            yield "equivalence", _case("dropout", layout, spread, "fp64", **options)
+    yield "equivalence", _case("dropout", TP2, spread, "fp64", strides="transposed")
+    yield "refusal", _case("dropout", TP2, spread, "fp64", dropout=1.0)
+    for layout in (Layout(tp=2, dp=2, pp=2), Layout(cp=2, tp=2, pp=2), Layout(dp=4, ep=2, pp=2)):
+        yield "streams", Case(concept="random_streams", layout=layout)
+        for way in ("whole", "local"):
+            shape = {"hidden": 12, "ffn": 24, "layers": 2}
+            shape |= {"num_experts": 4} if layout.ep > 1 else {}
+            for rule in ("transformer", "kaiming"):
+                options = {"way": way, "rule": rule}
+                yield "initialisation", _case("initialisation", layout, shape, "fp64", **options)
+
+
+def _recomputed() -> Iterator[tuple[str, Case]]:
+    shape = {**SMALL, "hidden": 4, "ffn": 6, "layers": 3}
+    drop = {"inner_dropout": 0.5}
+    for layout, plans in (
+        (TP2, ("uniform-2", "block-2", "nested-2", "selective", "block-1-distributed")),
+        (SP2, ("uniform-3", "block-2", "selective")),
+    ):
+        for plan in plans:
+            case = _case("recomputed_block", layout, shape, "fp64", recompute=plan, **drop)
+            yield "recomputation", case
+            yield "equivalence", case
+    for plan in ("uniform-2", "uniform-2-distributed", "block-3-distributed"):
+        case = _case("recomputed_block", TP2, shape, "fp64", recompute=plan)
+        yield "memory", case
+        yield "communication", case
+    case = _case("recomputed_block", TP2, shape, "native", recompute="uniform-1-distributed")
+    yield (
+        "recomputation",
+        dataclasses.replace(
+            case, options={**case.options, "strides": "transposed"}, dtype="float32"
+        ),
+    )
+    yield "refusal", _case("recomputed_block", TP2, shape, "fp64", recompute="uniform-4")
+    yield "refusal", _case("recomputed_block", SP2, shape, "fp64", recompute="block-1-distributed")
+
+
+CASES = (
+    *_mappings(),
+    *_linears(),
+    *_others(),
+    *_experts(),
+    *_random(),
+    *_recomputed(),
+)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 
 from verify.errors import BadArgument, HarnessError
-from verify.mutants import embedding, gradients, groups, linear, loss, mapping
+from verify.mutants import (
+    embedding,
+    experts,
+    gradients,
+    groups,
+    linear,
+    loss,
+    mapping,
+    random,
+    recompute,
+    routing,
+)
 from verify.mutants.mutant import Mutant
 
 
@@ -27,6 +38,10 @@ CATALOGUE: Mapping[str, Mapping[str, Mutant]] = {
         embedding.MUTANTS,
         loss.MUTANTS,
         gradients.MUTANTS,
+        routing.MUTANTS,
+        experts.MUTANTS,
+        random.MUTANTS,
+        recompute.MUTANTS,
     )
 }
 
