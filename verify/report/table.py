@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from verify.console import WIDTH
+from verify.record import total
 
 STYLES = {"passed": "green", "failed": "bold red", "unknown": "bold yellow", "not supported": "dim"}
 
@@ -70,12 +71,12 @@ def _table(document: Mapping[str, Any]) -> Table:
 
 
 def _notes(document: Mapping[str, Any]) -> list[str]:
-    """What was not supported or left out, one line for each property and reason."""
-    lines = []
-    for row in document["properties"]:
-        name = row["property"]
-        for each in row["not_supported"]:
-            lines.append(f"not supported: {each['count']} of {name}: {each['reason']}")
-        for reason, count in row["left_out"].items():
-            lines.append(f"left out: {count} of {name}: {reason}")
-    return lines
+    """What was not supported or left out, one line for each reason; the report has it by property."""
+    rows = document["properties"]
+    lacking = [{each["reason"]: each["count"]} for row in rows for each in row["not_supported"]]
+    left_out = [row["left_out"] for row in rows]
+    return [
+        f"{what}: {reason} ({count} example{'s' * (count > 1)})"
+        for what, counts in (("not supported", lacking), ("left out", left_out))
+        for reason, count in total(counts).items()
+    ]
