@@ -71,7 +71,7 @@ def _table(document: Mapping[str, Any]) -> Table:
 
 
 def _notes(document: Mapping[str, Any]) -> list[str]:
-    """What was not supported or left out, one line for each reason; the report has it by property."""
+    """What was not supported or left out, one line a reason; the report has it by property."""
     rows = document["properties"]
     lacking = [{each["reason"]: each["count"]} for row in rows for each in row["not_supported"]]
     left_out = [row["left_out"] for row in rows]
