@@ -41,9 +41,10 @@ class Reduction:
     @staticmethod
     def of(op: Any) -> Reduction:
         """The reduction that a torch.distributed ReduceOp stands for."""
-        kind = getattr(op, "op", op)
-        factor = op.__getstate__()[1] if kind == dist.ReduceOp.PREMUL_SUM else None
-        return Reduction(_NAMES[kind], factor)
+        kind = getattr(op, "op", op).value
+        if kind == dist.ReduceOp.PREMUL_SUM.value:
+            return Reduction("premul_sum", op.__getstate__()[1])
+        return _REDUCTIONS[kind]
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
         """The reduction of tensors of one shape, in their order."""
@@ -60,16 +61,9 @@ def _into(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Ten
     return lambda total, tensor: total.copy_(function(total, tensor))
 
 
-_NAMES = {
-    dist.ReduceOp.SUM: "sum",
-    dist.ReduceOp.AVG: "avg",
-    dist.ReduceOp.PREMUL_SUM: "premul_sum",
-    dist.ReduceOp.PRODUCT: "product",
-    dist.ReduceOp.MIN: "min",
-    dist.ReduceOp.MAX: "max",
-    dist.ReduceOp.BAND: "band",
-    dist.ReduceOp.BOR: "bor",
-    dist.ReduceOp.BXOR: "bxor",
+_REDUCTIONS = {
+    getattr(dist.ReduceOp, name.upper()).value: Reduction(name)
+    for name in ("sum", "avg", "product", "min", "max", "band", "bor", "bxor")
 }
 _STEPS: dict[str, Callable[[Tensor, Tensor], object]] = {
     "sum": Tensor.add_,
@@ -115,12 +109,16 @@ def write(output: Tensor, value: Tensor) -> None:
     output.data.copy_(value)
 
 
+def write_everywhere(outputs: Sequence[Tensor], value: Tensor) -> None:
+    """Write one result to several tensors of its shape, in one operation."""
+    torch._foreach_copy_([output.data for output in outputs], [value] * len(outputs))
+
+
 def _all_reduce(calls: Calls) -> None:
     reduction = calls[0].settings[0]
     for i in range(len(calls[0].inputs)):
         total = reduction([call.inputs[i] for call in calls])
-        for call in calls:
-            write(call.outputs[i], total)
+        write_everywhere([call.outputs[i] for call in calls], total)
 
 
 def _reduce(calls: Calls) -> None:
@@ -147,8 +145,7 @@ def _all_gather(calls: Calls) -> None:
 def _all_gather_into_tensor(calls: Calls) -> None:
     for i in range(len(calls[0].inputs)):
         whole = torch.cat([call.inputs[i].reshape(-1) for call in calls])
-        for call in calls:
-            write(call.outputs[i], whole.view(call.outputs[i].shape))
+        write_everywhere([call.outputs[i].view(-1) for call in calls], whole)
 
 
 def _reduce_scatter(calls: Calls) -> None:

@@ -103,15 +103,13 @@ class C10dWorld:
         self._namespace = vars(distributed_c10d)
         self._get = itemgetter(*self.NAMES)
 
-    def fresh(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        attributes = vars(type(self._world)())
-        return dict(zip(self.NAMES, ({}, {}, {}, {}, 0, {}, {}, None), strict=True)), attributes
+    def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return ({}, {}, {}, {}, 0, {}, {}, None), vars(type(self._world)())
 
-    def save(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        values = self._get(self._namespace)
-        return dict(zip(self.NAMES, values, strict=True)), self._world.__dict__
+    def save(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self._get(self._namespace), self._world.__dict__
 
     def load(self, value: object) -> None:
-        saved: tuple[dict[str, Any], dict[str, Any]] = value  # type: ignore[assignment]
-        self._namespace.update(saved[0])
+        saved: tuple[tuple[Any, ...], dict[str, Any]] = value  # type: ignore[assignment]
+        self._namespace.update(zip(self.NAMES, saved[0], strict=True))
         self._world.__dict__ = saved[1]
