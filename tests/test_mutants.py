@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 
+import mutant_cases_attention as attention
 import pytest
 
 from verify.adversary import Adversary
@@ -185,6 +186,7 @@ CASES = (
     *_experts(),
     *_random(),
     *_recomputed(),
+    *attention.cases(),
 )
 
 

@@ -7,10 +7,12 @@ from difflib import get_close_matches
 
 from verify.errors import BadArgument, HarnessError
 from verify.mutants import (
+    attention,
     embedding,
     experts,
     gradients,
     groups,
+    latent_attention,
     linear,
     loss,
     mapping,
@@ -42,6 +44,8 @@ CATALOGUE: Mapping[str, Mapping[str, Mutant]] = {
         experts.MUTANTS,
         random.MUTANTS,
         recompute.MUTANTS,
+        attention.MUTANTS,
+        latent_attention.MUTANTS,
     )
 }
 
