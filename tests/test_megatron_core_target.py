@@ -260,6 +260,10 @@ def _state_of_a_rank(layout: Layout) -> dict[str, object]:
     return seen
 
 
+def _states():
+    return Target().rank_state()
+
+
 @pytest.fixture(scope="module")
 def cluster():
     with open_cluster("sim", world_size=12) as opened:
@@ -268,7 +272,7 @@ def cluster():
 
 @needs_megatron
 def test_ranks_do_not_see_each_others_megatron(cluster) -> None:
-    seen = cluster.run(_state_of_a_rank, Layout(dp=2), world_size=2)
+    seen = cluster.run(_state_of_a_rank, Layout(dp=2), world_size=2, rank_states=_states())
     trackers = ["data-parallel-rng", "expert-parallel-rng", "model-parallel-rng"]
     for rank, each in enumerate(seen):
         assert each == {
@@ -312,7 +316,8 @@ def _members(layout: Layout) -> dict[str, tuple[tuple[int, ...], list[int]]]:
     ids=str,
 )
 def test_a_group_brings_together_the_ranks_it_names(cluster, layout: Layout) -> None:
-    for rank, kinds in enumerate(cluster.run(_members, layout, world_size=layout.world_size)):
+    world = {"world_size": layout.world_size, "rank_states": _states()}
+    for rank, kinds in enumerate(cluster.run(_members, layout, **world)):
         for kind, (members, gathered) in kinds.items():
             assert rank in members, kind
             assert list(members) == gathered, kind
@@ -421,5 +426,5 @@ def _observe(name: str) -> tuple[object, object]:
 @pytest.mark.parametrize("program", _DEFECTS.values(), ids=_DEFECTS)
 def test_defects_of_megatron_are_visible_through_the_target(cluster, program: str) -> None:
     """Observed by hand in 0.16.1; a target that hid one of them would be wrong."""
-    results = cluster.run(_observe, program, world_size=2)
+    results = cluster.run(_observe, program, world_size=2, rank_states=_states())
     assert any(observed != wanted for observed, wanted in results), results
