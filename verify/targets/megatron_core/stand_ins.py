@@ -151,6 +151,7 @@ class _NotAboutTheSharedGenerator(logging.Filter):
         return record.getMessage() != "CPU RNG state changed within GPU RNG context"
 
 
+_UNDEFINED = object()
 _SHARED_GENERATOR = _NotAboutTheSharedGenerator()
 _RNG_MODULE = "megatron.core.tensor_parallel.random"
 
@@ -198,6 +199,11 @@ _LIST: tuple[tuple[str, tuple[_Replacement, ...]], ...] = (
             ("torch.cuda.nvtx", "range_push", _always(0)),
             ("torch.cuda.nvtx", "range_pop", _always(0)),
         ),
+    ),
+    (
+        "te_general_gemm is None in moe_utils: without TransformerEngine 0.16.1 does not define it "
+        "and every router raises a NameError",
+        (("megatron.core.transformer.moe.moe_utils", "te_general_gemm", None),),
     ),
 )
 _WRAPPED: tuple[tuple[str, str, Callable[..., Any]], ...] = (
@@ -263,14 +269,17 @@ class _Patches:
         logging.getLogger(_RNG_MODULE).addFilter(_SHARED_GENERATOR)
 
     def _set(self, module: object, name: str, value: Any) -> None:
-        self._originals.append((module, name, getattr(module, name)))
+        self._originals.append((module, name, getattr(module, name, _UNDEFINED)))
         setattr(module, name, value)
 
     def _restore(self) -> None:
         logging.getLogger(_RNG_MODULE).removeFilter(_SHARED_GENERATOR)
         while self._originals:
             module, name, value = self._originals.pop()
-            setattr(module, name, value)
+            if value is _UNDEFINED:
+                delattr(module, name)
+            else:
+                setattr(module, name, value)
 
 
 _PATCHES = _Patches()

@@ -1,0 +1,321 @@
+"""megatron-core's mixture of experts as subjects: router, dispatchers, layer, bias of experts.
+
+Experts are `SequentialMLP` of the local specification, its weights stacked for the contract and
+handed to each expert as views. What its training loop does around the layer is done here as there:
+`finalize_model_grads` sums over tp and moves the bias of experts; `DistributedDataParallel` reduces
+over dp and cp, or over edp where a parameter's mark `allreduce` is False, and is a sum here where
+there it is a mean; so the auxiliary losses, whose scale the schedules set to the number of context
+parallel ranks, have here the scale 1 / dp, and all their coefficients are the case's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import combinations
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed.finalize_model_grads import (
+    _update_router_expert_bias,
+    reset_model_temporary_tensors,
+)
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import Module, Parameter
+from torch.nn.functional import gelu, silu
+
+from verify.case import Case
+from verify.placement import Placements, Shard
+from verify.targets.megatron_attributes import placements_of
+from verify.targets.megatron_core.subjects import (
+    ModuleSubject,
+    OperationSubject,
+    Tensors,
+    config_of,
+)
+
+_ROUTING = {
+    "score",
+    "pre_softmax",
+    "scaling",
+    "expert_bias",
+    "capacity",
+    "drop",
+    "balance",
+    "coefficient",
+    "z_loss",
+    "loss_scale",
+}
+OPTIONS: Mapping[str, frozenset[str]] = {
+    "moe_router": frozenset(_ROUTING),
+    "moe_layer": frozenset({*_ROUTING, "dispatcher", "activation"}),
+    "moe_dispatch": frozenset({"dispatcher", "dropped"}),
+    "moe_expert_bias": frozenset({"recomputed"}),
+}
+_RATE = 0.125
+_LEVELS = {
+    "none": "none",
+    "sequence": "seq_aux_loss",
+    "batch": "aux_loss",
+    "global": "global_aux_loss",
+}
+_TRACKED = {
+    "sequence": "seq_load_balancing_loss",
+    "batch": "load_balancing_loss",
+    "global": "global_load_balancing_loss",
+}
+_DISPATCHERS = {
+    "all_to_all": token_dispatcher.MoEAlltoAllTokenDispatcher,
+    "all_gather": token_dispatcher.MoEAllGatherTokenDispatcher,
+}
+
+
+def _configuration(case: Case, **fixed: Any) -> TransformerConfig:
+    options, shape, layout = case.options, case.shape, case.layout
+    gated = options.get("activation") == "swiglu"
+    scaling = _number(case, "scaling", 1.0)
+    given: dict[str, Any] = {
+        "hidden_size": shape["hidden"],
+        "num_moe_experts": shape["experts"],
+        "moe_router_topk": shape["top_k"],
+        "moe_router_dtype": "fp32",
+        "moe_router_score_function": options.get("score", "softmax"),
+        "moe_router_pre_softmax": bool(options.get("pre_softmax", False)),
+        "moe_router_topk_scaling_factor": None if scaling == 1 else scaling,
+        "moe_router_enable_expert_bias": bool(options.get("expert_bias", False)),
+        "moe_router_num_groups": shape.get("groups"),
+        "moe_router_group_topk": shape.get("group_top_k"),
+        "moe_expert_capacity_factor": options.get("capacity"),
+        "moe_token_drop_policy": "position" if options.get("drop") == "position" else "probs",
+        "moe_router_load_balancing_type": _LEVELS[str(options.get("balance", "none"))],
+        "moe_aux_loss_coeff": _number(case, "coefficient", 1.0),
+        "moe_z_loss_coeff": _number(case, "z_loss", 0.0) or None,
+        "moe_token_dispatcher_type": str(options.get("dispatcher", "all_to_all")).replace("_", ""),
+        "ffn_hidden_size": shape.get("ffn", 1),
+        "moe_ffn_hidden_size": shape.get("ffn", 1),
+        "moe_shared_expert_intermediate_size": shape.get("shared_ffn"),
+        "gated_linear_unit": gated,
+        "activation_func": silu if gated else gelu,
+        "bias_activation_fusion": False,
+        "add_bias_linear": False,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.expert_tp,
+        "num_attention_heads": layout.tp,
+    }
+    return config_of(case, **{**given, **fixed})
+
+
+def _number(case: Case, name: str, default: float) -> float:
+    return float(case.options.get(name, default))  # type: ignore[arg-type]
+
+
+class ExpertSubject(ModuleSubject):
+    """A module with parameters on both meshes, some of which are the contract's cut up or joined:
+    `given` are the contract's, `made` makes Megatron's of them, by Megatron's names."""
+
+    def __init__(
+        self,
+        module: Module,
+        config: TransformerConfig,
+        call: Callable[[Tensors], Tensors],
+        *,
+        given: Mapping[str, tuple[Parameter, Placements]],
+    ) -> None:
+        super().__init__(module, config, call)
+        self.given = given
+
+    def parameters(self) -> Mapping[str, tuple[Parameter, Placements]]:
+        """Every parameter by the contract's name, with its placement."""
+        return self.given
+
+    def finish_gradients(self) -> None:
+        """The sums that `finalize_model_grads` and `DistributedDataParallel` make."""
+        super().finish_gradients()
+        everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        replicas = parallel_state.get_expert_data_parallel_group()
+        for parameter, _ in self.given.values():
+            if parameter.grad is not None:
+                group = everyone if getattr(parameter, "allreduce", True) else replicas
+                dist.all_reduce(parameter.grad, group=group)
+
+
+def _losses(case: Case) -> dict[str, Tensor]:
+    """This rank's summands of the losses that Megatron tracked."""
+    tracker, level = moe_utils.get_moe_layer_wise_logging_tracker(), case.options.get("balance")
+    dp, shared = case.layout.dp, parallel_state.get_tensor_and_context_parallel_group().size()
+    found = {}
+    if level in _TRACKED:
+        value = tracker[_TRACKED[str(level)]]["values"][0] * _number(case, "coefficient", 1.0)
+        found["balance_loss"] = value if level == "global" else value / dp
+    if z := _number(case, "z_loss", 0.0):
+        found["z_loss"] = tracker["z_loss"]["values"][0] * z / (shared * dp)
+    return found
+
+
+def _set_up(case: Case, router: TopKRouter, inputs: Tensors) -> None:
+    router.set_layer_number(1)
+    scale = _number(case, "loss_scale", 1.0) / case.layout.dp
+    moe_utils.MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(scale))
+    if "expert_bias" in inputs:
+        router.expert_bias.copy_(inputs["expert_bias"])
+
+
+def _router_of(config: TransformerConfig) -> TopKRouter:
+    return TopKRouter(config=config, pg_collection=moe_utils.get_default_pg_collection())
+
+
+def moe_router(case: Case) -> ExpertSubject:
+    """`TopKRouter`, with moe_router_dtype fp32."""
+    config = _configuration(case)
+    router = _router_of(config)
+
+    def call(inputs: Tensors) -> Tensors:
+        _set_up(case, router, inputs)
+        weights, chosen = router(inputs["x"])
+        shape = (*inputs["x"].shape[:2], -1)
+        found = {"weights": weights.view(shape), "chosen": chosen.to(weights.dtype).view(shape)}
+        return found | _losses(case)
+
+    return ExpertSubject(router, config, call, given={"weight": (router.weight, {})})
+
+
+def moe_expert_bias(case: Case) -> ExpertSubject:
+    """`TopKRouter`, its bias moved by what `finalize_model_grads` calls for that."""
+    config = _configuration(
+        case,
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_router_bias_update_rate=_RATE,
+    )
+    router = _router_of(config)
+
+    def step(x: Tensor) -> Tensor:
+        if case.options.get("recomputed", False):
+            with torch.no_grad():
+                router(x)
+        weights, _ = router(x)
+        return weights.view(*x.shape[:2], -1)
+
+    def call(inputs: Tensors) -> Tensors:
+        found: dict[str, list[Tensor]] = {"weights": [], "counts": [], "biases": []}
+        for x in inputs["x"]:
+            found["weights"].append(step(x))
+            found["counts"].append(router.local_tokens_per_expert.clone())
+            _update_router_expert_bias([router], config)
+            reset_model_temporary_tensors(config, [router])
+            found["biases"].append(router.expert_bias.clone())
+        return {name: torch.stack(values) for name, values in found.items()}
+
+    return ExpertSubject(router, config, call, given={"weight": (router.weight, {})})
+
+
+def moe_layer(case: Case) -> ExpertSubject:
+    """`MoELayer` of the local specification."""
+    config = _configuration(case)
+    parts = get_moe_module_spec(
+        use_te=False, num_experts=case.shape["experts"], moe_grouped_gemm=False
+    ).submodules
+    layer = MoELayer(config, parts, layer_number=1)
+    given = _stacked(layer, gated=config.gated_linear_unit)
+
+    def call(inputs: Tensors) -> Tensors:
+        _set_up(case, layer.router, inputs)
+        made = _made({name: parameter for name, (parameter, _) in given.items()})
+        y, _ = functional_call(layer, made, (inputs["x"],))
+        return {"y": y} | _losses(case)
+
+    return ExpertSubject(layer, config, call, given=given)
+
+
+def _stacked(layer: MoELayer, *, gated: bool) -> dict[str, tuple[Parameter, Placements]]:
+    """The contract's parameters of a layer, uninitialised but for the router's."""
+    experts = list(layer.experts.local_experts)
+    stride = 2 if gated else 1
+    found: dict[str, tuple[Parameter, Placements]] = {"router.weight": (layer.router.weight, {})}
+    for name, cut in (("fc1", Shard(1, stride)), ("fc2", Shard(2))):
+        weights = [getattr(expert, f"linear_{name}").weight for expert in experts]
+        stacked = Parameter(torch.stack([weight.detach() for weight in weights]))
+        stacked.allreduce = weights[0].allreduce  # type: ignore[attr-defined]
+        found[f"experts.{name}.weight"] = (stacked, {"ep": Shard(0), "etp": cut})
+    if layer.shared_experts is not None:
+        fc1, fc2 = layer.shared_experts.linear_fc1.weight, layer.shared_experts.linear_fc2.weight
+        found["shared.fc2.weight"] = (fc2, placements_of(fc2))
+        names = ("gate", "fc1") if gated else ("fc1",)
+        for name, part in zip(names, fc1.detach().chunk(stride), strict=True):
+            found[f"shared.{name}.weight"] = (Parameter(part.clone()), {"tp": Shard(0)})
+    return found
+
+
+def _made(given: Tensors) -> dict[str, Tensor]:
+    """Megatron's parameters of the contract's."""
+    made = {
+        f"experts.local_experts.{i}.linear_{name}.weight": weight
+        for name in ("fc1", "fc2")
+        for i, weight in enumerate(given[f"experts.{name}.weight"])
+    }
+    parts = [given[f"shared.{n}.weight"] for n in ("gate", "fc1") if f"shared.{n}.weight" in given]
+    return made | ({"shared_experts.linear_fc1.weight": torch.cat(parts)} if parts else {})
+
+
+def moe_dispatch(case: Case) -> OperationSubject:
+    """A token dispatcher around experts that multiply; see the contract."""
+    name, experts = str(case.options.get("dispatcher", "all_to_all")), case.shape["experts"]
+    # Without a capacity the dispatcher takes every token to have as many experts as its top_k.
+    factor = float(experts) if case.options.get("dropped", False) else None
+    config = _configuration(case, moe_expert_capacity_factor=factor)
+    groups = moe_utils.get_default_pg_collection()
+    count = experts // case.layout.ep
+    first = count * groups.ep.rank()
+    mine = list(range(first, first + count))
+    dispatcher = _DISPATCHERS[name](count, mine, config=config, pg_collection=groups)
+    table = _table(experts, case.shape["top_k"], dropped=factor is not None)
+
+    def call(inputs: Tensors) -> Tensors:
+        x, chosen = inputs["x"], table[inputs["choice"]].flatten(0, 1)
+        weights = torch.where(chosen, inputs["weights"].flatten(0, 1), 0.0)
+        there, scales = dispatcher.dispatch_preprocess(x.contiguous(), chosen, weights)
+        there, scales = dispatcher.token_dispatch(there, scales)
+        there, counts, scales = dispatcher.dispatch_postprocess(there, scales)
+        factors = torch.tensor(mine, dtype=x.dtype).repeat_interleave(counts).unsqueeze(-1) + 1
+        own = torch.arange(x.shape[-1]) % groups.expt_tp.size() == groups.expt_tp.rank()
+        back = dispatcher.combine_preprocess(there * factors * own * scales.unsqueeze(-1))
+        return {"y": dispatcher.combine_postprocess(dispatcher.token_combine(back))}
+
+    return OperationSubject(call)
+
+
+def _table(experts: int, top_k: int, *, dropped: bool) -> Tensor:
+    counts = range(top_k + 1) if dropped else (top_k,)
+    rows = [set(each) for count in counts for each in combinations(range(experts), count)]
+    return torch.tensor([[expert in row for expert in range(experts)] for row in rows])
+
+
+def lacks(case: Case) -> str | None:
+    """Why megatron-core or this adapter cannot do a case; None where it can."""
+    if case.concept not in OPTIONS or not case.concept.startswith("moe_"):
+        return None
+    layout = case.layout
+    if case.concept != "moe_dispatch" and case.dtype == "float64":
+        return "a softmax of router logits is in float32, whatever its input"
+    if case.concept != "moe_dispatch" and layout.tp > 1 and not layout.sequence_parallel:
+        return "MoELayer refuses to train on tp without sequence parallelism"
+    softmax = case.options.get("score", "softmax") == "softmax"
+    undivided = softmax and not case.options.get("pre_softmax", False)
+    if case.concept in ("moe_router", "moe_layer") and case.shape["top_k"] == 1 and undivided:
+        return "a softmax of the one choice is refused; it is always 1"
+    return None
+
+
+BUILDERS: dict[str, Callable[[Case], ModuleSubject | OperationSubject]] = {
+    "moe_router": moe_router,
+    "moe_layer": moe_layer,
+    "moe_dispatch": moe_dispatch,
+    "moe_expert_bias": moe_expert_bias,
+}
