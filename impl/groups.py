@@ -19,6 +19,7 @@ group, on an inner pipeline stage) it creates one of its own alone and does not 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,10 +107,10 @@ def build_groups(layout: Layout, *, backend: str | None = None) -> Groups:
             f"layout: {layout} has {layout.world_size} ranks, the world has {world_size};"
             f" give a layout of {world_size} ranks"
         )
-    by_division: dict[frozenset[tuple[int, ...]], ProcessGroup] = {}
+    by_division: dict[Hashable, ProcessGroup] = {}
     by_kind: dict[str, Any] = {}
     for kind in layout.kinds:
-        division = _division(layout, kind)
+        division = layout.division(kind)
         members = layout.group_of(kind, rank)
         if division not in by_division:
             by_division[division] = dist.new_group(
@@ -121,10 +122,3 @@ def build_groups(layout: Layout, *, backend: str | None = None) -> Groups:
         by_kind[kind] = by_division[division] if members is not None else None
     levels = [by_kind.pop(f"hcp_{level}") for level in range(len(layout.hierarchical_cp or ()))]
     return Groups(layout=layout, hcp=tuple(levels), made=tuple(by_division.values()), **by_kind)
-
-
-def _division(layout: Layout, kind: str) -> frozenset[tuple[int, ...]]:
-    """How a kind divides the world, with the ranks it leaves out standing alone."""
-    groups = layout.groups(kind)
-    covered = {rank for group in groups for rank in group}
-    return frozenset(groups) | {(rank,) for rank in range(layout.world_size) if rank not in covered}

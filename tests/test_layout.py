@@ -283,3 +283,20 @@ def _accepts(
 @pytest.mark.parametrize("number", [1, 2, 12, 13])
 def test_divisors(number: int) -> None:
     assert divisors(number) == [n for n in range(1, 14) if number % n == 0]
+
+
+@given(layouts_of_every_kind(max_world_size=64))
+def test_kinds_of_one_division_have_the_same_groups(layout: Layout) -> None:
+    """And kinds with the same groups are of one division, unless one of them is a cut."""
+    world = set(range(layout.world_size))
+    divisions: dict[object, set[object]] = {}
+    for kind, found in layout.kinds.items():
+        groups = layout.groups(kind)
+        alone = world - {rank for group in groups for rank in group}
+        parts = frozenset(groups) | {(rank,) for rank in alone}
+        divisions.setdefault(layout.division(kind), set()).add(parts)
+        if found.cut is None:
+            same = {k for k in layout.kinds if set(layout.groups(k)) == set(groups)}
+            uncut = {k for k in same if layout.kinds[k].cut is None}
+            assert len({layout.division(k) for k in uncut}) == 1
+    assert all(len(parts) == 1 for parts in divisions.values())

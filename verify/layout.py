@@ -8,8 +8,9 @@ refused exactly where Megatron refuses them. A group of any kind is a sub-mesh, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from math import gcd, prod
 from typing import Any
 
@@ -141,6 +142,20 @@ class Layout:
         parts = (group,) if found.cut is None else found.cut(self.optimizer_instances, group)
         return next((part for part in parts if rank in part), None)
 
+    def division(self, kind: str) -> Hashable:
+        """How a kind divides the world, ranks without a group standing alone: equal for two kinds
+        only if they divide it in the same way. Looks at no rank, so it costs the same at any scale.
+        """
+        found, inside, _ = self._mesh(kind)
+        merged = _merged(inside)
+        if found.cut is None:
+            return merged
+        whole = tuple(range(prod(size for size, _ in inside)))
+        parts = found.cut(self.optimizer_instances, whole)
+        if parts == (whole,):
+            return merged
+        return () if all(len(part) == 1 for part in parts) else (merged, parts)
+
     def to_json(self) -> dict[str, Any]:
         """A dictionary of JSON types from which `from_json` makes an equal layout."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -191,8 +206,11 @@ class Layout:
         if not 0 <= rank < self.world_size:
             raise BadArgument(f"rank: {rank} is not one of the {self.world_size} of {self}")
 
-    def _mesh(self, kind: str) -> tuple[Kind, list[Steps], list[Steps]]:
+    def _mesh(self, kind: str) -> tuple[Kind, tuple[Steps, ...], tuple[Steps, ...]]:
         """The kind, and its mesh as steps, fastest first: the kind's own axes, then the others."""
+        return _mesh_of(self, kind)
+
+    def _make_mesh(self, kind: str) -> tuple[Kind, tuple[Steps, ...], tuple[Steps, ...]]:
         kinds = self.kinds
         if kind not in kinds:
             raise BadArgument(f"kind: {kind!r} is not one of {', '.join(kinds)} of {self}")
@@ -205,7 +223,7 @@ class Layout:
                 side = inside if {part, name} & set(found.axes) else outside
                 side.append((size, stride))
                 stride *= size
-        return found, inside, outside
+        return found, tuple(inside), tuple(outside)
 
     def _split(self, name: str, size: int) -> list[tuple[str, int]]:
         if name == "edp":
@@ -214,6 +232,24 @@ class Layout:
         if name == "cp" and self.hierarchical_cp is not None:
             return [(f"cp:{level}", part) for level, part in enumerate(self.hierarchical_cp)]
         return [(name, size)]
+
+
+@lru_cache(maxsize=1024)
+def _mesh_of(layout: Layout, kind: str) -> tuple[Kind, tuple[Steps, ...], tuple[Steps, ...]]:
+    """Kept, because every rank of a process asks for all kinds."""
+    return layout._make_mesh(kind)
+
+
+def _merged(steps: Iterable[Steps]) -> tuple[Steps, ...]:
+    """Steps without axes of size one, and axes that continue each other as one."""
+    found: list[Steps] = []
+    for size, stride in steps:
+        if size == 1:
+            continue
+        if found and found[-1][0] * found[-1][1] == stride:
+            size, stride = size * found[-1][0], found.pop()[1]
+        found.append((size, stride))
+    return tuple(found)
 
 
 def _offsets(steps: Iterable[Steps]) -> list[int]:

@@ -73,7 +73,7 @@ MUTANTS = (
     _mutant(
         name="groups-default-order",
         wrong="The order of the layout is ignored.",
-        snippet="    by_division: dict[frozenset[tuple[int, ...]], ProcessGroup] = {}",
+        snippet="    by_division: dict[Hashable, ProcessGroup] = {}",
         replacement=(
             '    layout = Layout(**(layout.to_json() | {"order": "tp-cp-ep-dp-pp"}))\n'
             "    by_division: dict[frozenset[tuple[int, ...]], ProcessGroup] = {}"
