@@ -68,8 +68,8 @@ def test_no_probability(check: CheckCase, case: Case) -> None:
 @given(case=initialisation_cases(way="whole"))
 def test_a_model_initialised_whole(check: CheckCase, case: Case) -> None:
     """Laws 8 and 10. Must catch: a part taken by the wrong rank, or of the wrong dimension; layers
-    that depend on the order in which a rank draws; values that depend on tp or on the dtype; a
-    spread from the inputs of a part."""
+    that are drawn alike; values that depend on the size of a group; a spread from the inputs of a
+    part, or from the outputs."""
     check("initialisation", case)
 
 

@@ -1,8 +1,9 @@
 """The dropout masks that a target draws: recorded, judged, and given to the reference.
 
 Every call of torch's dropout in forward is recorded on its rank, in order, as what was kept. So the
-reference can apply the same masks, whatever generator made them, and two laws can be told: ranks
-that hold copies of a tensor drop the same elements of it, ranks that hold different parts do not.
+reference can apply the same masks, whatever generator made them, and three laws can be told: ranks
+that hold copies of a tensor drop the same elements of it, ranks that hold different parts do not,
+and no dropout repeats the mask of another.
 """
 
 from __future__ import annotations
@@ -97,13 +98,15 @@ class Masks:
         return None
 
     def divergences(self) -> list[Divergence]:
-        """Copies that drop different elements, parts that drop the same, and wrong keep rates."""
-        return [
+        """Copies that drop different elements, parts that drop the same, wrong keep rates; and
+        dropouts that repeat another's mask."""
+        found = [
             each
             for index, (name, spec) in enumerate(self.contract.masks.items())
             for members in self.ranks.replicas.values()
             for each in self._of(index, name, spec, members)
         ]
+        return found or self._repeated()
 
     def full(self, replica: str) -> dict[str, Tensor]:
         """The masks of a replica as full tensors: the union of what its ranks drew."""
@@ -141,6 +144,19 @@ class Masks:
             text = f"keeps {kept} of {count} elements; dropout is {spec.p}"
             return [self._divergence(name, parts[0][0], text)]
         return []
+
+    def _repeated(self) -> list[Divergence]:
+        """Dropouts of one rank that drop the same elements as an earlier one."""
+        found = []
+        specs = list(self.contract.masks.items())
+        for rank, masks in enumerate(self.found):
+            for index, (name, spec) in enumerate(specs):
+                for (earlier, other), mask in zip(specs[:index], masks, strict=False):
+                    same = other.p == spec.p and torch.equal(mask, masks[index])
+                    if same and _telling(mask, spec.p):
+                        text = f"drops the same elements as the dropout {earlier} before it"
+                        found.append(self._divergence(name, rank, text))
+        return found
 
     def _divergence(self, name: str, rank: int, text: str) -> Divergence:
         sizes, coordinates = self.ranks.sizes, self.ranks.coordinates[rank]

@@ -66,18 +66,23 @@ class RandomSubject(OperationSubject):
         return self._tracker.states()
 
 
-def hidden_stream(layout: Layout, *, cp: bool = True) -> str:
-    """The stream of hidden states outside of tensor-parallel regions; without `cp`, where ranks of
-    a context-parallel group are replicas."""
-    axes = ["tp"] * layout.sequence_parallel + ["cp"] * cp
-    return stream_of(*axes)
+def split_stream(layout: Layout, *axes: str) -> str:
+    """The stream of an activation that is split over these axes, where they have several ranks."""
+    return stream_of(*(axis for axis in axes if layout.sizes[axis] > 1))
+
+
+def hidden_stream(layout: Layout, *axes: str) -> str:
+    """The stream of hidden states outside of tensor-parallel regions, that are split over `axes`
+    besides."""
+    return split_stream(layout, *(("tp",) if layout.sequence_parallel else ()), *axes)
 
 
 def dropout(case: Case, groups: Groups) -> RandomSubject:
     """`bias_dropout_add` of hidden states, or of the features of a tensor-parallel region."""
     tracker = tracker_of(case.layout, seed=case.seed)
     tensor_parallel = case.options.get("region") == "tensor-parallel"
-    name = stream_of("tp", "cp") if tensor_parallel else hidden_stream(case.layout)
+    of = split_stream(case.layout, "tp", "cp")
+    name = of if tensor_parallel else hidden_stream(case.layout, "cp")
     operation = partial(
         bias_dropout_add,
         p=float(case.options.get("dropout", 0.25) or 0.0),

@@ -41,7 +41,7 @@ class _Layer(Module):
         self._outer = partial(
             bias_dropout_add,
             p=float(case.options.get("dropout", 0.25) or 0.0),
-            stream=tracker.stream(hidden_stream(case.layout, cp=False)),
+            stream=tracker.stream(hidden_stream(case.layout)),
         )
 
     def forward(self, x: Tensor) -> Tensor:

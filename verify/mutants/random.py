@@ -1,0 +1,227 @@
+"""Mutants of random streams, dropout and initialisation."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from verify.mutants.mutant import Mutant
+
+_random = partial(
+    Mutant, family="random", module="impl.random", caught_by=("random_streams", "dropout")
+)
+_stream = partial(Mutant, family="random", module="impl.random", caught_by=("random_streams",))
+_dropout = partial(Mutant, family="dropout", module="impl.dropout", caught_by=("dropout",))
+_initial = partial(
+    Mutant, family="initialisation", module="impl.initialise", caught_by=("initialisation",)
+)
+
+_TENSOR = '    TENSOR_PARALLEL: ("pp", "tp"),'
+_OF_BIASED = "dropout(biased, p=p, stream=stream, training=training)"
+_SWITCH = """\
+        self._states[self._current] = self._generator.get_state()
+        self._generator.set_state(self._states[name])
+"""
+
+MUTANTS = (
+    _random(
+        name="random-tensor-parallel-alike",
+        wrong="All ranks of a tensor-parallel group share the tensor-parallel stream.",
+        snippet=_TENSOR,
+        replacement='    TENSOR_PARALLEL: ("pp",),',
+        caught_by=("random_streams", "dropout", "initialisation"),
+    ),
+    _random(
+        name="random-default-per-rank",
+        wrong="The default stream differs over tp, so that copies are dropped apart.",
+        snippet='    DEFAULT: ("pp",),',
+        replacement='    DEFAULT: ("pp", "tp"),',
+        caught_by=("random_streams", "dropout"),
+        seen="RNG-03",
+    ),
+    _random(
+        name="random-context-parallel-alike",
+        wrong="All ranks of a context-parallel group drop alike, in different tokens.",
+        snippet='    CONTEXT_PARALLEL: ("pp", "cp"),',
+        replacement='    CONTEXT_PARALLEL: ("pp",),',
+        seen="Megatron-LM's seeds do not depend on cp",
+    ),
+    _random(
+        name="random-one-stream-of-two-axes",
+        wrong="Ranks that differ over cp only share the stream of activations split over both.",
+        snippet='    TENSOR_CONTEXT_PARALLEL: ("pp", "tp", "cp"),',
+        replacement='    TENSOR_CONTEXT_PARALLEL: ("pp", "tp"),',
+    ),
+    _stream(
+        name="random-stages-alike",
+        wrong="All pipeline stages share the tensor-parallel stream.",
+        snippet=_TENSOR,
+        replacement='    TENSOR_PARALLEL: ("tp",),',
+        caught_by=("random_streams", "initialisation"),
+        seen="RNG-06",
+    ),
+    _stream(
+        name="random-experts-alike",
+        wrong="All ranks of ep share the stream of experts, which start equal.",
+        snippet='    EXPERT_PARALLEL: ("pp", "ep", "etp"),',
+        replacement='    EXPERT_PARALLEL: ("pp", "etp"),',
+        caught_by=("random_streams", "initialisation"),
+        seen="RNG-01",
+    ),
+    _stream(
+        name="random-experts-of-stages-coincide",
+        wrong="The experts of stage 1, ep rank 0 have the stream of those of stage 0, ep rank 1.",
+        snippet="            index = index * sizes[axis] + coordinates[axis]",
+        replacement=(
+            "            step = 1 if axis in ('tp', 'etp') else 100\n"
+            "            index += step * coordinates[axis]"
+        ),
+        caught_by=("random_streams", "initialisation"),
+        seen="the sums of Megatron-LM's seeds",
+    ),
+    _stream(
+        name="random-replicas-apart",
+        wrong="Data-parallel replicas draw other numbers, so that their weights start apart.",
+        snippet="        found[name] = seed + block * _SEEDS_A_STREAM + index",
+        replacement=(
+            "        found[name] = seed + block * _SEEDS_A_STREAM + index"
+            ' + 1000 * coordinates["dp"]'
+        ),
+        caught_by=("random_streams", "initialisation"),
+    ),
+    _stream(
+        name="random-fork-starts-again",
+        wrong="Every fork of a stream draws the numbers of the first.",
+        snippet=_SWITCH,
+        replacement=(
+            "        if self._current == DEFAULT:\n"
+            "            self._states[DEFAULT] = self._generator.get_state()\n"
+            "        self._generator.set_state(self._states[name])\n"
+        ),
+        caught_by=("random_streams", "recomputed_block", "initialisation"),
+    ),
+    _stream(
+        name="random-fork-moves-the-default",
+        wrong="After a fork the default generator goes on from the fork's stream.",
+        snippet="            self._switch(before)",
+        replacement=(
+            "            self._states[name] = self._generator.get_state()\n"
+            "            self._current = before"
+        ),
+        caught_by=("random_streams", "recomputed_block"),
+    ),
+    _stream(
+        name="random-states-not-in-use",
+        wrong="States that are put back are kept, but not those that the generator draws from.",
+        snippet="self._generator.set_state(self._states[self._current])",
+        replacement="del states",
+        caught_by=("recomputed_block",),
+        seen="RNG-08",
+    ),
+    _dropout(
+        name="dropout-default-stream",
+        wrong="Whatever an activation is split over, its mask is drawn from the default stream.",
+        snippet="    with stream():\n",
+        replacement="    with nullcontext():\n",
+        caught_by=("dropout", "recomputed_block"),
+    ),
+    _dropout(
+        name="dropout-never-off",
+        wrong="Outside of training elements are dropped too.",
+        snippet="if not training or p == 0.0:",
+        replacement="if p == 0.0:",
+        seen="RNG-05",
+    ),
+    _dropout(
+        name="dropout-keeps-with-p",
+        wrong="p is the probability of keeping.",
+        snippet="return F.dropout(x, p)",
+        replacement="return F.dropout(x, 1 - p)",
+        caught_by=("dropout", "recomputed_block"),
+    ),
+    _dropout(
+        name="dropout-not-scaled",
+        wrong="What is kept is not divided by 1 - p.",
+        snippet="return F.dropout(x, p)",
+        replacement="return F.dropout(x, p) * (1 - p)",
+        caught_by=("dropout", "recomputed_block"),
+    ),
+    _dropout(
+        name="dropout-bias-after",
+        wrong="The bias is added after the dropout.",
+        snippet=_OF_BIASED,
+        replacement="dropout(x, p=p, stream=stream, training=training) + (biased - x)",
+        caught_by=("dropout", "recomputed_block"),
+    ),
+    _dropout(
+        name="dropout-of-residual",
+        wrong="The residual is dropped with the rest.",
+        snippet=f"    return residual.to(x.dtype) + {_OF_BIASED}",
+        replacement=(
+            "    return dropout(residual.to(x.dtype) + biased, p=p, stream=stream,"
+            " training=training)"
+        ),
+        caught_by=("dropout", "recomputed_block"),
+    ),
+    _dropout(
+        name="dropout-any-probability",
+        wrong="A probability of one is accepted, and everything dropped.",
+        snippet="if not 0.0 <= p < 1.0:",
+        replacement="if not 0.0 <= p <= 1.0:",
+    ),
+    _dropout(
+        name="dropout-of-packed-memory",
+        wrong="An activation is read as if it lay packed in memory.",
+        snippet="return F.dropout(x, p)",
+        replacement="return F.dropout(x.as_strided((x.numel(),), (1,)).view(x.shape), p)",
+        seen="CP-02",
+    ),
+    _initial(
+        name="initial-another-part",
+        wrong="Every rank keeps the first part of what it drew in full.",
+        snippet="parts.select(self.dim + 1, dist.get_rank(self.group))",
+        replacement="parts.select(self.dim + 1, 0)",
+    ),
+    _initial(
+        name="initial-layers-alike",
+        wrong="All parameters are drawn from the run's seed, whatever their names.",
+        snippet='f"{seed}/{name}".encode()',
+        replacement='f"{seed}".encode()',
+    ),
+    _initial(
+        name="initial-inputs-of-a-part",
+        wrong="The spread is that of the inputs of a rank's part.",
+        snippet="bound = 1.0 / math.sqrt(shape[-1])",
+        replacement="bound = 1.0 / math.sqrt(part.shape[-1])",
+    ),
+    _initial(
+        name="initial-outputs-for-inputs",
+        wrong="The spread comes from the outputs of a weight.",
+        snippet="bound = 1.0 / math.sqrt(shape[-1])",
+        replacement="bound = 1.0 / math.sqrt(shape[0])",
+    ),
+    _initial(
+        name="initial-output-layers-not-scaled",
+        wrong="Layers that end in the residual are drawn like all others.",
+        snippet="return output if row and _is_shard(parameter) else inside",
+        replacement="return inside",
+    ),
+    _initial(
+        name="initial-scaled-by-layers-only",
+        wrong="The spread of output layers lacks the two of its root.",
+        snippet="std / math.sqrt(2.0 * num_layers)",
+        replacement="std / math.sqrt(num_layers)",
+    ),
+    _initial(
+        name="initial-shards-from-the-default",
+        wrong="Shards are drawn from the default stream, so that all start equal.",
+        snippet="return TENSOR_PARALLEL if _is_shard(parameter) else DEFAULT",
+        replacement="return DEFAULT",
+    ),
+    _initial(
+        name="initial-experts-from-tensor-parallel",
+        wrong="Experts are drawn from the tensor-parallel stream, the same on all ep ranks.",
+        snippet="        return EXPERT_PARALLEL\n",
+        replacement="        return TENSOR_PARALLEL\n",
+        seen="RNG-01",
+    ),
+)

@@ -1,0 +1,147 @@
+"""Mutants of recomputation."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from verify.mutants.mutant import Mutant
+
+_mutant = partial(
+    Mutant, family="recompute", module="impl.recompute", caught_by=("recomputed_block",)
+)
+
+_REPLAY = "        with self._tracker.replaying(self._snapshot):\n"
+_RUN = """\
+    with saved_tensors_hooks(frame.pack, _unpack):
+        return function(*args)
+"""
+_SPLIT = "kept[0] = split(kept[0].detach().reshape(-1), dim=0, group=group)"
+
+MUTANTS = (
+    _mutant(
+        name="recompute-new-numbers",
+        wrong="Backward draws new masks, so that gradients belong to another sample.",
+        snippet=_REPLAY,
+        replacement="        with ExitStack():\n",
+        seen="REC-02",
+    ),
+    _mutant(
+        name="recompute-default-stream-only",
+        wrong="Only the default generator is put back, not the other streams.",
+        snippet=_REPLAY,
+        replacement=(
+            "        states = self._tracker.states()\n"
+            '        states["default"] = self._snapshot.states["default"]\n'
+            "        with self._tracker.replaying(type(self._snapshot)(states, 'default')):\n"
+        ),
+        seen="REC-02",
+    ),
+    _mutant(
+        name="recompute-streams-without-default",
+        wrong="Only the tracker's own streams are put back, not the default generator.",
+        snippet=_REPLAY,
+        replacement=(
+            "        states = dict(self._snapshot.states)\n"
+            '        states["default"] = self._tracker.states()["default"]\n'
+            "        with self._tracker.replaying(type(self._snapshot)(states, 'default')):\n"
+        ),
+        seen="REC-02",
+    ),
+    _mutant(
+        name="recompute-streams-left",
+        wrong="After backward the streams are where recomputation left them.",
+        module="impl.random",
+        snippet="            self._restore(before)",
+        replacement="            self._current = before.current",
+    ),
+    _mutant(
+        name="recompute-states-after-forward",
+        wrong="The states that are put back are those at the start of backward.",
+        snippet=_REPLAY,
+        replacement="        with self._tracker.replaying(self._tracker.snapshot()):\n",
+        seen="CP-08",
+    ),
+    _mutant(
+        name="recompute-keeps-all",
+        wrong="What autograd saves inside is kept, and nothing computed again.",
+        snippet=_RUN,
+        replacement="    return function(*args) if frame else None\n",
+    ),
+    _mutant(
+        name="recompute-keeps-the-whole-input",
+        wrong="Each rank keeps all of an input that is distributed.",
+        snippet=_SPLIT,
+        replacement="kept[0] = kept[0].detach().clone()\n            self._group = None",
+    ),
+    _mutant(
+        name="recompute-keeps-a-view",
+        wrong="The part that a rank keeps is a view, which keeps the whole in memory.",
+        snippet=_SPLIT,
+        replacement=("kept[0] = kept[0].detach().reshape(-1).chunk(group.size())[group.rank()]"),
+    ),
+    _mutant(
+        name="recompute-gathers-in-another-order",
+        wrong="The parts of a distributed input are put together in the reverse order.",
+        snippet="self._whole(all_gather(kept[0], dim=0, group=self._group))",
+        replacement=(
+            "self._whole(torch.cat(all_gather(kept[0], dim=0, group=self._group)"
+            ".chunk(self._group.size())[::-1]))"
+        ),
+    ),
+    _mutant(
+        name="recompute-inputs-without-gradient",
+        wrong="Nothing that needs the gradient of an input is computed again.",
+        snippet="args[place] = tensor.requires_grad_(needs)",
+        replacement="args[place] = tensor",
+    ),
+    _mutant(
+        name="recompute-last-run-left-out",
+        wrong="Layers beyond a multiple of num_layers are left out.",
+        snippet='    recomputed = len(layers) if method == "uniform" else num_layers\n',
+        replacement=(
+            "    if method == 'uniform':\n"
+            "        layers = layers[: len(layers) // num_layers * num_layers]\n"
+            '    recomputed = len(layers) if method == "uniform" else num_layers\n'
+        ),
+        seen="REC-05",
+    ),
+    _mutant(
+        name="recompute-runs-overlap",
+        wrong="Runs of layers begin at every layer, so that some run twice.",
+        snippet="for start in range(0, recomputed, length):",
+        replacement="for start in range(0, recomputed, 1):",
+        seen="REC-05",
+    ),
+    _mutant(
+        name="recompute-block-is-uniform",
+        wrong="A block of layers is recomputed at once, from the input of its first.",
+        snippet='length = num_layers if method == "uniform" else 1',
+        replacement="length = num_layers",
+    ),
+    _mutant(
+        name="recompute-rest-left-out",
+        wrong="Layers that are not computed again are left out.",
+        snippet="    return _Run(layers[recomputed:])(x)",
+        replacement="    return x",
+        seen="REC-05",
+    ),
+    _mutant(
+        name="recompute-runs-twice",
+        wrong="Forward runs the function twice, as if to be sure.",
+        snippet=_RUN,
+        replacement=("    with torch.no_grad():\n        function(*args)\n" + _RUN),
+        seen="REC-03",
+    ),
+    _mutant(
+        name="recompute-any-number-of-layers",
+        wrong="More layers than there are are accepted.",
+        snippet="if not 1 <= num_layers <= len(layers):",
+        replacement="if num_layers < 1:",
+    ),
+    _mutant(
+        name="recompute-distributes-what-is-split",
+        wrong="Inputs that sequence parallelism splits are distributed, and mixed up.",
+        snippet="if group is not None and sequence_parallel:",
+        replacement="if group is not None and sequence_parallel and not layers:",
+    ),
+)
