@@ -154,7 +154,7 @@ def _random() -> Iterator[tuple[str, Case]]:
 
 
 def _recomputed() -> Iterator[tuple[str, Case]]:
-    shape = {**SMALL, "hidden": 4, "ffn": 6, "layers": 3}
+    shape = {**SMALL, "hidden": 4, "ffn": 16, "layers": 3}
     drop = {"inner_dropout": 0.5}
     for layout, plans in (
         (TP2, ("uniform-2", "block-2", "nested-2", "selective", "block-1-distributed")),
