@@ -1,0 +1,149 @@
+"""megatron-core's own attention, and self-attention by its local specification, as subjects.
+
+TransformerEngine's attention needs CUDA; the local one is what runs on a CPU, without context
+parallelism. What is the transformer block's in Megatron, the stream of random numbers around hidden
+states under sequence parallelism and the addition of the last bias, is done as it does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from torch.nn import Parameter
+
+from verify.case import Case
+from verify.placement import Placements, Shard
+from verify.targets.megatron_core.subjects import ModuleSubject, Tensors, config_of
+
+_SCORING = frozenset({"causal", "window", "sink", "layer_number", "scale", "dropout"})
+OPTIONS: Mapping[str, frozenset[str]] = {
+    "core_attention": _SCORING,
+    "self_attention": _SCORING | {"bias"},
+}
+_OFFSET = "softmax_offset"
+
+
+class AttentionSubject(ModuleSubject):
+    """A module whose learnable softmax offsets are the contract's sinks."""
+
+    def parameters(self) -> Mapping[str, tuple[Parameter, Placements]]:
+        """By the contract's names. The offsets have none of the attributes that say how they lie;
+        `DotProductAttention.sharded_state_dict` says it: by heads."""
+        found = dict(super().parameters())
+        for name in [name for name in found if name.endswith(_OFFSET)]:
+            parameter, _ = found.pop(name)
+            found[name.replace(_OFFSET, "sink")] = (parameter, {"tp": Shard(0)})
+        return found
+
+
+def _config(case: Case, **sizes: Any) -> TransformerConfig:
+    """The configuration of attention with the sizes and options of a case."""
+    options, shape = case.options, case.shape
+    window, causal = options.get("window"), bool(options.get("causal", True))
+    around = None if window is None else (int(window) - 1, 0 if causal else int(window) - 1)
+    return config_of(
+        case,
+        num_attention_heads=shape["heads"],
+        kv_channels=shape["head_size"],
+        window_size=around,
+        softmax_type="learnable" if options.get("sink", False) else "vanilla",
+        softmax_scale=options.get("scale"),
+        apply_query_key_layer_scaling=options.get("layer_number") is not None,
+        attention_dropout=float(options.get("dropout", 0.0) or 0.0),
+        fp16=case.dtype == "float16",
+        bf16=case.dtype == "bfloat16",
+        **sizes,
+    )
+
+
+def _mask_type(case: Case) -> AttnMaskType:
+    return AttnMaskType.causal if case.options.get("causal", True) else AttnMaskType.no_mask
+
+
+def core_attention(case: Case) -> AttentionSubject:
+    """`DotProductAttention`. One group of several ranks is a group for each of them, as
+    `SelfAttention` has it."""
+    config = _config(
+        case,
+        hidden_size=case.shape["heads"] * case.shape["head_size"],
+        num_query_groups=max(case.shape["groups"], case.layout.tp),
+    )
+    layer_number = int(case.options.get("layer_number") or 1)
+    module = DotProductAttention(
+        config, layer_number, _mask_type(case), "self", softmax_scale=config.softmax_scale
+    )
+
+    def call(inputs: Tensors) -> Tensors:
+        y = module(inputs["q"], inputs["k"], inputs["v"], None)
+        return {"y": y.unflatten(-1, (-1, case.shape["head_size"]))}
+
+    return AttentionSubject(module, config, call)
+
+
+def self_attention(case: Case) -> AttentionSubject:
+    """`SelfAttention` of Megatron's own linear layers and `DotProductAttention`."""
+    config = _config(
+        case,
+        hidden_size=case.shape["hidden"],
+        num_query_groups=case.shape["groups"],
+        add_bias_linear=bool(case.options.get("bias", True)),
+    )
+    parts = SelfAttentionSubmodules(
+        linear_qkv=tensor_parallel.ColumnParallelLinear,
+        core_attention=DotProductAttention,
+        linear_proj=tensor_parallel.RowParallelLinear,
+    )
+    module = SelfAttention(
+        config, parts, int(case.options.get("layer_number") or 1), _mask_type(case)
+    )
+
+    def call(inputs: Tensors) -> Tensors:
+        with _forked(case):
+            output, bias = module(inputs["x"], None)
+        return {"y": output if bias is None else output + bias}
+
+    names = {"linear_qkv": "qkv", "linear_proj": "proj", "core_attention": "core"}
+    return AttentionSubject(module, config, call, names=names)
+
+
+def _forked(case: Case) -> AbstractContextManager[Any]:
+    return get_cuda_rng_tracker().fork() if case.layout.sequence_parallel else nullcontext()
+
+
+def lacks(case: Case) -> str | None:
+    """Why megatron-core or this adapter cannot do a case; None where it can."""
+    if case.concept not in BUILDERS:
+        return None
+    options, shape = case.options, case.shape
+    if options.get("magnitude", 1) != 1:
+        return "its masked scores are -10000, which large scores come near"
+    if shape and shape.get("value_size", shape["head_size"]) != shape["head_size"]:
+        return "DotProductAttention has one size for keys and values"
+    sequence = shape.get("sequence", 1)
+    square = shape.get("key_sequence", sequence) == sequence or sequence == 1
+    if options.get("causal", True) and options.get("window") is None and not square:
+        return "its causal mask is for as many queries as keys"
+    if options.get("window") is not None and shape.get("key_sequence", sequence) < sequence:
+        return "a query without a key attends to all keys alike"
+    if _out_of_range(options):
+        return "it leaves the range of windows, layer numbers and dropout unchecked"
+    return None
+
+
+def _out_of_range(options: Mapping[str, Any]) -> bool:
+    low = any((options.get(name) or 1) < 1 for name in ("window", "layer_number"))
+    return low or not 0 <= float(options.get("dropout", 0.0) or 0.0) < 1
+
+
+BUILDERS: Mapping[str, Callable[[Case], ModuleSubject]] = {
+    "core_attention": core_attention,
+    "self_attention": self_attention,
+}
