@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from verify.cluster.history import History, Record
 from verify.layout import Layout
@@ -38,21 +38,17 @@ def miscommunicated(contract: Contract, layout: Layout, history: History) -> tup
             if found != wanted:
                 wrong = _text(found - wanted, "too much") + _text(wanted - found, "missing")
                 lines.setdefault(f"in {phase}: {wrong[:-2]}", []).append(rank)
-    return tuple(
-        f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} {line}"
-        for line, ranks in lines.items()
-    )
+    return _by_ranks(lines)
 
 
 def kept_too_much(contract: Contract, observations: Sequence[Observation]) -> tuple[str, ...]:
-    """The ranks on which autograd keeps more elements than promised, one line each."""
-    if contract.kept is None:
-        return ()
-    return tuple(
-        f"rank {rank} keeps {each.kept} elements for backward; promised are at most {contract.kept}"
-        for rank, each in enumerate(observations)
-        if each.kept > contract.kept
-    )
+    """The ranks on which autograd keeps more elements than promised, one line for each amount."""
+    lines: dict[str, list[int]] = {}
+    for rank, each in enumerate(observations):
+        if contract.kept is not None and each.kept > contract.kept:
+            line = f"kept {each.kept} elements for backward; promised are at most {contract.kept}"
+            lines.setdefault(line, []).append(rank)
+    return _by_ranks(lines)
 
 
 Counted = Counter[tuple[str, str, int]]
@@ -84,6 +80,13 @@ def _kind(group: tuple[int, ...], layout: Layout, rank: int) -> str:
         if layout.group_of(kind, rank) == group:
             return kind
     return f"ranks {', '.join(map(str, group))}"
+
+
+def _by_ranks(lines: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
+    return tuple(
+        f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} {line}"
+        for line, ranks in lines.items()
+    )
 
 
 def _text(steps: Counted, what: str) -> str:
