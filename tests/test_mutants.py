@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 
 import mutant_cases_attention as attention
+import mutant_cases_context as context
 import pytest
 
 from verify.adversary import Adversary
@@ -31,8 +32,8 @@ TP2, TP3, SP2, SP3 = (
 )
 STRIDED = Layout(tp=2, dp=2, order="dp-tp-cp-ep-pp")
 LATE = Adversary(late=True)
-# Tensor, expert tensor, expert and data parallelism, two experts a rank and more tokens than one.
-EXPERTS = Layout(tp=2, dp=4, ep=2, etp=2, sequence_parallel=True)
+# The ranks of a block of experts are on two axes of either mesh, with three experts each.
+EXPERTS = Layout(tp=2, dp=2, ep=2, etp=2, sequence_parallel=True)
 
 SMALL = {"sequence": 6, "batch": 2}
 ACTIVATION = {**SMALL, "hidden": 12}
@@ -40,7 +41,7 @@ LINEAR = {**SMALL, "in_features": 12, "out_features": 6}
 TOKENS = {**SMALL, "vocabulary": 6, "hidden": 4}
 LOGITS = {**SMALL, "vocabulary": 12}
 MLP = {**SMALL, "hidden": 4, "ffn": 6}
-ROUTER = {"sequence": 4, "batch": 8, "hidden": 4, "experts": 6, "top_k": 2}
+ROUTER = {"sequence": 4, "batch": 4, "hidden": 4, "experts": 6, "top_k": 2}
 
 
 def _case(concept: str, layout: Layout, shape: dict[str, int], lens: str, **options) -> Case:
@@ -128,7 +129,7 @@ def _experts() -> Iterator[tuple[str, Case]]:
     options = {"activation": "swiglu", "balance": "batch", "z_loss": 0.5}
     for layout in (EXPERTS, Layout(tp=2)):
         yield "equivalence", _case("moe_layer", layout, shared, "fp64", **options)
-    few = {**shared, "sequence": 2, "batch": 4, "experts": 12, "top_k": 1}
+    few = {**shared, "sequence": 2, "batch": 2, "experts": 8, "top_k": 1}
     yield "equivalence", _case("moe_layer", EXPERTS, few, "fp64")
     yield "equivalence", _case("moe_layer", EXPERTS, shared, "native")
     yield "refusal", _case("moe_router", EXPERTS, {**ROUTER, "top_k": 1, "groups": 4}, "fp64")
@@ -187,6 +188,7 @@ CASES = (
     *_random(),
     *_recomputed(),
     *attention.cases(),
+    *context.cases(),
 )
 
 

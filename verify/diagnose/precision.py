@@ -24,6 +24,8 @@ def lower_precision(evidence: Evidence) -> Iterator[Explanation]:
     found = torch.cat([evidence.candidate[rank].reshape(-1) for rank in evidence.wrong])
     apart, norm = (found - expected).abs(), float(expected.norm())
     widespread = float((apart > apart.max() * _ABOVE).double().mean()) > 0.5
+    if not evidence.dtype.is_floating_point:
+        return
     own = torch.finfo(evidence.dtype).eps / 2
     fitting = []
     for name in _LOWER if norm and widespread else ():

@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from verify.errors import BadArgument, HarnessError
 from verify.mutants import (
     attention,
+    context,
+    context_algorithms,
     embedding,
     experts,
     gradients,
@@ -45,6 +47,8 @@ CATALOGUE: Mapping[str, Mapping[str, Mutant]] = {
         random.MUTANTS,
         recompute.MUTANTS,
         attention.MUTANTS,
+        context.MUTANTS,
+        context_algorithms.MUTANTS,
         latent_attention.MUTANTS,
     )
 }
