@@ -269,7 +269,8 @@ def moe_dispatch(case: Case) -> OperationSubject:
     name, experts = str(case.options.get("dispatcher", "all_to_all")), case.shape["experts"]
     # Without a capacity the dispatcher takes every token to have as many experts as its top_k.
     factor = float(experts) if case.options.get("dropped", False) else None
-    config = _configuration(case, moe_expert_capacity_factor=factor)
+    # No router is built, but the configuration refuses one of a single choice without it.
+    config = _configuration(case, moe_expert_capacity_factor=factor, moe_router_pre_softmax=True)
     groups = moe_utils.get_default_pg_collection()
     count = experts // case.layout.ep
     first = count * groups.ep.rank()
@@ -306,6 +307,8 @@ def lacks(case: Case) -> str | None:
         return "a softmax of router logits is in float32, whatever its input"
     if case.concept != "moe_dispatch" and layout.tp > 1 and not layout.sequence_parallel:
         return "MoELayer refuses to train on tp without sequence parallelism"
+    if case.concept == "moe_dispatch" and case.shape["experts"] % layout.ep:
+        return "a dispatcher is told which experts it has"
     softmax = case.options.get("score", "softmax") == "softmax"
     undivided = softmax and not case.options.get("pre_softmax", False)
     if case.concept in ("moe_router", "moe_layer") and case.shape["top_k"] == 1 and undivided:
