@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import sim_faulty_programs as programs
+import sim_state_programs as states
 import torch
 import torch.distributed as dist
 from sim_programs import values
 
 from verify.cluster import Cluster, CollectiveMismatch, Deadlock, RankFailures, open_cluster
-from verify.cluster.sim.isolation import ModuleGlobals
 from verify.errors import BadArgument, HarnessError
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 SOON = 5.0
 
@@ -314,66 +316,8 @@ def test_a_closed_cluster_says_so():
         cluster.run(programs.total, world_size=2)
 
 
-def test_a_run_starts_as_a_new_process_would(sim):
-    fresh = sim.run(programs.state, world_size=3)
-    sim.run(programs.leaves_everything_changed, world_size=3)
-    assert sim.run(programs.state, world_size=3) == fresh
-    grad, dtype, _, threads, multithreading, autocast, *_ = fresh[0]
-    assert (grad, dtype, threads) == (True, torch.float32, 1)
-    assert (multithreading, autocast) == (False, False)
-
-
-def test_random_numbers_of_ranks_are_their_own(sim):
-    got = sim.run(programs.draws_with_own_seed, world_size=3)
-    for rank in (0, 2):
-        generator = torch.Generator().manual_seed(rank)
-        expected = [torch.rand(2, generator=generator) for _ in range(2)]
-        assert got[rank] == torch.cat(expected).tolist()
-
-
-def test_default_dtypes_of_ranks_are_their_own(sim):
-    expected = [torch.float16, torch.float64, torch.float64]
-    assert sim.run(programs.default_dtypes, world_size=3) == expected
-    assert torch.get_default_dtype() is torch.float32
-
-
-def test_registered_globals_are_apart(sim):
-    state = ModuleGlobals(programs, ["counter"])
-    got = sim.run(programs.counts, world_size=3, rank_states=[state])
-    assert got == [(rank * 3, [rank] * 3) for rank in range(3)]
-    assert programs.counter == {"value": 0, "items": []}
-    with pytest.raises(RankFailures):
-        sim.run(programs.raises, [1], world_size=3, rank_states=[state])
-    assert sim.run(programs.counts, world_size=2, rank_states=[state])[1] == (2, [1, 1])
-
-
-def test_arguments_of_ranks_are_their_own(sim):
-    x, more, layers = torch.zeros(2), {"x": torch.zeros(1)}, []
-    got = sim.run(programs.changes_its_arguments, x, more, layers, world_size=3)
-    for rank, (mine, other, listed) in enumerate(got):
-        assert mine.tolist() == [rank, rank]
-        assert other.tolist() == [rank]
-        assert listed == [rank]
-    assert (x.tolist(), more["x"].tolist(), layers) == ([0, 0], [0], [])
-
-
-def test_nothing_of_a_run_is_kept(sim):
-    sim.run(programs.remembers_an_object, world_size=4)
-    assert programs.forgotten() == 0
-
-
-def test_ranks_run_in_the_same_order_every_time(sim):
-    orders = []
-    for _ in range(3):
-        programs.ORDER.clear()
-        sim.run(programs.order_of_ranks, [], world_size=4)
-        orders.append(list(programs.ORDER))
-    assert orders[0] == orders[1] == orders[2]
-    assert sorted(orders[0]) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-
-
 def test_destroying_the_default_group(sim):
-    assert sim.run(programs.destroys, world_size=3) == [False] * 3
+    assert sim.run(states.destroys, world_size=3) == [False] * 3
     assert_usable(sim)
 
 

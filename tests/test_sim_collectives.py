@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from functools import reduce
 
 import pytest
+import sim_group_programs as grouped
 import sim_programs as programs
 import sim_torch_programs as builds
 import torch
@@ -43,17 +44,17 @@ EVERYWHERE = [
     programs.polling_the_store,
     programs.coalesced,
     programs.coalesced_by_name,
-    programs.groups_of_some,
-    programs.group_backwards,
-    programs.groups_made_by_their_members,
-    programs.subgroups,
-    programs.groups_by_backend_name,
-    programs.messages_in_a_group,
-    programs.functional_collectives,
-    programs.functional_gradients,
-    programs.differentiable_collectives,
-    programs.mesh_groups,
-    programs.dtensors,
+    grouped.groups_of_some,
+    grouped.group_backwards,
+    grouped.groups_made_by_their_members,
+    grouped.subgroups,
+    grouped.groups_by_backend_name,
+    grouped.messages_in_a_group,
+    grouped.functional_collectives,
+    grouped.functional_gradients,
+    grouped.differentiable_collectives,
+    grouped.mesh_groups,
+    grouped.dtensors,
     builds.collectives_in_backward,
     builds.recomputed,
     builds.hooks,
@@ -182,38 +183,38 @@ def test_drawn_programs(sim, data):
     step = st.tuples(st.integers(0, len(groups) - 1), kinds)
     steps = data.draw(st.lists(step, max_size=8))
     waits = [data.draw(st.permutations(range(len(steps)))) for _ in range(size)]
-    got = sim.run(programs.drawn, groups, steps, waits, world_size=size)
+    got = sim.run(grouped.drawn, groups, steps, waits, world_size=size)
     for index, (number, kind) in enumerate(steps):
         ranks = groups[number]
-        inputs = [programs.drawn_input(len(ranks), rank, index) for rank in ranks]
+        inputs = [grouped.drawn_input(len(ranks), rank, index) for rank in ranks]
         for place, rank in enumerate(ranks):
-            assert_same(got[rank][index], programs.drawn_result(kind, inputs, place))
+            assert_same(got[rank][index], grouped.drawn_result(kind, inputs, place))
 
 
 def test_names_of_backends(sim):
     """What a program asked for by name is what it is told that it has."""
-    assert sim.run(programs.backend_names, world_size=2) == [("sim", "sim")] * 2
+    assert sim.run(grouped.backend_names, world_size=2) == [("sim", "sim")] * 2
 
 
 @pytest.mark.parametrize("mode", ["inference_mode", "no_grad", "enable_grad"])
 def test_modes_of_the_rank_that_comes_last_do_not_matter(sim, mode):
     """Ranks in different modes: whoever completes the operation does it in its own."""
     for ranks in ([0], [1], [0, 1]):
-        got = sim.run(programs.in_mode, mode, ranks, world_size=2)
+        got = sim.run(grouped.in_mode, mode, ranks, world_size=2)
         expected = sum(values(2, rank=rank) for rank in range(2))
         assert_same(got, [[expected, values(2, rank=1 - rank)] for rank in range(2)])
 
 
 def test_dispatch_modes_do_not_see_the_simulator(sim):
-    counts = sim.run(programs.operations_seen, world_size=3)
+    counts = sim.run(grouped.operations_seen, world_size=3)
     assert counts[1:] == counts[:1] * 2
 
 
 def test_gradients_do_not_flow_through_what_is_not_differentiable(sim):
-    assert sim.run(programs.reduced_leaf, world_size=2) == [([1.0, 1.0], True)] * 2
+    assert sim.run(grouped.reduced_leaf, world_size=2) == [([1.0, 1.0], True)] * 2
 
 
 def test_a_reduction_has_a_readable_refusal(sim):
     with pytest.raises(Exception, match="contiguous"):
-        sim.run(programs.transposed, world_size=2)
+        sim.run(grouped.transposed, world_size=2)
     assert dist.ReduceOp.SUM is not None
