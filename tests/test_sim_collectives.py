@@ -191,6 +191,11 @@ def test_drawn_programs(sim, data):
             assert_same(got[rank][index], grouped.drawn_result(kind, inputs, place))
 
 
+def test_groups_of_one_name_one_after_another(sim):
+    kept = sim.run(grouped.groups_made_by_their_members, world_size=4)
+    assert_same(sim.run(grouped.groups_made_by_their_members, True, world_size=4), kept)
+
+
 def test_names_of_backends(sim):
     """What a program asked for by name is what it is told that it has."""
     assert sim.run(grouped.backend_names, world_size=2) == [("sim", "sim")] * 2
