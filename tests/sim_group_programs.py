@@ -43,7 +43,7 @@ def group_backwards() -> Tensor:
 
 
 def groups_made_by_their_members(again: bool = False) -> Tensor:
-    """`again`: each is destroyed before the next of the same name, which gloo takes for the first."""
+    """`again`: each is destroyed before the next of its name, which gloo takes for the first."""
     rank, size = world()
     members = [r for r in range(size) if r % 2 == rank % 2]
     x = values(2)
