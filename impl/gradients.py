@@ -14,10 +14,11 @@ from impl.collectives import all_reduce
 def finish_sequence_parallel_gradients(
     parameters: Iterable[Parameter], *, group: ProcessGroup
 ) -> None:
-    """Make the gradients of replicated parameters complete under sequence parallelism.
+    """Make the gradients of replicated parameters complete under tensor parallelism.
 
-    A parameter marked `sequence_parallel` was applied to this rank's tokens only, so its gradient
-    is Partial over the tensor-parallel `group` and becomes Replicate, in place. Collective where
+    A parameter marked `sequence_parallel` was applied to this rank's tokens only, or, a norm of
+    queries or keys, to its heads only, with sequence parallelism or without. So its gradient is
+    Partial over the tensor-parallel `group` and becomes Replicate, in place. Collective where
     there is such a gradient: all ranks give the same parameters in the same order. One all-reduce
     for each dtype. Call it once after the last backward of a step: a second call would sum sums.
     """

@@ -83,8 +83,11 @@ class ColumnParallelLinear(Module):
     Forward: none (sequence_parallel: all-gather of x; gather_output: all-gather of y). Backward:
     all-reduce of the gradient of x (sequence_parallel: all-gather of x, reduce-scatter).
 
+    The output features may be `stride` equal blocks, such as [gate | up], of each of which every
+    rank has its part.
+
     `init` fills the full weight. Raises ValueError for features that do not divide by the size of
-    the group, and for `gather_output` together with `sequence_parallel`.
+    the group, and for `gather_output` together with `sequence_parallel` or with blocks.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class ColumnParallelLinear(Module):
         bias: bool = True,
         gather_output: bool = False,
         skip_bias_add: bool = False,
+        stride: int = 1,
         sequence_parallel: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
@@ -107,20 +111,23 @@ class ColumnParallelLinear(Module):
                 "gather_output: True is not allowed with sequence_parallel=True;"
                 " leave the output sharded, or set sequence_parallel=False"
             )
+        if gather_output and stride > 1:
+            raise ValueError(
+                f"gather_output: True is not allowed with {stride} blocks of output features;"
+                " leave the output sharded"
+            )
         divide(out_features, group=group, name="out_features")
         self.in_features, self.group = in_features, group
         self.gather_output, self.skip_bias_add = gather_output, skip_bias_add
         self.sequence_parallel = sequence_parallel
-        self.weight = sharded_parameter(
-            out_features, in_features, dim=0, group=group, init=init, dtype=dtype, device=device
-        )
-        self.bias = (
-            sharded_parameter(
-                out_features, dim=0, group=group, init=zeros_, dtype=dtype, device=device
-            )
-            if bias
-            else None
-        )
+        common: dict[str, Any] = {
+            "group": group,
+            "stride": stride,
+            "dtype": dtype,
+            "device": device,
+        }
+        self.weight = sharded_parameter(out_features, in_features, dim=0, init=init, **common)
+        self.bias = sharded_parameter(out_features, dim=0, init=zeros_, **common) if bias else None
 
     def forward(self, x: Tensor) -> Output:
         """`y`, and with `skip_bias_add` the bias (this rank's part) for the caller to add."""

@@ -2,8 +2,8 @@
 
 `tensor_model_parallel` says that a parameter is sharded over the tensor-parallel group, along
 `partition_dim` in `partition_stride` blocks. `sequence_parallel` says of a replicated one that each
-rank computes its gradient from a part of the sequence, so that the gradients have to be summed:
-see `impl.gradients`.
+rank computes its gradient from a part of the tokens or heads, so that the gradients have to be
+summed: see `impl.gradients`.
 """
 
 from __future__ import annotations
@@ -32,26 +32,35 @@ def sharded_parameter(
     dim: int,
     group: ProcessGroup,
     init: Initialiser,
+    stride: int = 1,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> Parameter:
-    """This rank's part, along `dim`, of a parameter of full `shape`.
+    """This rank's part of a parameter of full `shape`: of each of `stride` equal blocks of `dim`,
+    one after the other.
 
     The values do not depend on the size of the group, because `init` fills the full parameter. It
-    is on every rank for a moment, unless `init` is `defer`. ValueError where the dimension does not
-    divide.
+    is on every rank for a moment, unless `init` is `defer`. ValueError where the dimension, or a
+    block of it, does not divide.
     """
+    block = shape[dim] // stride
+    length = divide(block, group=group, name=f"parameter, dimension {dim}") * stride
+    if block * stride != shape[dim]:
+        raise ValueError(
+            f"stride: {shape[dim]}, dimension {dim} of a parameter, is not {stride} equal blocks"
+        )
     if init is defer:
         lengths = list(shape)
-        lengths[dim] = divide(shape[dim], group=group, name=f"parameter, dimension {dim}")
+        lengths[dim] = length
         part = torch.empty(lengths, dtype=dtype, device=device)
         defer(part)
     else:
         full = torch.empty(shape, dtype=dtype, device=device)
         with torch.no_grad():
             init(full)
-            part = split(full, dim=dim, group=group)
-    return _marked(part, tensor_model_parallel=True, partition_dim=dim, partition_stride=1)
+            blocks = full.chunk(stride, dim)
+            part = torch.cat([split(each, dim=dim, group=group) for each in blocks], dim)
+    return _marked(part, tensor_model_parallel=True, partition_dim=dim, partition_stride=stride)
 
 
 def replicated_parameter(

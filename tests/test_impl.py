@@ -16,7 +16,7 @@ from impl.embedding import VocabParallelEmbedding
 from impl.gradients import finish_sequence_parallel_gradients
 from impl.linear import ColumnParallelLinear, RowParallelLinear
 from impl.mlp import MLP
-from impl.parameters import replicated_parameter, sharded_parameter
+from impl.parameters import defer, replicated_parameter, sharded_parameter
 from verify.cluster import Cluster, RankFailures, open_cluster
 from verify.cluster.history import History
 
@@ -197,6 +197,17 @@ def test_initial_values_do_not_depend_on_the_number_of_ranks(cluster):
         assert [row for part, _ in parts for row in part] == whole
 
 
+def _blocks(init) -> tuple[list[float], int]:
+    weight = sharded_parameter(8, dim=0, group=world(), init=init, stride=2)
+    return weight.tolist(), weight.partition_stride
+
+
+def test_a_parameter_of_blocks_is_a_part_of_each(cluster):
+    assert cluster.run(_blocks, arange, world_size=2) == [([0, 1, 4, 5], 2), ([2, 3, 6, 7], 2)]
+    deferred = cluster.run(_blocks, defer, world_size=2)
+    assert [(len(part), stride) for part, stride in deferred] == [(4, 2)] * 2
+
+
 def _outside() -> tuple[list[bool], bool]:
     logits = torch.zeros(3, V // world().size())
     targets = torch.tensor([0, 10, -1])
@@ -251,6 +262,14 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "input": (
         lambda: row(input_is_parallel=False, sequence_parallel=True),
         "input_is_parallel: False is not allowed with sequence_parallel=True",
+    ),
+    "blocks": (
+        lambda: sharded_parameter(8, dim=0, group=world(), init=zeros_, stride=3),
+        "stride: 8, dimension 0 of a parameter, is not 3 equal blocks",
+    ),
+    "gathered blocks": (
+        lambda: column(gather_output=True, stride=2),
+        "gather_output: True is not allowed with 2 blocks",
     ),
     "width": (lambda: column()(torch.ones(S, B, 3)), "x: [6, 2, 3] is not [sequence, ..., 4]"),
     "part": (lambda: row()(torch.ones(S, B, F)), "this rank takes 4 input features"),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import mutant_cases_attention as attention
 import mutant_cases_context as context
+import mutant_cases_layer as layer
 import pytest
 
 from verify.adversary import Adversary
@@ -80,7 +81,8 @@ def _linears() -> Iterator[tuple[str, Case]]:
 def _others() -> Iterator[tuple[str, Case]]:
     for layout in (STRIDED, TP3, SP3):
         yield "equivalence", _case("vocab_embedding", layout, TOKENS, "exact")
-        yield "equivalence", _case("tp_mlp", layout, MLP, "fp64")
+        for options in ({}, {"activation": "swiglu"}, {"activation": "squared_relu"}):
+            yield "equivalence", _case("tp_mlp", layout, MLP, "fp64", **options)
     yield "equivalence", _case("vocab_embedding", SP2, TOKENS, "exact", scatter=True)
     yield "refusal", _case("vocab_embedding", TP2, {**TOKENS, "vocabulary": 7}, "fp64")
     yield "refusal", _case("vocab_embedding", TP2, TOKENS, "fp64", scatter=True)
@@ -188,6 +190,7 @@ CASES = (
     *_random(),
     *_recomputed(),
     *attention.cases(),
+    *layer.cases(),
     *context.cases(),
 )
 

@@ -223,7 +223,7 @@ def test_every_concept_that_is_drawn_has_a_contract():
         (case_of("tp_mlp", {**MLP, "ffn": 0}), "case.shape.ffn: 0 is no size"),
         (case_of("copy_to_tp", FULL, bias=True), "copy_to_tp has no option bias"),
         (case_of("gather_from_sp", FULL, tensor_parallel_output_grad=1), "not one of True, False"),
-        (case_of("tp_mlp", MLP, activation="relu"), "'relu' is not one of gelu"),
+        (case_of("tp_mlp", MLP, activation="relu"), "'relu' is not one of gelu, squared_relu"),
         (case_of("column_linear", LINEAR, layout=SP, gather_output=True), "gather_output: True"),
         (case_of("row_linear", LINEAR, layout=SP, input_is_parallel=False), "input_is_parallel"),
         (case_of("vocab_embedding", TOKENS, scatter=True), "scatter: True on 1 rank: it needs"),

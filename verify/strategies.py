@@ -70,7 +70,11 @@ OPTIONS: Mapping[str, Choices] = {
         "ignored": (False, True),
         "magnitude": (1, 16, 1024),
     },
-    "tp_mlp": {"bias": (True, False)},
+    "tp_mlp": {
+        "bias": (True, False),
+        "activation": ("gelu", "swiglu", "geglu", "squared_relu"),
+        "packed": (True, False),
+    },
 }
 _BY_THE_HARNESS: Choices = {"strides": STRIDES, "zeros": ("",)}
 
@@ -245,7 +249,11 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault(turned=True, sequence_parallel=_ON, given={"scatter": (True,)}),
     ),
     "vocab_cross_entropy": (Fault(option="label_smoothing", values=(1.0, 1.5, -0.5)),),
-    "tp_mlp": (Fault("ffn"),),
+    "tp_mlp": (
+        Fault("ffn"),
+        Fault(option="activation", values=("relu", "reglu")),
+        Fault(option="packed", values=(False,), given={"activation": ("squared_relu",)}),
+    ),
 }
 
 

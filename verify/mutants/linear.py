@@ -1,4 +1,4 @@
-"""Mutants of the linear layers, the perceptron made of them, and their parameters' marks."""
+"""Mutants of the linear layers and of their parameters' marks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ _column = partial(
     Mutant, family="linear", module="impl.linear", caught_by=("column_linear", "tp_mlp")
 )
 _row = partial(Mutant, family="linear", module="impl.linear", caught_by=("row_linear", "tp_mlp"))
-_mlp = partial(Mutant, family="linear", module="impl.mlp", caught_by=("tp_mlp",))
 
 _BACK = "        return None if summing is None else summing.wait(), gradient_of_weight, None, None"
 _PARTIAL = "partial = linear(x, self.weight)"
@@ -167,24 +166,12 @@ MUTANTS = (
         name="sharded-marked-as-replicated-sequence",
         wrong="Gradients of sharded parameters are summed over tp after backward.",
         module="impl.parameters",
-        snippet="tensor_model_parallel=True, partition_dim=dim, partition_stride=1",
+        snippet="tensor_model_parallel=True, partition_dim=dim, partition_stride=stride",
         replacement=(
-            "tensor_model_parallel=True, partition_dim=dim, partition_stride=1,"
+            "tensor_model_parallel=True, partition_dim=dim, partition_stride=stride,"
             " sequence_parallel=True"
         ),
         caught_by=("column_linear", "row_linear", "vocab_embedding", "tp_mlp"),
         seen="NORM-06",
-    ),
-    _mlp(
-        name="mlp-approximate-gelu",
-        wrong="The gelu is approximated by a tanh.",
-        snippet="self.activation = activation",
-        replacement='self.activation = lambda x: gelu(x, approximate="tanh")',
-    ),
-    _mlp(
-        name="mlp-activation-in-bfloat16",
-        wrong="The activation is computed in bfloat16.",
-        snippet="self.activation(inner)",
-        replacement="self.activation(inner.bfloat16()).to(inner.dtype)",
     ),
 )

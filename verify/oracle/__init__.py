@@ -19,6 +19,7 @@ from verify.oracle.linear import column_linear, row_linear
 from verify.oracle.mappings import MAPPINGS
 from verify.oracle.mlp import tp_mlp
 from verify.oracle.moe import moe_dispatch, moe_expert_bias, moe_layer, moe_router
+from verify.oracle.norm import norm, qk_norm
 from verify.oracle.recompute import recomputed_block
 from verify.oracle.self_attention import self_attention
 
@@ -39,6 +40,8 @@ CONTRACTS: dict[str, Callable[[Case], Contract]] = {
     "context_attention": context_attention,
     "context_attention_block": context_attention_block,
     "core_attention": core_attention,
+    "norm": norm,
+    "qk_norm": qk_norm,
     "self_attention": self_attention,
     "latent_attention": latent_attention,
 }

@@ -68,6 +68,17 @@ def number(case: Case, name: str, *, least: float, below: float | None = None) -
     return float(value)
 
 
+def one_of(case: Case, option: str, allowed: tuple[str, ...]) -> str:
+    """An option that names one of several; the first is the default.
+
+    Raises BadArgument for another name.
+    """
+    value = case.options.get(option, allowed[0])
+    if value not in allowed:
+        raise BadArgument(f"case.options.{option}: {value!r} is not one of {', '.join(allowed)}")
+    return str(value)
+
+
 def known_options(case: Case, *names: str) -> None:
     """Raise BadArgument for an option that is neither of these nor the harness's own."""
     if foreign := sorted(set(case.options) - {*names, *HARNESS_OPTIONS}):

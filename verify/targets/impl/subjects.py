@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from torch import Tensor
-from torch.nn.functional import gelu
 
 from impl import mappings
 from impl.cross_entropy import vocab_parallel_cross_entropy
@@ -19,7 +18,7 @@ from impl.groups import Groups
 from impl.linear import ColumnParallelLinear, RowParallelLinear
 from impl.mlp import MLP
 from verify.case import Case
-from verify.targets.impl import attention, context, dropout, initialise, moe, recompute
+from verify.targets.impl import attention, context, dropout, initialise, moe, norm, recompute
 from verify.targets.impl.subject import (
     Builder,
     ModuleSubject,
@@ -34,16 +33,16 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "row_linear": ("bias", "input_is_parallel", "skip_bias_add", "frozen_weight"),
     "vocab_embedding": ("scatter",),
     "vocab_cross_entropy": ("label_smoothing", "ignored", "mask_padding"),
-    "tp_mlp": ("bias", "activation"),
+    "tp_mlp": ("bias", "activation", "packed"),
     "gather_from_sp": ("tensor_parallel_output_grad",),
     **attention.OPTIONS,
     **context.OPTIONS,
+    **norm.OPTIONS,
     **moe.OPTIONS,
     **dropout.OPTIONS,
     **initialise.OPTIONS,
     **recompute.OPTIONS,
 }
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": gelu}
 
 
 def _linear(
@@ -98,9 +97,9 @@ def tp_mlp(case: Case, groups: Groups) -> ModuleSubject:
     module = MLP(
         case.shape["hidden"],
         ffn=case.shape["ffn"],
-        activation=ACTIVATIONS[str(case.options.get("activation", "gelu"))],
+        activation=str(case.options.get("activation", "gelu")),
         **common(case, groups),
-        **switches(case, "bias"),
+        **switches(case, "bias", "packed"),
     )
     return ModuleSubject(module, groups, lambda inputs: {"y": module(inputs["x"])})
 
@@ -143,5 +142,6 @@ BUILDERS: Mapping[str, Builder] = {
     **initialise.BUILDERS,
     **recompute.BUILDERS,
     **context.BUILDERS,
+    **norm.BUILDERS,
     **moe.BUILDERS,
 }

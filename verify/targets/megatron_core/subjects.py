@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.activations import squared_relu
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import (
     _allreduce_non_tensor_model_parallel_grads,
@@ -34,8 +35,15 @@ OPTIONS: Mapping[str, frozenset[str]] = {
     "row_linear": frozenset({"bias", "input_is_parallel", "skip_bias_add", "frozen_weight"}),
     "vocab_embedding": frozenset({"scatter"}),
     "vocab_cross_entropy": frozenset({"label_smoothing", "ignored", "mask_padding"}),
-    "tp_mlp": frozenset({"bias", "activation"}),
+    "tp_mlp": frozenset({"bias", "activation", "packed"}),
     "gather_from_sp": frozenset({"tensor_parallel_output_grad"}),
+}
+# The arguments of a configuration.
+ACTIVATIONS: Mapping[str, Mapping[str, Any]] = {
+    "gelu": {"activation_func": torch.nn.functional.gelu},
+    "squared_relu": {"activation_func": squared_relu},
+    "swiglu": {"activation_func": torch.nn.functional.silu, "gated_linear_unit": True},
+    "geglu": {"activation_func": torch.nn.functional.gelu, "gated_linear_unit": True},
 }
 
 
@@ -182,14 +190,14 @@ def vocab_cross_entropy(case: Case) -> OperationSubject:
 
 
 def tp_mlp(case: Case) -> ModuleSubject:
-    """`MLP` with Megatron's own linear layers (its local specification) and the exact gelu."""
+    """`MLP` with Megatron's own linear layers (its local specification)."""
     ffn = case.shape["ffn"]
     config = config_of(
         case,
         hidden_size=case.shape["hidden"],
         ffn_hidden_size=ffn,
         add_bias_linear=bool(case.options.get("bias", True)),
-        activation_func=torch.nn.functional.gelu,
+        **ACTIVATIONS[str(case.options.get("activation", "gelu"))],
     )
     parts = MLPSubmodules(
         linear_fc1=tensor_parallel.ColumnParallelLinear,
@@ -256,7 +264,9 @@ def lacks(case: Case) -> str | None:
     """Why megatron-core or this adapter cannot do a case; None where it can."""
     if case.concept == "vocab_cross_entropy":
         return _cross_entropy_lacks(case)
-    if case.concept == "tp_mlp" and case.options.get("activation", "gelu") != "gelu":
+    if case.concept == "tp_mlp" and case.options.get("packed") is False:
+        return "its gate and up are one packed weight"
+    if case.concept == "tp_mlp" and case.options.get("activation", "gelu") not in ACTIVATIONS:
         return f"no adapter for the activation {case.options['activation']}"
     return _means_something_else(case)
 
