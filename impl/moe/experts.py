@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch.nn.functional import gelu, linear, silu
 from torch.nn.init import zeros_
 
 from impl.mappings import copy_to_tensor_parallel_region
-from impl.parameters import Initialiser
+from impl.parameters import Initialiser, defer
 from impl.partition import divide, split
 
 ACTIVATIONS = ("gelu", "swiglu")
@@ -43,18 +45,23 @@ class GroupedLinear(Module):
     ) -> None:
         super().__init__()
         self.etp_group, self.row = etp_group, etp_dim == 2
-        full = torch.empty(num_experts, out_features, in_features, dtype=dtype, device=device)
-        full_bias = torch.empty(num_experts, out_features, dtype=dtype, device=device)
-        with torch.no_grad():
-            init(full)
-            zeros_(full_bias)
-            mine = split(full, dim=0, group=ep_group)
-            own_bias = split(full_bias, dim=0, group=ep_group)
-            weight = _split_strided(mine, etp_dim, stride, etp_group)
-            if not self.row:
-                own_bias = _split_strided(own_bias, etp_dim, stride, etp_group)
-        self.weight = _expert_parameter(weight, etp_dim, stride)
-        self.bias = _expert_parameter(own_bias, None if self.row else 1, stride) if bias else None
+        common: dict[str, Any] = {
+            "ep_group": ep_group,
+            "etp_group": etp_group,
+            "stride": stride,
+            "dtype": dtype,
+            "device": device,
+        }
+        self.weight = expert_parameter(
+            num_experts, out_features, in_features, etp_dim=etp_dim, init=init, **common
+        )
+        self.bias = (
+            expert_parameter(
+                num_experts, out_features, etp_dim=None if self.row else 1, init=zeros_, **common
+            )
+            if bias
+            else None
+        )
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
         """`y` [rows, out] of `x` [rows, in], whose rows are sorted by expert: `counts` of each."""
@@ -135,19 +142,41 @@ class Experts(Module):
         return self.fc2(gelu(inner), counts)
 
 
-def _split_strided(x: Tensor, dim: int, stride: int, group: ProcessGroup) -> Tensor:
-    """This rank's part of each of `stride` blocks of a dimension, side by side."""
-    parts = [split(block, dim=dim, group=group) for block in x.chunk(stride, dim)]
-    return torch.cat(parts, dim)
+def expert_parameter(
+    *shape: int,
+    etp_dim: int | None,
+    stride: int,
+    ep_group: ProcessGroup,
+    etp_group: ProcessGroup,
+    init: Initialiser,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Parameter:
+    """This rank's part of the stacked parameters [experts, ...] of all experts: its experts and, of
+    each of `stride` blocks of dimension `etp_dim`, its part over etp.
 
-
-def _expert_parameter(values: Tensor, etp_dim: int | None, stride: int) -> Parameter:
-    parameter = Parameter(values)
-    marks: dict[str, bool | int] = {
-        "allreduce": False,
-        "tensor_model_parallel": etp_dim is not None,
-    }
-    marks |= {} if etp_dim is None else {"partition_dim": etp_dim, "partition_stride": stride}
+    Values do not depend on the groups, because `init` fills the full parameter, which is on every
+    rank for a moment unless `init` is `defer`. ValueError where a dimension does not divide.
+    """
+    local = [divide(shape[0], group=ep_group, name="num_experts"), *shape[1:]]
+    if etp_dim is not None:
+        local[etp_dim] = stride * divide(shape[etp_dim] // stride, group=etp_group, name="ffn")
+    if init is defer:
+        part = torch.empty(local, dtype=dtype, device=device)
+        defer(part)
+    else:
+        full = torch.empty(shape, dtype=dtype, device=device)
+        with torch.no_grad():
+            init(full)
+            part = split(full, dim=0, group=ep_group)
+            if etp_dim is not None:
+                blocks = part.chunk(stride, etp_dim)
+                part = torch.cat([split(b, dim=etp_dim, group=etp_group) for b in blocks], etp_dim)
+    marks: dict[str, bool | int] = {"allreduce": False, "tensor_model_parallel": False}
+    if etp_dim is not None:
+        marks |= {"tensor_model_parallel": True, "partition_dim": etp_dim}
+        marks |= {"partition_stride": stride}
+    parameter = Parameter(part)
     for name, value in marks.items():
         setattr(parameter, name, value)
     return parameter

@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: router, dispatch, experts, and experts that every token goes to."""
+"""The mixture-of-experts layer: router, dispatch, experts, and shared experts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from impl.mappings import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
+from impl.mlp import MLP
 from impl.moe.dispatch import AllGatherDispatcher, AllToAllDispatcher, Dispatcher
 from impl.moe.experts import Experts
 from impl.moe.router import Choice, Losses, Routing, TopKRouter
-from impl.moe.shared import SharedExperts
 from impl.parameters import Initialiser
 from impl.partition import split
 
@@ -84,11 +84,12 @@ class MoELayer(Module):
             **common,
         )
         self.shared = (
-            SharedExperts(
+            MLP(
                 hidden,
                 ffn=shared_ffn,
                 group=groups.tp,
                 activation=activation,
+                bias=False,
                 sequence_parallel=sequence_parallel,
                 **common,
             )

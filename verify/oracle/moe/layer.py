@@ -28,8 +28,8 @@ def moe_layer(case: Case) -> Contract:
     rank's tokens. Parameters: router.weight [experts, hidden]; experts.fc1.weight [experts, ffn,
     hidden] (swiglu: 2 ffn, packed [gate | up]) and experts.fc2.weight [experts, hidden, ffn],
     split over ep by expert and over etp by ffn; with `bias`, experts.fc1.bias and experts.fc2.bias,
-    each weighted as its expert. With shared_ffn: shared.fc1.weight, shared.fc2.weight and, for
-    swiglu, shared.gate.weight, split over tp by ffn. y has the dtype of x.
+    each weighted as its expert. With shared_ffn: shared.fc1.weight (packed likewise) and
+    shared.fc2.weight, split over tp by ffn, without biases. y has the dtype of x.
 
     Option `dispatcher` is how tokens travel and changes nothing here. Raises BadArgument for
     options that do not go together.
@@ -110,8 +110,8 @@ def _biases(case: Case, experts: int, hidden: int, ffn: int, *, gated: bool) -> 
 def _shared_weights(hidden: int, ffn: int | None, *, gated: bool) -> Shapes:
     if ffn is None:
         return {}
-    gate: Shapes = {"shared.gate.weight": (ffn, hidden)} if gated else {}
-    return {"shared.fc1.weight": (ffn, hidden), "shared.fc2.weight": (hidden, ffn), **gate}
+    inner = 2 * ffn if gated else ffn
+    return {"shared.fc1.weight": (inner, hidden), "shared.fc2.weight": (hidden, ffn)}
 
 
 def _experts(x: Tensor, parameters: Tensors, *, gated: bool) -> Tensor:
@@ -119,17 +119,18 @@ def _experts(x: Tensor, parameters: Tensors, *, gated: bool) -> Tensor:
     inner = torch.einsum("sbh,efh->sbef", x, parameters["experts.fc1.weight"])
     if "experts.fc1.bias" in parameters:
         inner = inner + parameters["experts.fc1.bias"]
-    if gated:
-        gate, up = inner.chunk(2, -1)
-        inner = F.silu(gate) * up
-    else:
-        inner = F.gelu(inner)
+    inner = _activated(inner, gated=gated)
     outputs = torch.einsum("sbef,ehf->sbeh", inner, parameters["experts.fc2.weight"])
     return outputs + parameters["experts.fc2.bias"] if "experts.fc2.bias" in parameters else outputs
 
 
 def _shared(x: Tensor, parameters: Tensors, *, gated: bool) -> Tensor:
     inner = F.linear(x, parameters["shared.fc1.weight"])
-    gate = parameters.get("shared.gate.weight")
-    inner = F.gelu(inner) if gate is None else F.silu(F.linear(x, gate)) * inner
-    return F.linear(inner, parameters["shared.fc2.weight"])
+    return F.linear(_activated(inner, gated=gated), parameters["shared.fc2.weight"])
+
+
+def _activated(inner: Tensor, *, gated: bool) -> Tensor:
+    if not gated:
+        return F.gelu(inner)
+    gate, up = inner.chunk(2, -1)
+    return F.silu(gate) * up

@@ -246,22 +246,19 @@ def _stacked(layer: MoELayer, *, gated: bool) -> dict[str, tuple[Parameter, Plac
         found[f"experts.{name}.weight"] = (stacked, {"ep": Shard(0), "etp": cut})
     if layer.shared_experts is not None:
         fc1, fc2 = layer.shared_experts.linear_fc1.weight, layer.shared_experts.linear_fc2.weight
+        # Megatron packs gate and up, and says nothing of it in the attributes.
+        found["shared.fc1.weight"] = (fc1, {"tp": Shard(0, stride)})
         found["shared.fc2.weight"] = (fc2, placements_of(fc2))
-        names = ("gate", "fc1") if gated else ("fc1",)
-        for name, part in zip(names, fc1.detach().chunk(stride), strict=True):
-            found[f"shared.{name}.weight"] = (Parameter(part.clone()), {"tp": Shard(0)})
     return found
 
 
 def _made(given: Tensors) -> dict[str, Tensor]:
-    """Megatron's parameters of the contract's."""
-    made = {
+    """The parameters of each expert, of the contract's stacked ones."""
+    return {
         f"experts.local_experts.{i}.linear_{name}.weight": weight
         for name in ("fc1", "fc2")
         for i, weight in enumerate(given[f"experts.{name}.weight"])
     }
-    parts = [given[f"shared.{n}.weight"] for n in ("gate", "fc1") if f"shared.{n}.weight" in given]
-    return made | ({"shared_experts.linear_fc1.weight": torch.cat(parts)} if parts else {})
 
 
 def moe_dispatch(case: Case) -> OperationSubject:
