@@ -15,55 +15,61 @@ _initial = partial(
     Mutant, family="initialisation", module="impl.initialise", caught_by=("initialisation",)
 )
 
-_TENSOR = '    TENSOR_PARALLEL: ("pp", "tp"),'
+_AXES = "        for axis in axes:"
 _OF_BIASED = "dropout(biased, p=p, stream=stream, training=training)"
 _SWITCH = """\
         self._states[self._current] = self._generator.get_state()
         self._generator.set_state(self._states[name])
 """
 
+
+def _over(stream: str, *axes: str) -> str:
+    """The seeds of a stream made to differ over these axes."""
+    return f"        for axis in {axes} if name == {stream} else axes:"
+
+
 MUTANTS = (
     _random(
         name="random-tensor-parallel-alike",
         wrong="All ranks of a tensor-parallel group share the tensor-parallel stream.",
-        snippet=_TENSOR,
-        replacement='    TENSOR_PARALLEL: ("pp",),',
+        snippet=_AXES,
+        replacement=_over("TENSOR_PARALLEL", "pp"),
         caught_by=("random_streams", "dropout", "initialisation"),
     ),
     _random(
         name="random-default-per-rank",
         wrong="The default stream differs over tp, so that copies are dropped apart.",
-        snippet='    DEFAULT: ("pp",),',
-        replacement='    DEFAULT: ("pp", "tp"),',
+        snippet=_AXES,
+        replacement=_over("DEFAULT", "pp", "tp"),
         caught_by=("random_streams", "dropout"),
         seen="RNG-03",
     ),
     _random(
         name="random-context-parallel-alike",
         wrong="All ranks of a context-parallel group drop alike, in different tokens.",
-        snippet='    CONTEXT_PARALLEL: ("pp", "cp"),',
-        replacement='    CONTEXT_PARALLEL: ("pp",),',
+        snippet=_AXES,
+        replacement=_over("CONTEXT_PARALLEL", "pp"),
         seen="Megatron-LM's seeds do not depend on cp",
     ),
     _random(
         name="random-one-stream-of-two-axes",
         wrong="Ranks that differ over cp only share the stream of activations split over both.",
-        snippet='    TENSOR_CONTEXT_PARALLEL: ("pp", "tp", "cp"),',
-        replacement='    TENSOR_CONTEXT_PARALLEL: ("pp", "tp"),',
+        snippet=_AXES,
+        replacement=_over("TENSOR_CONTEXT_PARALLEL", "pp", "tp"),
     ),
     _stream(
         name="random-stages-alike",
         wrong="All pipeline stages share the tensor-parallel stream.",
-        snippet=_TENSOR,
-        replacement='    TENSOR_PARALLEL: ("tp",),',
+        snippet=_AXES,
+        replacement=_over("TENSOR_PARALLEL", "tp"),
         caught_by=("random_streams", "initialisation"),
         seen="RNG-06",
     ),
     _stream(
         name="random-experts-alike",
         wrong="All ranks of ep share the stream of experts, which start equal.",
-        snippet='    EXPERT_PARALLEL: ("pp", "ep", "etp"),',
-        replacement='    EXPERT_PARALLEL: ("pp", "etp"),',
+        snippet=_AXES,
+        replacement=_over("EXPERT_PARALLEL", "pp", "etp"),
         caught_by=("random_streams", "initialisation"),
         seen="RNG-01",
     ),
