@@ -1,5 +1,6 @@
 """The files of a report: their schema, their integrity, and the page."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +14,15 @@ from verify.errors import BadArgument
 from verify.finding import Divergence, Explanation, Finding
 from verify.layout import Layout
 from verify.options import RunOptions
-from verify.record import NOT_RUN, Record, Unsupported, file_name, layout_key, property_name
+from verify.record import (
+    NOT_RUN,
+    KnownOutcome,
+    Record,
+    Unsupported,
+    file_name,
+    layout_key,
+    property_name,
+)
 from verify.report import RunFacts, describe_failure, describe_run, read, write
 from verify.report.files import validate
 from verify.report.page import grids, page
@@ -64,6 +73,12 @@ LACKS = Record(
 BROKEN = Record(
     property="linear.d", verdict=Verdict.UNKNOWN, reason="HarnessError: <b>", traceback="Traceback"
 )
+LISTED = dataclasses.replace(
+    FAILED,
+    property="linear.e",
+    verdict=Verdict.KNOWN,
+    known=(KnownOutcome("it is so", "there", "fails"), KnownOutcome("or so", "here", "not seen")),
+)
 EVERY = [PASSED, FAILED, LACKS, BROKEN]
 
 
@@ -80,7 +95,7 @@ def facts(**changes):
     return RunFacts(**{**given, **changes})
 
 
-@pytest.mark.parametrize("records", [[], [PASSED], EVERY])
+@pytest.mark.parametrize("records", [[], [PASSED], EVERY, [LISTED]])
 def test_what_is_written_is_as_the_schema_says_and_reads_back(tmp_path, records):
     path = tmp_path / "new" / "report.json"
     document = describe_run(facts(), records)
@@ -101,7 +116,7 @@ def test_a_failure_file_has_the_same_head(tmp_path):
     assert {name: found[name] for name in same} == {name: run[name] for name in same}
 
 
-@pytest.mark.parametrize("record", EVERY)
+@pytest.mark.parametrize("record", [*EVERY, LISTED])
 def test_records_survive_their_journey(record):
     assert Record.from_json(json.loads(json.dumps(record.to_json()))).to_json() == record.to_json()
 
@@ -115,6 +130,10 @@ def test_records_survive_their_journey(record):
         ([PASSED, LACKS], True, "passed", True),
         ([LACKS], True, "not supported", False),
         ([PASSED, BROKEN], True, "unknown", False),
+        ([PASSED, LISTED, LACKS], True, "failed (known)", True),
+        ([LISTED], True, "failed (known)", True),
+        ([LISTED, BROKEN], True, "unknown", False),
+        ([LISTED, FAILED], True, "failed", False),
         (EVERY, False, "failed", False),
     ],
 )
@@ -242,7 +261,7 @@ def test_grids_count_examples_by_two_sizes():
 def test_the_table_fits_its_width_and_shows_each_verdict():
     wide = Record(property="linear." + "long_" * 30, verdict=Verdict.PASSED, examples=1)
     text = summary(
-        describe_run(facts(), [*EVERY, wide]), RunOptions().report, width=100, colour=False
+        describe_run(facts(), [*EVERY, wide, LISTED]), RunOptions().report, width=100, colour=False
     )
     assert max(map(len, text.splitlines())) <= 100
     assert "\x1b" not in text

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from verify.errors import BadArgument, ShardproofError
+from verify.mutants_command import mutants
 from verify.options import PROFILES, RunOptions
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -94,14 +95,26 @@ _PROFILES = "; ".join(
 @click.option(
     "--lens", "lenses", metavar="NAME,...", help="Arithmetic: exact,fp64,native. Default: all."
 )
+@click.option(
+    "--known", metavar="FILE", help="Findings known of the target, which may fail (docs/report.md)."
+)
+@click.option(
+    "--known-strict", is_flag=True, default=None, help="Exit with 1 if one no longer fails."
+)
+@click.option(
+    "--adversary/--no-adversary",
+    default=None,
+    help="Whether sim delays and reorders what ranks do. Default: yes.",
+)
 @click.option("--report", metavar="DIR", help="Where the report goes. Default: shardproof-report.")
 @click.option("-n", "workers", metavar="N|auto", help="Spread the properties over N processes.")
 @_debug
 def run(workers: str | None, debug: bool, **given: Any) -> int:
     """Check a target: draw cases, run them on N ranks and on one, and compare.
 
-    Exits with 0 if every property passed or is not supported by the target and one passed, with 1
-    if one failed or nothing is known of it, with 2 if the command is wrong. The report has what was
+    Exits with 0 if every property passed, failed as known or is not supported by the target and one
+    passed or is known, with 1 if one failed or nothing is known of it, with 2 if the command is
+    wrong. The report has what was
     covered and every failure; `shardproof repro` runs a failure again.
 
     \b
@@ -109,6 +122,8 @@ def run(workers: str | None, debug: bool, **given: Any) -> int:
         shardproof run
     A gate for a fork, whose adapter is the class Target in fork/adapter.py:
         shardproof run --target fork.adapter:Target --profile ci -n auto
+    The same for an implementation of which some failures are known:
+        shardproof run --target megatron-core --known ci/known/megatron-core-0.16.1.toml
     Only linear layers, in exact arithmetic, other cases than usual:
         shardproof run --suite linear --lens exact --seed 7
     In the four processes of a world that torchrun starts:
@@ -215,6 +230,9 @@ def repro(report: Path, target: str | None, cluster: str | None) -> int:
     from verify.repro import print_replay
 
     return print_replay(Replay.of(report, target=target, cluster=cluster))
+
+
+cli.add_command(mutants)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 
-from verify.examiner import FAILURES, RANK_STATE, RECORD, Examiner, failure_path, failure_text
+from verify.examiner import (
+    FAILURES,
+    RANK_STATE,
+    RECORD,
+    Examiner,
+    failure_path,
+    failure_text,
+    known_text,
+)
 from verify.options import RunOptions
 from verify.record import NOT_RUN, Record, property_name
 from verify.report import RunFacts, describe_failure, describe_run, write
@@ -150,6 +158,8 @@ class Collector:
             write(path, describe_failure(self._facts(finished=True), record))
         if record.verdict in (Verdict.FAILED, Verdict.UNKNOWN):
             text = failure_text(record, self.options)
+        if record.verdict is Verdict.KNOWN:
+            text = known_text(record)
         self._write(finished=False)
         for listener in self._listeners:
             listener.finished(record, text)

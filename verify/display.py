@@ -22,6 +22,7 @@ from verify.collector import Listener
 from verify.options import RunOptions
 from verify.record import Record
 from verify.report.table import STYLES, print_summary
+from verify.verdict import Verdict
 
 
 class Display(Listener):
@@ -78,10 +79,11 @@ class Display(Listener):
         counts = (
             f"{record.examples} examples, {len(record.layouts)} layouts, {record.seconds:.1f} s"
         )
-        line = Text.assemble((f"{verdict:13}", STYLES[verdict]), f" {record.property}: {counts}")
+        line = Text.assemble((f"{verdict:14}", STYLES[verdict]), f" {record.property}: {counts}")
         self.console.print(line, soft_wrap=True)
         if text:
-            self.console.print(Text(f"\n{text}\n"), soft_wrap=True)
+            known = record.verdict is Verdict.KNOWN
+            self.console.print(Text(text if known else f"\n{text}\n"), soft_wrap=True)
 
     def ended(self, document: dict[str, Any]) -> None:
         """The table."""

@@ -6,9 +6,7 @@ workers.
 
 from __future__ import annotations
 
-import functools
 import json
-import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,20 +14,20 @@ from traceback import format_exception
 from typing import Any
 
 import pytest
-from hypothesis import is_hypothesis_test, reject
 
 from verify.case import Case
 from verify.check_fixture import CheckCase
 from verify.cluster import open_cluster
-from verify.errors import BadArgument, Mismatch, NotSupported
+from verify.cluster.base import Cluster
+from verify.exercise import Recorded, check_case
 from verify.interrupts import DeferredInterrupt
+from verify.known import KnownFindings
 from verify.limits import Limits
 from verify.options import RunOptions
-from verify.property import CHECKS
 from verify.record import Record, file_name, property_name
-from verify.recorder import Recorder, Undecided, told
+from verify.recorder import Recorder, told
 from verify.targets import load_target
-from verify.verdict import Verdict
+from verify.verdict import Judgement, Verdict, judge
 
 RECORD, RANK_STATE = "shardproof record", "shardproof rank state"
 FAILURES = "failures"
@@ -54,6 +52,12 @@ def failure_text(record: Record, options: RunOptions) -> str:
     return "\n\n".join(texts)
 
 
+def known_text(record: Record) -> str:
+    """What is printed of a property that failed as known: why, and where that is on record."""
+    seen = [each for each in record.known if each.state == "fails"]
+    return "\n".join(f"  known: {each.reason} ({each.reference})" for each in seen)
+
+
 def again(record: Record, options: RunOptions) -> list[str]:
     """Arguments of `shardproof run` that draw the examples of a property again."""
     given = options.arguments()
@@ -69,11 +73,14 @@ def again(record: Record, options: RunOptions) -> list[str]:
 class Examiner:
     """Runs the properties of one process on one cluster, and records what they show."""
 
-    def __init__(self, options: RunOptions, limits: Limits, config: pytest.Config) -> None:
-        self.options, self.limits, self.config = options, limits, config
+    def __init__(
+        self, options: RunOptions, limits: Limits, known: KnownFindings, config: pytest.Config
+    ) -> None:
+        self.options, self.limits, self.known, self.config = options, limits, known, config
         self.recorder: Recorder | None = None
         self.on_example: Callable[[str, int], None] = lambda name, count: None
         self._record: Record | None = None
+        self._cluster: Cluster | None = None
         self._rank_state = ""
         self._interrupt = DeferredInterrupt()
 
@@ -86,30 +93,20 @@ class Examiner:
             def check(name: str, case: Case) -> None:
                 self._check(name, case, cluster)
 
+            self._cluster = cluster
             yield check
+            self._cluster = None
 
-    def _check(self, name: str, case: Case, cluster: Any) -> None:
-        recorder = self.recorder
-        assert recorder is not None, "check is used outside of a test"
-        if reason := self.limits.excludes(case):
-            recorder.left_out(reason)
-            reject()
-        began = time.monotonic()
-        try:
-            if name not in CHECKS:
-                raise BadArgument(f"check: {name!r} is not one of {', '.join(CHECKS)}")
-            CHECKS[name](case, target_name=self.options.target, cluster=cluster)
-        except NotSupported as error:
-            recorder.not_supported(case, error)
-        except Mismatch as mismatch:
-            recorder.failed(mismatch)
-            raise
-        except Exception as error:
-            if recorder.skips_undecided(time.monotonic() - began):
-                reject()
-            raise Undecided(error) from error
-        else:
-            recorder.checked(case)
+    def _check(self, name: str, case: Case, cluster: Cluster) -> None:
+        assert self.recorder is not None, "check is used outside of a test"
+        check_case(
+            name,
+            case,
+            target=self.options.target,
+            cluster=cluster,
+            limits=self.limits,
+            recorder=self.recorder,
+        )
 
     def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
         """Leave out the files of suites that are not wanted."""
@@ -138,7 +135,7 @@ class Examiner:
         )
         raised: BaseException | None = None
         try:
-            with _recorded(item, recorder, self._interrupt):
+            with Recorded(item, recorder, self._interrupt):
                 return (yield)
         except KeyboardInterrupt:
             raise
@@ -146,7 +143,14 @@ class Examiner:
             raised = error
             raise
         finally:
-            self._record = recorder.conclude(raised)
+            concluded = recorder.conclude(raised)
+            self._record = self.known.applied(concluded, self._rerun)
+
+    def _rerun(self, check: str, case: Case) -> Judgement | None:
+        """How a case goes that was not drawn; None where this run cannot have it."""
+        if self._cluster is None or self.limits.excludes(case):
+            return None
+        return judge(check, case, target_name=self.options.target, cluster=self._cluster)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -165,6 +169,10 @@ class Examiner:
             if not self._wants_tracebacks() or report.longrepr is None:
                 report.longrepr = failure_text(record, self.options)
                 report.sections = []
+        elif record.verdict is Verdict.KNOWN:
+            # How pytest and its plugins name a failure that was expected.
+            report.outcome = "skipped"
+            report.wasxfail = "; ".join(each.reason for each in record.known)
         return report
 
     def _record_of(self, report: pytest.TestReport, call: pytest.CallInfo[None]) -> Record | None:
@@ -190,32 +198,3 @@ class Examiner:
 
     def _wants_tracebacks(self) -> bool:
         return self.config.option.verbose >= 2 or bool(getattr(self.config.option, "debug", None))
-
-
-class _recorded:
-    """While open, every run of a test's function is an example of the recorder."""
-
-    def __init__(
-        self, item: pytest.Function, recorder: Recorder, interrupt: DeferredInterrupt
-    ) -> None:
-        self._interrupt = interrupt
-        self._holder: Any = item
-        self._name = "obj"
-        if is_hypothesis_test(item.obj):
-            self._holder, self._name = item.obj.hypothesis, "inner_test"
-        self._inner = getattr(self._holder, self._name)
-        self._recorder = recorder
-
-    def __enter__(self) -> None:
-        inner, recorder, interrupt = self._inner, self._recorder, self._interrupt
-
-        @functools.wraps(inner)
-        def example(*args: Any, **kwargs: Any) -> Any:
-            interrupt.check()
-            with recorder.example(kwargs):
-                return inner(*args, **kwargs)
-
-        setattr(self._holder, self._name, example)
-
-    def __exit__(self, *error: object) -> None:
-        setattr(self._holder, self._name, self._inner)

@@ -15,7 +15,7 @@ from verify.case import LENSES, Case, Lens
 @dataclass(frozen=True)
 class Limits:
     """The largest world of the cluster (None: whatever is drawn), the wanted lenses, and whether
-    the cluster can have an adversary."""
+    cases have an adversary."""
 
     max_world_size: int | None = None
     lenses: tuple[Lens, ...] = LENSES
@@ -33,7 +33,7 @@ class Limits:
         if case.lens not in self.lenses:
             return f"the lens {case.lens} is not one of --lens {','.join(self.lenses)}"
         if case.adversary and not self.adversaries:
-            return "the cluster of this run has no adversary"
+            return "this run has no adversary"
         return None
 
 

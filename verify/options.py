@@ -38,7 +38,8 @@ PROFILES: Mapping[str, Profile] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The options of one run. `max_world_size` None is the cluster's default."""
+    """The options of one run. `max_world_size` None is the cluster's default; `adversary` says
+    whether a cluster that can have one draws it with the cases."""
 
     target: str = "impl"
     suites: tuple[str, ...] = ()
@@ -49,6 +50,9 @@ class RunOptions:
     max_world_size: int | None = None
     lenses: tuple[Lens, ...] = LENSES
     report: Path = Path(DEFAULT_REPORT)
+    known: Path | None = None
+    known_strict: bool = False
+    adversary: bool = True
 
     @staticmethod
     def parse(given: Mapping[str, Any]) -> RunOptions:
@@ -62,7 +66,9 @@ class RunOptions:
         report = Path(known.get("report", DEFAULT_REPORT))
         if report.exists() and not report.is_dir():
             raise BadArgument(f"--report: {report} is a file; name a directory")
-        world = known.get("max_world_size")
+        world, listed = known.get("max_world_size"), known.get("known")
+        if known.get("known_strict") and listed is None:
+            raise BadArgument("--known-strict: there is nothing to be strict about without --known")
         return RunOptions(
             target=str(known.get("target", "impl")),
             suites=_names("--suite", known.get("suites", "")),
@@ -75,6 +81,9 @@ class RunOptions:
             max_world_size=None if world is None else _number("--max-world-size", world, least=1),
             lenses=_lenses(known.get("lenses", ",".join(LENSES))),
             report=report,
+            known=None if listed is None else Path(listed),
+            known_strict=bool(known.get("known_strict", False)),
+            adversary=bool(known.get("adversary", True)),
         )
 
     def arguments(self) -> list[str]:
@@ -88,6 +97,10 @@ class RunOptions:
             given += ["--max-world-size", str(self.max_world_size)]
         if self.lenses != LENSES:
             given += ["--lens", ",".join(self.lenses)]
+        if self.known is not None:
+            given += ["--known", str(self.known)]
+        given += ["--known-strict"] * self.known_strict
+        given += ["--no-adversary"] * (not self.adversary)
         return given
 
 

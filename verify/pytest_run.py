@@ -15,10 +15,11 @@ from verify.collector import Collector
 from verify.draws import use_profile
 from verify.errors import BadArgument, HarnessError
 from verify.examiner import Examiner
+from verify.known import KnownFindings
 from verify.limits import Limits, limits, set_limits
 from verify.options import RunOptions
 from verify.pytest_plugin import NAME, PACKAGE
-from verify.suites import suite_names
+from verify.suites import suite_names, suites
 from verify.targets import load_target
 
 DEFAULT_WORLD_SIZE = 16
@@ -38,17 +39,20 @@ def set_up(config: pytest.Config) -> None:
         given["seed"] = config.workerinput["shardproof_seed"]  # type: ignore[attr-defined]
     try:
         options = RunOptions.parse(given)
-        _check_suites(options, config)
-        load_target(options.target)
+        names_package = PACKAGE in config.invocation_params.args
+        check_names(options, names_package=names_package)
+        known = known_findings(options, names_package=names_package)
         world_size = _world_size(options, config)
     except (BadArgument, HarnessError) as error:
         raise pytest.UsageError(str(error)) from None
-    given_limits = Limits(world_size, options.lenses, options.cluster == "sim")
+    given_limits = Limits(
+        world_size, options.lenses, options.cluster == "sim" and options.adversary
+    )
     config.add_cleanup(partial(set_limits, limits()))
     set_limits(given_limits)
     config.add_cleanup(use_profile(options))
     if not _is_controller(config):
-        config.pluginmanager.register(Examiner(options, given_limits, config), EXAMINER)
+        config.pluginmanager.register(Examiner(options, given_limits, known, config), EXAMINER)
         config.pluginmanager.register(check_fixture)
     if not worker:
         config.pluginmanager.register(Collector(options, world_size, config), COLLECTOR)
@@ -59,14 +63,25 @@ def _is_controller(config: pytest.Config) -> bool:
     return bool(getattr(config.option, "tx", None)) and not hasattr(config, "workerinput")
 
 
-def _check_suites(options: RunOptions, config: pytest.Config) -> None:
-    given = [argument for argument in config.invocation_params.args if argument == PACKAGE]
-    if not given:
-        return
-    known = suite_names()
+def check_names(options: RunOptions, *, names_package: bool) -> None:
+    """Raise BadArgument for a suite that there is not, where the run is of the package."""
+    known = suite_names() if names_package else []
     for name in options.suites:
-        if name not in known:
+        if names_package and name not in known:
             raise BadArgument(f"--suite: {name!r} is not one of {', '.join(known)}")
+
+
+def known_findings(options: RunOptions, *, names_package: bool) -> KnownFindings:
+    """The findings of `--known`, which are of this target and version, and of properties that there
+    are where the run is of the package. Raises BadArgument, also for a target that is none."""
+    target = load_target(options.target)
+    if options.known is None:
+        return KnownFindings()
+    found = KnownFindings.read(options.known, target=options.target, version=target.version())
+    if names_package:
+        names = [f"{suite.name}.{name}" for suite in suites() for name in suite.properties]
+        found.check_properties(options.known, names)
+    return found
 
 
 def _world_size(options: RunOptions, config: pytest.Config) -> int:

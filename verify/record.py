@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from verify.finding import Finding
 from verify.verdict import Verdict, worst
@@ -28,6 +28,16 @@ class Unsupported:
     example: str
 
 
+@dataclass(frozen=True)
+class KnownOutcome:
+    """A known finding of a property and what came of it: the property fails so, or only the case
+    that is on record does, or that case passes now, or nothing was seen of it."""
+
+    reason: str
+    reference: str
+    state: Literal["fails", "fails when its case is run", "no longer fails", "not seen"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """A property, its verdict and why, and what its examples covered.
@@ -35,7 +45,7 @@ class Record:
     `examples` counts those up to the first failure; the rest are counts of those that were checked:
     `layouts` by their JSON text, `arithmetic` by lens and dtype, `options` by concept and value.
     `left_out` counts what was drawn and could not be run here, by reason. `traceback` is that of an
-    error that no finding describes.
+    error that no finding describes. `known` is what came of the findings known of the property.
     """
 
     property: str
@@ -48,6 +58,7 @@ class Record:
     options: Mapping[str, int] = field(default_factory=dict)
     not_supported: tuple[Unsupported, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
+    known: tuple[KnownOutcome, ...] = ()
     findings: tuple[Finding, ...] = ()
     traceback: str = ""
 
@@ -69,6 +80,7 @@ class Record:
             "options": dict(self.options),
             "not_supported": [vars(each) for each in self.not_supported],
             "left_out": dict(self.left_out),
+            "known": [vars(each) for each in self.known],
             "findings": [finding.to_json() for finding in self.findings],
             "traceback": self.traceback,
         }
@@ -81,6 +93,7 @@ class Record:
                 **data,
                 "verdict": Verdict(data["verdict"]),
                 "not_supported": tuple(Unsupported(**each) for each in data["not_supported"]),
+                "known": tuple(KnownOutcome(**each) for each in data["known"]),
                 "findings": tuple(Finding.from_json(each) for each in data["findings"]),
             }
         )

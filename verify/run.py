@@ -11,8 +11,8 @@ from verify.console import console_of_stdout
 from verify.display import Display
 from verify.errors import BadArgument
 from verify.options import RunOptions
-from verify.suites import PACKAGE, suite_names
-from verify.targets import load_target
+from verify.pytest_run import check_names, known_findings
+from verify.suites import PACKAGE
 
 PASSED, NOT_PASSED, BAD_USAGE = 0, 1, 2
 
@@ -38,10 +38,7 @@ def run(options: RunOptions, *, workers: str | None = None, debug: bool = False)
 
 def check(options: RunOptions, workers: str | None) -> None:
     """Raise BadArgument where a name is unknown or options exclude each other."""
-    known = suite_names()
-    for name in options.suites:
-        if name not in known:
-            raise BadArgument(f"--suite: {name!r} is not one of {', '.join(known)}")
+    check_names(options, names_package=True)
     if workers is not None and workers != "auto" and not workers.isdigit():
         raise BadArgument(f"-n: {workers!r} is not a number of workers, nor auto")
     if options.cluster == "torchrun":
@@ -50,7 +47,7 @@ def check(options: RunOptions, workers: str | None) -> None:
         from verify.cluster.place import Place
 
         Place.from_environment()
-    load_target(options.target)
+    known_findings(options, names_package=True)
 
 
 def _run(options: RunOptions, workers: str | None, debug: bool) -> int:

@@ -2,6 +2,7 @@
 
 `unknown` is the verdict of a check that broke, and fails a gate as `failed` does. `not supported`
 is what the target declares that it cannot do; it is reported, and alone it passes no gate.
+`failed (known)` is a failure that the run was told to expect; it is reported like any other.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Verdict(Enum):
 
     PASSED = "passed"
     NOT_SUPPORTED = "not supported"
+    KNOWN = "failed (known)"
     UNKNOWN = "unknown"
     FAILED = "failed"
 
@@ -76,6 +78,6 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def opens_gate(verdicts: Iterable[Verdict]) -> bool:
-    """Whether a gate may let through what has these verdicts: something passed, and all the rest
-    passed or is not supported."""
-    return worst(verdicts) is Verdict.PASSED
+    """Whether a gate may let through what has these verdicts: something passed or failed as known,
+    and all the rest did so or is not supported."""
+    return worst(verdicts) in (Verdict.PASSED, Verdict.KNOWN)

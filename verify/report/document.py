@@ -36,13 +36,16 @@ class RunFacts:
 def describe_run(facts: RunFacts, records: Sequence[Record]) -> dict[str, Any]:
     """The document of a run, whether or not it has finished."""
     verdicts = [record.verdict for record in records]
+    gone = [e for r in records for e in r.known if e.state == "no longer fails"]
     overall = worst(verdicts) if facts.finished else worst([*verdicts, Verdict.UNKNOWN])
     return {
         **_head("report", facts),
         "seconds": round(facts.seconds, 3),
         "finished": facts.finished,
         "verdict": overall.value,
-        "opens_gate": facts.finished and opens_gate(verdicts),
+        "opens_gate": facts.finished
+        and opens_gate(verdicts)
+        and not (gone and facts.options.known_strict),
         "properties": [_row(record) for record in records],
         "coverage": _coverage(records),
         "failures": [_failure(record) for record in records if _is_failure(record)],
@@ -73,13 +76,16 @@ def _head(kind: str, facts: RunFacts) -> dict[str, Any]:
             "suites": list(options.suites),
             "lenses": list(options.lenses),
             "workers": facts.workers,
+            "adversary": options.adversary and options.cluster == "sim",
+            "known": None if options.known is None else str(options.known),
+            "known_strict": options.known_strict,
         },
         "started": facts.started,
     }
 
 
 def _is_failure(record: Record) -> bool:
-    return record.verdict in (Verdict.FAILED, Verdict.UNKNOWN)
+    return record.verdict in (Verdict.FAILED, Verdict.KNOWN, Verdict.UNKNOWN)
 
 
 def _failure(record: Record) -> dict[str, Any]:

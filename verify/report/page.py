@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from verify.finding import LIKELY, Finding
 from verify.layout import Layout
 from verify.record import NOT_RUN
 from verify.report.files import write_text
+from verify.report.table import known_state
 
 _AXES = ("cp", "dp", "pp", "ep")
 _AXIS_NAMES = {
@@ -59,7 +61,7 @@ def page(document: Mapping[str, Any], report: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"seconds": _seconds, "lenses": _lenses}
+    environment.filters |= {"seconds": _seconds, "lenses": _lenses, "css": _css}
     return environment.get_template("page.html.j2").render(
         run=document,
         grids=grids(document["coverage"]["layouts"]),
@@ -70,6 +72,11 @@ def page(document: Mapping[str, Any], report: Path) -> str:
             (row["property"], each)
             for row in document["properties"]
             for each in row["not_supported"]
+        ],
+        known=[
+            (row["property"], known_state(each, row["examples"]), each)
+            for row in document["properties"]
+            for each in row["known"]
         ],
         left_out=[
             (row["property"], reason, count)
@@ -130,8 +137,13 @@ def _failure(failure: Mapping[str, Any], report: Path) -> dict[str, Any]:
 
 def _counts(document: Mapping[str, Any]) -> list[tuple[str, int]]:
     verdicts = [row["verdict"] for row in document["properties"]]
-    order = ("failed", "unknown", "not supported", "passed")
+    order = ("failed", "unknown", "failed (known)", "not supported", "passed")
     return [(name, verdicts.count(name)) for name in order if name in verdicts]
+
+
+def _css(verdict: str) -> str:
+    """A verdict as the name of a class: `failed (known)` is `failed-known`."""
+    return re.sub(r"\W+", "-", verdict).strip("-")
 
 
 def _lenses(arithmetic: list[str]) -> str:

@@ -16,7 +16,13 @@ from rich.text import Text
 from verify.console import WIDTH
 from verify.record import total
 
-STYLES = {"passed": "green", "failed": "bold red", "unknown": "bold yellow", "not supported": "dim"}
+STYLES = {
+    "passed": "green",
+    "not supported": "dim",
+    "failed (known)": "magenta",
+    "unknown": "bold yellow",
+    "failed": "bold red",
+}
 
 
 def summary(document: Mapping[str, Any], report: Path, *, width: int, colour: bool) -> str:
@@ -71,12 +77,27 @@ def _table(document: Mapping[str, Any]) -> Table:
 
 
 def _notes(document: Mapping[str, Any]) -> list[str]:
-    """What was not supported or left out, one line a reason; the report has it by property."""
+    """What was not supported or left out, one line a reason; the report has it by property. And
+    what was expected and did not show."""
     rows = document["properties"]
     lacking = [{each["reason"]: each["count"]} for row in rows for each in row["not_supported"]]
     left_out = [row["left_out"] for row in rows]
-    return [
+    counted = [
         f"{what}: {reason} ({count} example{'s' * (count > 1)})"
         for what, counts in (("not supported", lacking), ("left out", left_out))
         for reason, count in total(counts).items()
     ]
+    unseen = [
+        f"known: {row['property']}: {known_state(each, row['examples'])}: {each['reason']}"
+        for row in rows
+        for each in row["known"]
+        if each["state"] != "fails"
+    ]
+    return counted + unseen
+
+
+def known_state(known: Mapping[str, Any], examples: int) -> str:
+    """What came of a known finding, in words; `examples` are those of its property."""
+    if known["state"] == "not seen":
+        return f"not seen in {examples} example{'s' * (examples != 1)}"
+    return str(known["state"])
