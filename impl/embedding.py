@@ -1,18 +1,20 @@
-"""An embedding whose vocabulary is split over a tensor-parallel group."""
+"""Embeddings: of tokens, the vocabulary split over a tensor-parallel group, and of positions."""
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
 from torch.nn.functional import embedding
 
+from impl.context_parallel.zigzag import PackedSequences, Placement, positions
 from impl.mappings import (
     reduce_from_tensor_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from impl.parameters import Initialiser, sharded_parameter
+from impl.parameters import Initialiser, replicated_parameter, sharded_parameter
 from impl.partition import divide, part_of
 
 
@@ -67,3 +69,62 @@ class VocabParallelEmbedding(Module):
         if not self.scatter_to_sequence:
             return reduce_from_tensor_parallel_region(partial, group=self.group)
         return reduce_scatter_to_sequence_parallel_region(partial.transpose(0, 1), group=self.group)
+
+
+class PositionEmbedding(Module):
+    """x + weight[position of each token]: learned positions.
+
+    `x`, `y` [sequence, batch, hidden] and gradients lie over cp as `placement` says, and over tp
+    are Replicate, or Shard(0) with `sequence_parallel`. `weight` [max_positions, hidden] is
+    Replicate. Its gradient is of this rank's tokens: Partial over cp until
+    `impl.gradients.sum_gradients`, and with `sequence_parallel` over tp until
+    `finish_sequence_parallel_gradients`. Positions are those in the whole sequence; in packed ones
+    they begin with 0 in each. No collectives.
+
+    Raises ValueError for a sequence longer than there are positions, and one that does not divide
+    as `placement` needs.
+    """
+
+    def __init__(
+        self,
+        max_positions: int,
+        *,
+        hidden: int,
+        tp_group: ProcessGroup,
+        cp_group: ProcessGroup,
+        init: Initialiser,
+        placement: Placement = "zigzag",
+        sequence_parallel: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.tp_group, self.cp_group, self.placement = tp_group, cp_group, placement
+        self.sequence_parallel = sequence_parallel
+        self.weight = replicated_parameter(
+            max_positions,
+            hidden,
+            init=init,
+            sequence_parallel=sequence_parallel,
+            dtype=dtype,
+            device=device,
+        )
+
+    def forward(self, x: Tensor, *, packed: PackedSequences | None = None) -> Tensor:
+        """`y` of x; `packed` are the sequences of all ranks."""
+        return x + embedding(self._positions(x, packed), self.weight).unsqueeze(1)
+
+    def _positions(self, x: Tensor, packed: PackedSequences | None) -> Tensor:
+        split = dist.get_world_size(self.tp_group) if self.sequence_parallel else 1
+        length = x.shape[0] * split * dist.get_world_size(self.cp_group)
+        longest = max(packed.padded_lengths) if packed is not None else length
+        if longest > self.weight.shape[0]:
+            raise ValueError(
+                f"max_positions: {self.weight.shape[0]} are fewer than the sequence's {longest};"
+                " give more positions, or a shorter sequence"
+            )
+        mine = positions(length, group=self.cp_group, placement=self.placement, packed=packed)
+        if self.sequence_parallel:
+            part = part_of(len(mine), group=self.tp_group, name="sequence_parallel: the sequence")
+            mine = mine[part.start : part.stop]
+        return mine.to(x.device)

@@ -20,10 +20,12 @@ from verify.mutants import (
     mapping,
     mlp,
     norm,
+    positions,
     random,
     recompute,
     routing,
 )
+from verify.mutants.generated import PREFIX, Generated, find_generated
 from verify.mutants.mutant import Mutant
 
 
@@ -43,6 +45,7 @@ CATALOGUE: Mapping[str, Mapping[str, Mutant]] = {
         linear.MUTANTS,
         mlp.MUTANTS,
         norm.MUTANTS,
+        positions.MUTANTS,
         embedding.MUTANTS,
         loss.MUTANTS,
         gradients.MUTANTS,
@@ -58,13 +61,16 @@ CATALOGUE: Mapping[str, Mapping[str, Mutant]] = {
 }
 
 
-def find(target: str, name: str) -> Mutant:
-    """The mutant of a target. Raises BadArgument, in one line, with names that come close."""
+def find(target: str, name: str) -> Mutant | Generated:
+    """The mutant of a target, also a generated one. Raises BadArgument, in one line, with names
+    that come close."""
     known = CATALOGUE.get(target, {})
     if not known:
         raise BadArgument(
             f"target: {target!r} has no mutants; targets that have are {', '.join(CATALOGUE)}"
         )
+    if name.startswith(PREFIX):
+        return find_generated(target, name.removeprefix(PREFIX))
     if name in known:
         return known[name]
     close = get_close_matches(name, known, n=3, cutoff=0.5)

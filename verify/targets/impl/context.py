@@ -57,8 +57,8 @@ def context_split(case: Case, groups: Groups) -> OperationSubject:
     def call(inputs: Tensors) -> Tensors:
         given: dict[str, Any] = {
             "group": groups.cp,
-            "placement": _placement(case),
-            "packed": _packed(inputs),
+            "placement": placement_of(case),
+            "packed": packed_of(inputs),
         }
         return {
             "y": split_sequence(inputs["x"], **given),
@@ -70,7 +70,7 @@ def context_split(case: Case, groups: Groups) -> OperationSubject:
 
 def context_attention(case: Case, groups: Groups) -> OperationSubject:
     """`context_attention`; with option blocks also how many blocks it computed."""
-    given, scale = _given(case, groups), case.options.get("scale")
+    given, scale = attention_arguments(case, groups), case.options.get("scale")
 
     def call(inputs: Tensors) -> Tensors:
         blocks: list[tuple[Chunk, Chunk]] = []
@@ -80,7 +80,7 @@ def context_attention(case: Case, groups: Groups) -> OperationSubject:
             inputs["v"],
             **given,
             scale=None if scale is None else float(scale),
-            packed=_packed(inputs),
+            packed=packed_of(inputs),
             on_block=lambda q, k: blocks.append((q, k)),
         )
         counted = {"blocks": torch.tensor([len(blocks)])} if case.options.get("blocks") else {}
@@ -96,19 +96,20 @@ def context_attention_block(case: Case, groups: Groups) -> BlockSubject:
         heads=case.shape["heads"],
         groups=case.shape["kv_heads"],
         head_size=case.shape["head_dim"],
-        core=partial(attention, **_given(case, groups)),
+        core=partial(attention, **attention_arguments(case, groups)),
         **common(case, groups),
         **switches(case, "bias"),
     )
     return BlockSubject(module, groups, lambda inputs: {"y": module(inputs["x"])})
 
 
-def _given(case: Case, groups: Groups) -> dict[str, Any]:
+def attention_arguments(case: Case, groups: Groups) -> dict[str, Any]:
+    """The arguments of `context_attention` that the options of a case say."""
     window = case.options.get("window")
     return {
         "algorithm": str(case.options.get("algorithm", "all_gather")),
         "groups": ContextGroups(cp=groups.cp, levels=groups.hcp),
-        "placement": _placement(case),
+        "placement": placement_of(case),
         "mask": AttentionMask(
             case.options.get("mask", "causal"),  # type: ignore[arg-type]
             None if window is None else int(window),
@@ -116,11 +117,13 @@ def _given(case: Case, groups: Groups) -> dict[str, Any]:
     }
 
 
-def _placement(case: Case) -> Any:
+def placement_of(case: Case) -> Any:
+    """The case's placement over cp."""
     return case.options.get("placement", "zigzag")
 
 
-def _packed(inputs: Mapping[str, Tensor]) -> PackedSequences | None:
+def packed_of(inputs: Mapping[str, Tensor]) -> PackedSequences | None:
+    """The packed sequences that are among the inputs, if any."""
     if "cu_seqlens" not in inputs:
         return None
     return PackedSequences.from_cumulative(inputs["cu_seqlens"], inputs["cu_seqlens_padded"])

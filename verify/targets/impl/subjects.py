@@ -18,7 +18,16 @@ from impl.groups import Groups
 from impl.linear import ColumnParallelLinear, RowParallelLinear
 from impl.mlp import MLP
 from verify.case import Case
-from verify.targets.impl import attention, context, dropout, initialise, moe, norm, recompute
+from verify.targets.impl import (
+    attention,
+    context,
+    dropout,
+    initialise,
+    moe,
+    norm,
+    positions,
+    recompute,
+)
 from verify.targets.impl.subject import (
     Builder,
     ModuleSubject,
@@ -38,6 +47,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     **attention.OPTIONS,
     **context.OPTIONS,
     **norm.OPTIONS,
+    **positions.OPTIONS,
     **moe.OPTIONS,
     **dropout.OPTIONS,
     **initialise.OPTIONS,
@@ -143,5 +153,6 @@ BUILDERS: Mapping[str, Builder] = {
     **recompute.BUILDERS,
     **context.BUILDERS,
     **norm.BUILDERS,
+    **positions.BUILDERS,
     **moe.BUILDERS,
 }
