@@ -21,7 +21,7 @@ of stage 0, rank 1 have the same stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -130,11 +130,7 @@ class RandomTracker:
     def set_states(self, states: Mapping[str, Tensor]) -> None:
         """Put back what `states` gave: each stream goes on from there, the current one at once.
         ValueError unless they are those of exactly this tracker's streams."""
-        if set(states) != set(self._states):
-            raise ValueError(
-                f"states: {', '.join(states) or 'none'} are given; the streams of this tracker are"
-                f" {', '.join(self._states)}"
-            )
+        self._require_all(states)
         self._states = {name: states[name].clone() for name in self._states}
         self._generator.set_state(self._states[self._current])
 
@@ -154,7 +150,7 @@ class RandomTracker:
             self._restore(before)
 
     def _restore(self, snapshot: Snapshot) -> None:
-        self._require(snapshot.current)
+        self._require_all(snapshot.states)
         self._current = snapshot.current
         self.set_states(snapshot.states)
 
@@ -162,6 +158,13 @@ class RandomTracker:
         self._states[self._current] = self._generator.get_state()
         self._generator.set_state(self._states[name])
         self._current = name
+
+    def _require_all(self, names: Iterable[str]) -> None:
+        if set(names) != set(self._states):
+            raise ValueError(
+                f"states: {', '.join(names) or 'none'} are given; the streams of this tracker are"
+                f" {', '.join(self._states)}"
+            )
 
     def _require(self, name: str) -> None:
         if name not in self._states:

@@ -120,6 +120,17 @@ def test_replaying_leaves_no_trace(tracker):
     assert all(torch.equal(state, before[name]) for name, state in tracker.states().items())
 
 
+def test_a_snapshot_of_other_streams_is_refused_and_changes_nothing(tracker):
+    with tracker.fork("a"):
+        snapshot = tracker.snapshot()
+    tracker.add("c", seed=4)
+    before = tracker.states()
+    with pytest.raises(ValueError, match="streams of this tracker are default, a, b, c"):
+        tracker.replaying(snapshot).__enter__()
+    assert tracker.current == DEFAULT
+    assert all(torch.equal(state, before[name]) for name, state in tracker.states().items())
+
+
 def test_misuse_of_a_tracker_is_one_line(tracker):
     for call, words in (
         (lambda: tracker.add("a", seed=9), "'a' is there already"),

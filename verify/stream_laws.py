@@ -106,12 +106,12 @@ def _shared(drawn: Sequence[Drawn], layout: Layout) -> Iterator[str]:
                     axes = ", ".join(REGIONS[region])
                     yield (
                         f"{region} on rank {rank} draws the numbers of {known[0]} on rank"
-                        f" {known[1]}; it differs over {axes}"
+                        f" {known[1]}; it must differ over {axes}"
                     )
             elif of[place][1] != numbers:
                 yield (
                     f"{region} on rank {rank} draws other numbers than on rank {of[place][0]};"
-                    f" it differs over {', '.join(REGIONS[region])} only, where they agree"
+                    f" it must differ over {', '.join(REGIONS[region])} only, where they agree"
                 )
 
 

@@ -21,7 +21,11 @@ from verify.placement import Placements
 
 @runtime_checkable
 class Subject(Protocol):
-    """One built module or operation, on one rank."""
+    """One built module or operation, on one rank.
+
+    It may have `random_states()`, the states of its random generators by name, which the check
+    `recomputation` compares.
+    """
 
     def parameters(self) -> Mapping[str, tuple[Parameter, Placements]]:
         """Every parameter by its canonical name (the reference's), with its placement."""
@@ -37,7 +41,11 @@ class Subject(Protocol):
 
 
 class Session(Protocol):
-    """A target on one rank, its process groups made for one layout."""
+    """A target on one rank, its process groups made for one layout.
+
+    It may have `streams()`, how to draw from the rank's random stream of every region that
+    `verify.stream_laws` knows; the check `streams` needs it.
+    """
 
     def groups(self) -> Mapping[str, tuple[int, ...]]:
         """For each kind of group in `verify.layout.KINDS` that the target has, this rank's members."""
