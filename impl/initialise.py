@@ -99,7 +99,7 @@ def initialise_whole(
     """Draw every parameter in full, in float32 on the CPU, and keep this rank's part, in its dtype.
 
     The values depend on `seed` and on the parameter's name in the model only: `name_of` makes it
-    from the name in `module`, where a pipeline stage or an ep rank numbers its own from zero.
+    from the name in `module`, where a pipeline stage numbers its layers from zero.
     """
     for name, parameter in module.named_parameters():
         distribution = rule(name, parameter)
