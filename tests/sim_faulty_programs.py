@@ -1,7 +1,9 @@
 """Rank programs that go wrong."""
 
+import os
 import threading
 import time
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -310,3 +312,23 @@ def sleeps_then(seconds: float) -> None:
 
 def nested(cluster) -> None:
     cluster.run(total, world_size=1)
+
+
+@dataclass(frozen=True)
+class Argument:
+    tensor: torch.Tensor
+    numbers: list[int]
+
+
+def changed(argument: Argument) -> Argument:
+    argument.tensor.add_(dist.get_rank())
+    argument.numbers.append(dist.get_rank())
+    return argument
+
+
+def processors() -> frozenset[int]:
+    return frozenset(os.sched_getaffinity(0))
+
+
+def echo(value: object) -> object:
+    return value

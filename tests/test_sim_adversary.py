@@ -219,6 +219,17 @@ def swapped() -> None:
         step(x)
 
 
+def swapped_among_the_others() -> None:
+    a, b = torch.ones(2), torch.zeros(2)
+    if dist.get_rank() == 0:
+        dist.all_reduce(a)
+        dist.all_reduce(b)
+        return
+    steps = [(_reduce_a, a), (_reduce_b, b)]
+    for step, x in steps if dist.get_rank() == 1 else reversed(steps):
+        step(x)
+
+
 def rooted() -> None:
     x = torch.ones(2)
     for root in range(dist.get_world_size()):
@@ -235,6 +246,8 @@ def test_calls_that_fit_in_the_wrong_order(cluster):
     assert "ranks 0, 1 issue the same calls in different orders" in text
     assert "in _reduce_a" in text
     assert "in _reduce_b" in text
+    with pytest.raises(CollectiveMismatch, match="ranks 1, 2 issue the same calls"):
+        cluster.run(swapped_among_the_others, world_size=3)
     cluster.run(rooted, world_size=3)
     cluster.run(other_order, world_size=2)
 

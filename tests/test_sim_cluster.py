@@ -17,6 +17,7 @@ import torch.distributed as dist
 from sim_programs import values
 
 from verify.cluster import Cluster, CollectiveMismatch, Deadlock, RankFailures, open_cluster
+from verify.cluster.sim.scheduler import Run
 from verify.errors import BadArgument, HarnessError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -314,6 +315,32 @@ def test_a_closed_cluster_says_so():
     cluster.close()
     with pytest.raises(HarnessError, match="closed"):
         cluster.run(programs.total, world_size=2)
+
+
+def test_a_broken_cluster_says_so_at_once_and_works_again(monkeypatch):
+    def broken(*_):
+        raise KeyError("no description")
+
+    with open_cluster("sim", world_size=2) as cluster:
+        monkeypatch.setattr(Run, "describe", broken)
+        with pytest.raises(HarnessError, match="the sim cluster broke"):
+            cluster.run(programs.missing_rank, world_size=2)
+        monkeypatch.undo()
+        assert cluster.run(programs.echo, [1], world_size=2) == [[1], [1]]
+
+
+def test_ranks_share_no_argument(sim):
+    given = programs.Argument(torch.zeros(2), [0])
+    first, second = sim.run(programs.changed, given, world_size=2)
+    assert (first.numbers, second.numbers, given.numbers) == ([0, 0], [0, 1], [0])
+    assert [each.tensor.tolist() for each in (first, second, given)] == [[0, 0], [1, 1], [0, 0]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_ranks_share_a_processor(sim):
+    (processors,) = set(sim.run(programs.processors, world_size=3))
+    assert len(processors) == 1
+    assert processors <= os.sched_getaffinity(0)
 
 
 def test_destroying_the_default_group(sim):

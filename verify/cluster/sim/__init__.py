@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,7 @@ from verify.cluster.sim.backend import (
 from verify.cluster.sim.exchange import Exchange
 from verify.cluster.sim.isolation import C10dWorld, DefaultDtype, RandomGenerator
 from verify.cluster.sim.opponent import Opponent
+from verify.cluster.sim.processor import current
 from verify.cluster.sim.scheduler import HERE, RankThread, Run
 from verify.cluster.sim.store import SimStore
 from verify.cluster.world import install_default_group
@@ -94,7 +96,8 @@ class SimCluster:
         if HERE.run is not None:
             raise HarnessError("a rank of a sim cluster cannot itself run a sim cluster")
         with _ONE_RUN:
-            run = Run(world_size, (*self._own, *rank_states))
+            processor = current() if self.device == "cpu" else None
+            run = Run(world_size, (*self._own, *rank_states), processor)
             opponent = Opponent(adversary, run) if adversary else None
             run.exchange = Exchange(run, opponent, history)
             return self._run(run, program, args)
@@ -171,8 +174,8 @@ def _default_device(device: str) -> AbstractContextManager[object]:
 
 
 def _own(value: Any) -> Any:
-    """A rank's own copy of an argument: containers, tensors and arrays are copied, the rest cannot
-    be changed or is meant to be shared."""
+    """A rank's own copy of an argument: containers, dataclasses, tensors and arrays are copied, the
+    rest cannot be changed or is meant to be shared."""
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad)
     if isinstance(value, np.ndarray):
@@ -183,6 +186,11 @@ def _own(value: Any) -> Any:
         return [_own(each) for each in value]
     if isinstance(value, dict):
         return {key: _own(each) for key, each in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        mine = copy.copy(value)
+        for each in dataclasses.fields(value):
+            object.__setattr__(mine, each.name, _own(getattr(value, each.name)))
+        return mine
     return copy.copy(value) if isinstance(value, set) else value
 
 

@@ -171,9 +171,9 @@ def _all_to_all(calls: Calls) -> None:
 def _all_to_all_single(calls: Calls) -> None:
     """Split sizes are along dimension 0 and the calls' own; None for equal parts."""
     sent = [split(call.inputs[0], call.own[0], len(calls)) for call in calls]
-    for target, call in enumerate(calls):
-        arrived = torch.cat([parts[target].reshape(-1) for parts in sent])
-        write(call.outputs[0], arrived.view(call.outputs[0].shape))
+    arrived = [torch.cat([parts[i].reshape(-1) for parts in sent]) for i in range(len(calls))]
+    for call, value in zip(calls, arrived, strict=True):
+        write(call.outputs[0], value.view(call.outputs[0].shape))
 
 
 def split(tensor: Tensor, sizes: Sequence[int] | None, count: int) -> Sequence[Tensor]:

@@ -11,6 +11,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,23 @@ if TYPE_CHECKING:
 _SHOWN = 8
 # What carries out an operation is not part of the program of the rank that happens to come last:
 # its dispatch modes must not see it.
-_unseen = torch._C._DisableTorchDispatch
+
+
+class _unseen:
+    """While inside, neither autograd nor a dispatch mode of the running rank sees what is done:
+    it is the cluster's, not the rank's. Cheaper than torch's own contexts."""
+
+    __slots__ = ("_dispatch", "_grad")
+
+    def __enter__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        self._dispatch = torch._C._DisableTorchDispatch()
+        self._dispatch.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._dispatch.__exit__(*error)
+        torch._C._set_grad_enabled(self._grad)
 
 
 @dataclass(slots=True, eq=False)
@@ -138,10 +155,12 @@ class Channel:
     def disorder(self) -> CollectiveMismatch | None:
         """Whether two members called the same operations from the same places in different orders:
         each got the other's tensors, and nothing else tells."""
-        for member in range(1, len(self.ranks)):
-            first, other = ([calls[m] for calls in self.mixed] for m in (0, member))
-            if first != other and Counter(first) == Counter(other):
-                return self._disordered(0, member)
+        orders: dict[tuple[tuple[str, CallSite | None], ...], int] = {}
+        for member in range(len(self.ranks)) if self.mixed else ():
+            orders.setdefault(tuple(calls[member] for calls in self.mixed), member)
+        for (one, first), (two, other) in combinations(orders.items(), 2):
+            if Counter(one) == Counter(two):
+                return self._disordered(first, other)
         return None
 
     def _disordered(self, *members: int) -> CollectiveMismatch:
@@ -303,7 +322,7 @@ class Exchange:
         site = calls[0].site
         if any(call.site != site for call in calls) and kind.symmetric:
             channel.mixed.append([(call.text(), call.site) for call in calls])
-        with torch.no_grad(), _unseen():
+        with _unseen():
             kind.perform(calls)
         self._finish(calls)
 
@@ -311,7 +330,7 @@ class Exchange:
         for one, other in zip(sent.call.inputs, received.call.outputs, strict=True):
             if one.numel() != other.numel() or one.dtype is not other.dtype:
                 self._differ(sent.channel, sent.call, received.call, "the tensors differ")
-            with torch.no_grad(), _unseen():
+            with _unseen():
                 other.data.copy_(one.reshape(other.shape))
         assert sent.source is not None
         received.source = sent.source

@@ -22,6 +22,8 @@ from typing import Any, Protocol
 from verify.cluster.base import Deadlock, RankFailure, RankFailures
 from verify.cluster.history import mark
 from verify.cluster.sim.isolation import reset_thread_state
+from verify.cluster.sim.processor import stay_on
+from verify.errors import HarnessError
 from verify.target import RankState
 
 _GRACE = 5.0
@@ -71,13 +73,15 @@ class _Predicate:
 
 @dataclass
 class Run:
-    """One run. `states` are kept apart for each rank; `choose` takes the next of the ready ranks.
+    """One run. `states` are kept apart for each rank; `choose` takes the next of the ready ranks;
+    all ranks run on `processor`, on any if None.
 
     `exchange` is where the ranks' communication meets (`verify.cluster.sim.exchange`).
     """
 
     size: int
     states: Sequence[RankState]
+    processor: int | None = None
     choose: Choose = first
     exchange: Any = None
     current: int = -1
@@ -85,6 +89,7 @@ class Run:
     failures: dict[int, RankFailure] = field(default_factory=dict)
     interrupted: dict[int, RankFailure] = field(default_factory=dict)
     error: RankFailures | None = None
+    broken: HarnessError | None = None
     stopping: bool = False
     finished: threading.Lock = field(default_factory=threading.Lock)
     _ranks: list[_Rank] = field(default_factory=list)
@@ -159,6 +164,8 @@ class Run:
         """Results by rank, or raise what went wrong: what ranks raised, together with what else did
         not fit. Exceptions that ranks were handling when they were stopped count where no other
         was raised."""
+        if self.broken is not None:
+            raise self.broken
         raised = self.failures or (self.interrupted if self.error is not None else {})
         if raised:
             others = () if self.error is None else self.error.failures
@@ -225,6 +232,16 @@ class Run:
         headline = f"rank {rank} did not give way in time{waiting}"
         return RankFailures([found[each] for each in sorted(found)], headline)
 
+    def broke(self, error: BaseException) -> None:
+        """The cluster itself failed: nobody can say what the ranks would have done."""
+        text = "".join(traceback.format_exception(error))
+        self.broken = HarnessError(f"the sim cluster broke: {text}")
+        self.stopping = True
+        for rank, each in enumerate(self._ranks):
+            if not each.done:
+                each.lost = self._threads[rank].retired = True
+        self.finished.release()
+
     def is_lost(self, rank: int) -> bool:
         """Whether the thread of a rank was given up, and may run beside others."""
         return self._ranks[rank].lost
@@ -285,6 +302,7 @@ class RankThread(threading.Thread):
         self.gate.acquire()
         self.job: tuple[Run, int, Callable[[int], Any]] | None = None
         self.retired = False
+        self._processor: int | None = None
         self.start()
 
     def run(self) -> None:
@@ -296,9 +314,14 @@ class RankThread(threading.Thread):
             run, rank, program = self.job
             self.job = None
             HERE.run = run
+            if run.processor is not None and run.processor != self._processor:
+                self._processor = run.processor
+                stay_on(run.processor)
             reset_thread_state()
             try:
                 run.execute(rank, program)
+            except BaseException as error:
+                run.broke(error)
             finally:
                 HERE.run = None
             del run, program
