@@ -23,6 +23,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from verify.errors import HarnessError
+from verify.mutants.generated import Generated
 from verify.mutants.mutant import Mutant
 
 _LOCK = RLock()
@@ -32,7 +33,7 @@ _HARNESS = "verify"
 Change = Callable[[str], str]
 
 
-def import_mutated(module: str, mutant: Mutant) -> ModuleType:
+def import_mutated(module: str, mutant: Mutant | Generated) -> ModuleType:
     """A private copy of `module`, a target's, and of all that it and the mutant's module belong to,
     with the mutant in it.
 

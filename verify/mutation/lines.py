@@ -1,0 +1,44 @@
+"""Which lines of a package run, on all threads that begin while one looks."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+from verify.mutants.packages import modules_of
+
+# A module's name and a line of its source.
+Line = tuple[str, int]
+
+
+class Lines:
+    """While open, `reached` has the lines of `package` that ran since `clear`."""
+
+    def __init__(self, package: str) -> None:
+        self._names = {str(path): name for name, path in modules_of(package).items()}
+        self.reached: set[Line] = set()
+
+    def clear(self) -> None:
+        """Forget what was reached."""
+        self.reached.clear()
+
+    def __enter__(self) -> Lines:
+        self._before = sys.gettrace(), threading.gettrace()
+        sys.settrace(self._calls)
+        threading.settrace(self._calls)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        here, others = self._before
+        sys.settrace(here)
+        threading.settrace(others)  # type: ignore[arg-type]
+
+    def _calls(self, frame: FrameType, event: str, argument: Any) -> Any:
+        return self._lines if frame.f_code.co_filename in self._names else None
+
+    def _lines(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "line":
+            self.reached.add((self._names[frame.f_code.co_filename], frame.f_lineno))
+        return self._lines

@@ -1,0 +1,122 @@
+"""What came of one mutant, and how that is found out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from enum import Enum
+
+from verify.errors import BadArgument, HarnessError
+from verify.mutation.trials import Surveyed, Trials
+from verify.options import RunOptions
+from verify.record import Record
+from verify.targets import load_target
+from verify.verdict import Verdict, worst
+
+# The most examples of a property in each round but the last, which has all of them.
+_ROUNDS = (4, 20)
+
+
+class Fate(Enum):
+    """What came of a mutant. `unknown` is neither of the others, and counts as not caught."""
+
+    CAUGHT = "caught"
+    SURVIVED = "survived"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A mutant's fate.
+
+    `properties` ran, in this order; the last is the one that caught it, if one did, and `record`
+    is what is known of that. `examples` and `seconds` are until the first that failed, of all these
+    properties, the time to load the mutant included; without one, until the end.
+    """
+
+    fate: Fate
+    properties: tuple[str, ...] = ()
+    examples: int = 0
+    seconds: float = 0.0
+    reason: str = ""
+    record: Record | None = None
+
+    @property
+    def caught_by(self) -> str | None:
+        """The property that caught it."""
+        return self.properties[-1] if self.fate is Fate.CAUGHT else None
+
+
+def examine(
+    target: str, properties: Sequence[str], options: RunOptions, *, shrink: bool
+) -> Outcome:
+    """Run the properties on a target that has a mutant in it, up to the first that fails.
+
+    All of them run a few examples before any runs more, in rounds that begin anew: most mutants
+    show at once, if not in the first property.
+    """
+    if not properties:
+        return Outcome(fate=Fate.UNKNOWN, reason="no property is about it")
+    trials = _Present.trials(options, shrink=shrink)
+    began, examples = time.monotonic(), 0
+    tried: dict[str, None] = {}
+    verdicts: list[Verdict] = []
+    reasons: list[str] = []
+    try:
+        load_target(target)
+    except (BadArgument, HarnessError) as error:
+        return Outcome(fate=Fate.UNKNOWN, reason=str(error))
+    for at_most in (*_ROUNDS, None):
+        verdicts, reasons = [], []
+        for name in properties:
+            so_far = time.monotonic() - began
+            record, seconds = trials.run(name, target=target, at_most=at_most)
+            tried[name] = None
+            examples += record.examples
+            if record.verdict is Verdict.FAILED:
+                del tried[name]
+                return Outcome(
+                    fate=Fate.CAUGHT,
+                    properties=(*tried, name),
+                    examples=examples,
+                    seconds=so_far + seconds,
+                    record=record,
+                )
+            verdicts.append(record.verdict)
+            reasons += [f"{name}: {record.reason}"] * (record.verdict is Verdict.UNKNOWN)
+    survived = worst(verdicts) is Verdict.PASSED
+    return Outcome(
+        fate=Fate.SURVIVED if survived else Fate.UNKNOWN,
+        properties=tuple(properties),
+        examples=examples,
+        seconds=time.monotonic() - began,
+        reason="\n".join(reasons) or ("" if survived else "no property supports it"),
+    )
+
+
+def survey(name: str, options: RunOptions, *, target: str, trace: str | None) -> Surveyed:
+    """What the examples of a property are about."""
+    return _Present.trials(options, trace=trace).survey(name, target=target)
+
+
+class _Present:
+    """The trials of this process, which keep their cluster and imports while the options stay."""
+
+    key: object = None
+    opened: AbstractContextManager[Trials] | None = None
+    made: Trials
+
+    @classmethod
+    def trials(
+        cls, options: RunOptions, *, shrink: bool = True, trace: str | None = None
+    ) -> Trials:
+        """Trials with these options, those of before closed."""
+        key = (options, shrink, trace)
+        if cls.key != key:
+            if cls.opened is not None:
+                cls.opened.__exit__(None, None, None)
+            cls.opened = Trials(options, shrink=shrink, trace=trace)
+            cls.made, cls.key = cls.opened.__enter__(), key
+        return cls.made

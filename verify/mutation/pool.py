@@ -1,0 +1,146 @@
+"""Worker processes that keep what they imported from one task to the next.
+
+A worker that dies or takes too long is replaced, and its task is `Lost`; the others go on.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any, Generic, TypeVar
+
+from verify.errors import BadArgument
+
+K = TypeVar("K")
+T = TypeVar("T")
+
+# Picklable, called in a worker.
+Task = Callable[[], T]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A task without a result, and why in words."""
+
+    reason: str
+
+
+class Pool:
+    """At most `size` workers, begun when there is something to do. A context manager."""
+
+    def __init__(self, size: int, *, timeout: float) -> None:
+        self.size, self.timeout = size, timeout
+        self._idle: list[_Worker] = []
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for worker in self._idle:
+            worker.end()
+        self._idle.clear()
+
+    def run(
+        self, tasks: Mapping[K, Task[T]], *, started: Callable[[K], None] = lambda key: None
+    ) -> Iterator[tuple[K, T | Lost]]:
+        """The result of each task, as they come; `started` is told when one begins."""
+        waiting = list(tasks.items())[::-1]
+        busy: dict[Connection, _Job[K]] = {}
+        try:
+            while waiting or busy:
+                while waiting and len(busy) < self.size:
+                    key, task = waiting.pop()
+                    worker = self._idle.pop() if self._idle else _Worker()
+                    worker.connection.send(task)
+                    busy[worker.connection] = _Job(worker, key, time.monotonic() + self.timeout)
+                    started(key)
+                yield from self._finished(busy)
+        finally:
+            for job in busy.values():
+                job.worker.end()
+
+    def _finished(self, busy: dict[Connection, _Job[K]]) -> Iterator[tuple[K, Any]]:
+        """What is ready, after waiting for something to be; takes it off `busy`."""
+        first = min(job.deadline for job in busy.values())
+        ready = wait(list(busy), timeout=max(first - time.monotonic(), 0.0))
+        for connection in list(ready):
+            job = busy.pop(connection)  # type: ignore[call-overload]
+            try:
+                result = job.worker.connection.recv()
+            except (EOFError, ConnectionError):
+                job.worker.process.join()
+                yield job.key, Lost(f"its process ended with code {job.worker.process.exitcode}")
+                continue
+            self._idle.append(job.worker)
+            yield job.key, result
+        late = [each for each, job in busy.items() if job.deadline <= time.monotonic()]
+        for connection in late:
+            job = busy.pop(connection)
+            job.worker.end()
+            yield job.key, Lost(f"it did not end within {self.timeout:g} s")
+
+
+@dataclass(frozen=True)
+class _Job(Generic[K]):
+    worker: _Worker
+    key: K
+    deadline: float
+
+
+class _Worker:
+    """A process that does one task at a time, and the connection to it."""
+
+    process: SpawnProcess
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        self.connection.close()
+        self.process.kill()
+        self.process.join()
+
+
+def _serve(connection: Connection) -> None:
+    """Do tasks until the connection ends. Interrupts are for the process that asked."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        try:
+            result = task()
+        except BaseException:
+            result = Lost(traceback.format_exc())
+        connection.send(result)
+
+
+def number_of_workers(given: str | None) -> int:
+    """`-n` as a number: one without it, one for each processor with `auto`. Raises BadArgument."""
+    if given is None:
+        return 1
+    if given == "auto":
+        return (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
+    if not given.isdigit() or int(given) < 1:
+        raise BadArgument(f"-n: {given!r} is not a number of workers from 1 up, nor auto")
+    return int(given)

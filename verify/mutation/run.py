@@ -1,0 +1,135 @@
+"""`shardproof mutants`: which mutants, and what is shown and written of them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from verify.console import console_of_stdout
+from verify.errors import BadArgument
+from verify.mutants import CATALOGUE
+from verify.mutants.equivalent import Equivalents
+from verify.mutants.generated import PREFIX, Generated, generate
+from verify.mutants.mutant import Mutant
+from verify.mutation.display import Progression, print_score
+from verify.mutation.document import complaints, validate
+from verify.mutation.outcome import Outcome
+from verify.mutation.pool import number_of_workers
+from verify.mutation.score import TARGET, score
+from verify.mutation.trials import WORLD_SIZE
+from verify.options import RunOptions
+from verify.record import file_name
+from verify.report.document import RunFacts, describe_failure
+from verify.report.files import write, write_text
+from verify.suites import suite_names
+
+PASSED, NOT_PASSED = 0, 1
+FAILURES = "failures"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which mutants: hand-made or generated ones, of these classes, names and modules, all if
+    empty; at most `sample` of them, by the seed."""
+
+    generated: bool = False
+    classes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    sample: int | None = None
+
+
+def run(
+    selection: Selection,
+    options: RunOptions,
+    *,
+    workers: str | None,
+    shrink: bool,
+    json_path: Path | None,
+    report: Path | None,
+) -> int:
+    """Find the score, print it, write it: 0 if every mutant is caught or equivalent, else 1.
+
+    Raises BadArgument for a name that there is not.
+    """
+    size = number_of_workers(workers)
+    _require("--suite", options.suites, suite_names())
+    chosen = select(selection, seed=options.seed)
+    console = console_of_stdout()
+    progress = Progression(console)
+    try:
+        document, outcomes = score(chosen, options, workers=size, shrink=shrink, watcher=progress)
+    finally:
+        progress.stop()
+    validate(document)
+    console.print()
+    print_score(console, document)
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    for path in (json_path, report and report / "mutants.json"):
+        if path is not None:
+            write_text(path, text)
+            console.print(f"written: {path}", soft_wrap=True)
+    if report is not None:
+        _write_failures(report, document, outcomes, options)
+    return NOT_PASSED if complaints(document) else PASSED
+
+
+def _write_failures(
+    report: Path, document: Mapping[str, Any], outcomes: Mapping[str, Outcome], options: RunOptions
+) -> None:
+    """A file for each mutant that is caught, of the failure that caught it."""
+    for name, outcome in outcomes.items():
+        if outcome.record is not None and outcome.record.findings:
+            facts = RunFacts(
+                options=replace(options, target=f"{TARGET}@{name}"),
+                max_world_size=options.max_world_size or WORLD_SIZE,
+                workers=document["workers"],
+                started=document["started"],
+                seconds=document["seconds"],
+                finished=True,
+            )
+            path = report / FAILURES / file_name(name)
+            write(path, describe_failure(facts, outcome.record))
+
+
+def select(selection: Selection, *, seed: int) -> Sequence[Mutant | Generated]:
+    """The mutants of a selection, in the order of the catalogue or the source. Raises BadArgument
+    for names that there are not, and where nothing is left."""
+    known: list[Any] = list(CATALOGUE[TARGET].values())
+    if selection.generated:
+        known = list(generate(TARGET, selection.modules))
+        if stale := Equivalents.read().stale(known):
+            raise BadArgument(f"verify/mutants/equivalent.toml: {stale[0]}; change the entry")
+    names = tuple(
+        f"{PREFIX}{name.removeprefix(PREFIX)}" if selection.generated else name
+        for name in selection.names
+    )
+    _require("--name", names, {each.name for each in known})
+    _require("--class", selection.classes, {each.family for each in known})
+    modules = tuple(f"{TARGET}.{name}" for name in selection.modules)
+    _require("--module", modules, {each.module for each in known})
+    chosen = [
+        each
+        for each in known
+        if (not names or each.name in names)
+        and (not selection.classes or each.family in selection.classes)
+        and (not modules or each.module in modules)
+    ]
+    if selection.sample is not None and selection.sample < len(chosen):
+        kept = set(random.Random(seed).sample([each.name for each in chosen], selection.sample))
+        chosen = [each for each in chosen if each.name in kept]
+    if not chosen:
+        raise BadArgument("mutants: none is of all the names, classes and modules asked for")
+    return chosen
+
+
+def _require(option: str, given: Collection[str], known: Collection[str]) -> None:
+    for name in given:
+        if name not in known:
+            listed = sorted(known)
+            more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
+            raise BadArgument(f"{option}: {name!r} is not one of {', '.join(listed[:20])}{more}")

@@ -1,0 +1,120 @@
+"""Finds the mutation score: surveys the properties, runs them on every mutant, sums up."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, Protocol
+
+from verify.errors import HarnessError
+from verify.mutants.equivalent import Equivalents
+from verify.mutants.generated import Generated
+from verify.mutants.mutant import Mutant
+from verify.mutation.claims import claims
+from verify.mutation.document import describe
+from verify.mutation.outcome import Fate, Outcome, examine, survey
+from verify.mutation.pool import Lost, Pool
+from verify.mutation.trials import Surveyed
+from verify.options import RunOptions
+from verify.suites import suites
+
+TARGET = "impl"
+# A mutant that takes longer is not known to be caught.
+_SECONDS_OF_A_MUTANT = 900.0
+_DRAWN, _TRACED = 20, 12
+
+
+class Watcher(Protocol):
+    """Is told how it goes."""
+
+    def phase(self, what: str, total: int) -> None:
+        """So many things will be done."""
+
+    def begun(self, name: str) -> None:
+        """One of them has begun."""
+
+    def done(self, name: str, outcome: Outcome | None) -> None:
+        """One of them is done."""
+
+
+def score(
+    mutants: Sequence[Mutant | Generated],
+    options: RunOptions,
+    *,
+    workers: int,
+    shrink: bool,
+    watcher: Watcher,
+) -> tuple[dict[str, Any], dict[str, Outcome]]:
+    """The document of a run of these mutants of one kind, and what came of each, by name. Raises
+    HarnessError where properties cannot be surveyed, because then nothing can be said."""
+    began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    with Pool(workers, timeout=_SECONDS_OF_A_MUTANT) as pool:
+        known = _surveyed(mutants, options, pool, watcher)
+        by_mutant = {each.name: claims(each, known) for each in mutants}
+        outcomes = dict(_outcomes(by_mutant, options, shrink, pool, watcher))
+    reasons = _equivalent(mutants)
+    document = describe(
+        [(each, outcomes[each.name], reasons.get(each.name, "")) for each in mutants],
+        options,
+        target=TARGET,
+        started=started,
+        seconds=time.monotonic() - began,
+        workers=workers,
+        shrink=shrink,
+    )
+    return document, outcomes
+
+
+def _equivalent(mutants: Sequence[Mutant | Generated]) -> dict[str, str]:
+    generated = [each for each in mutants if isinstance(each, Generated)]
+    if not generated:
+        return {}
+    listed = Equivalents.read()
+    return {each.name: listed.reason(each) for each in generated}
+
+
+def _surveyed(
+    mutants: Sequence[Mutant | Generated], options: RunOptions, pool: Pool, watcher: Watcher
+) -> list[Surveyed]:
+    """What the properties of the wanted suites are about."""
+    names = [
+        f"{suite.name}.{name}"
+        for suite in suites()
+        for name in suite.properties
+        if not options.suites or suite.name in options.suites
+    ]
+    traced = any(isinstance(each, Generated) for each in mutants)
+    fewer = min(options.max_examples, _TRACED if traced else _DRAWN)
+    looking = dataclasses.replace(options, max_examples=fewer)
+    trace = TARGET if traced else None
+    tasks = {name: partial(survey, name, looking, target=TARGET, trace=trace) for name in names}
+    watcher.phase("properties to survey", len(names))
+    found: dict[str, Surveyed] = {}
+    for name, result in pool.run(tasks, started=watcher.begun):
+        if isinstance(result, Lost):
+            raise HarnessError(f"survey of {name}: {result.reason}")
+        found[name] = result
+        watcher.done(name, None)
+    return [found[name] for name in names]
+
+
+def _outcomes(
+    by_mutant: dict[str, list[str]],
+    options: RunOptions,
+    shrink: bool,
+    pool: Pool,
+    watcher: Watcher,
+) -> Iterator[tuple[str, Outcome]]:
+    tasks: dict[str, Callable[[], Outcome]] = {
+        name: partial(examine, f"{TARGET}@{name}", properties, options, shrink=shrink)
+        for name, properties in by_mutant.items()
+    }
+    watcher.phase("mutants", len(tasks))
+    for name, result in pool.run(tasks, started=watcher.begun):
+        if isinstance(result, Lost):
+            result = Outcome(fate=Fate.UNKNOWN, reason=result.reason)
+        watcher.done(name, result)
+        yield name, result

@@ -1,0 +1,171 @@
+"""Runs properties in this process, on one target after another, without pytest."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import hypothesis
+from hypothesis import Phase
+
+from verify.case import Case
+from verify.cluster import open_cluster
+from verify.draws import use_profile
+from verify.exercise import Recorded, check_case
+from verify.interrupts import DeferredInterrupt
+from verify.limits import Limits, limits, set_limits
+from verify.mutation.lines import Line, Lines
+from verify.options import RunOptions
+from verify.record import Record
+from verify.recorder import Recorder
+from verify.suites import PACKAGE
+from verify.targets import load_target
+
+WORLD_SIZE = 16
+# What no run on the target itself comes near; a mutant may well never end.
+_SECONDS_OF_A_RUN = 60.0
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """What the examples of a property are about: how many there were, and how many of them draw
+    each concept and reach each line of the target; `seconds` is what an example takes."""
+
+    property: str
+    examples: int = 0
+    seconds: float = 0.0
+    concepts: Counter[str] = field(default_factory=Counter)
+    lines: Counter[Line] = field(default_factory=Counter)
+
+
+class _Enough(BaseException):
+    """Ends a property early. It is no Exception, so that Hypothesis does not search on."""
+
+
+class Trials:
+    """The properties, drawn as `options` say, and a cluster that runs their cases.
+
+    Without `shrink` the first failing case is not made smaller. With `trace`, the name of a
+    package, a survey notes the lines of it that examples reach, which takes its time.
+    """
+
+    def __init__(self, options: RunOptions, *, shrink: bool = True, trace: str | None = None):
+        self.options, self.shrink, self.trace = options, shrink, trace
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Trials:
+        size = self.options.max_world_size or WORLD_SIZE
+        self.limits = Limits(size, self.options.lenses, self.options.adversary)
+        self._stack.callback(set_limits, limits())
+        set_limits(self.limits)
+        self._stack.callback(use_profile(self.options))
+        if not self.shrink:
+            phases = [each for each in hypothesis.settings.default.phases if each != Phase.shrink]
+            name = f"shardproof-{self.options.profile}-as-drawn"
+            hypothesis.settings.register_profile(name, phases=phases)
+            hypothesis.settings.load_profile(name)
+        # A property keeps the settings that it was imported under.
+        self._forget()
+        self._stack.callback(self._forget)
+        self.lines = Lines(self.trace) if self.trace else None
+        if self.lines:
+            # Before the cluster's threads begin, which inherit it.
+            self._stack.enter_context(self.lines)
+        self.cluster = self._stack.enter_context(
+            open_cluster("sim", world_size=size, timeout=_SECONDS_OF_A_RUN)  # type: ignore[arg-type]
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def run(self, name: str, *, target: str, at_most: int | None = None) -> tuple[Record, float]:
+        """A property's record on a target, and the seconds until its first failure, or its end.
+
+        After `at_most` examples that did not fail it ends, `passed` so far.
+        """
+        began = time.monotonic()
+        stamps = [began]
+        recorder = Recorder(
+            name, must_check=True, on_example=lambda *told: stamps.append(time.monotonic())
+        )
+
+        def check(which: str, case: Case) -> None:
+            if recorder.examples == at_most and recorder.found is None:
+                raise _Enough
+            check_case(
+                which,
+                case,
+                target=target,
+                cluster=self.cluster,
+                limits=self.limits,
+                recorder=recorder,
+            )
+
+        error = _called(self._function(name), check, recorder)
+        record = recorder.conclude(None if isinstance(error, _Enough) else error)
+        return record, stamps[-1] - began
+
+    def survey(self, name: str, *, target: str) -> Surveyed:
+        """What a property's examples are about. They run on the target if lines are traced, and
+        are only drawn otherwise."""
+        found = Surveyed(name)
+        recorder = Recorder(name, must_check=True, on_example=lambda *told: None)
+
+        def check(which: str, case: Case) -> None:
+            found.concepts[case.concept] += 1
+            if self.lines is None:
+                return
+            self.lines.clear()
+            check_case(
+                which,
+                case,
+                target=target,
+                cluster=self.cluster,
+                limits=self.limits,
+                recorder=recorder,
+            )
+            found.lines.update(self.lines.reached)
+
+        began = time.monotonic()
+        # Its import is nobody's example.
+        load_target(target)
+        error = _called(self._function(name), check, recorder)
+        if error is not None:
+            raise error
+        count = sum(found.concepts.values())
+        seconds = (time.monotonic() - began) / max(count, 1)
+        return Surveyed(name, count, seconds, found.concepts, found.lines)
+
+    def _function(self, name: str) -> Callable[..., Any]:
+        suite, _, function = name.partition(".")
+        module = importlib.import_module(f"{PACKAGE}.test_{suite}")
+        found: Callable[..., Any] = getattr(module, f"test_{function}")
+        return found
+
+    def _forget(self) -> None:
+        for name in [each for each in sys.modules if each.startswith(f"{PACKAGE}.test_")]:
+            del sys.modules[name]
+
+
+def _called(
+    function: Callable[..., Any], check: Callable[[str, Case], None], recorder: Recorder
+) -> BaseException | None:
+    """What calling a property raises. One that checks no case of a target is not called."""
+    if "check" not in inspect.signature(function).parameters:
+        return None
+    item = SimpleNamespace(obj=function)
+    try:
+        with Recorded(item, recorder, DeferredInterrupt()):
+            item.obj(check=check)
+    except BaseException as error:
+        return error
+    return None
