@@ -23,7 +23,7 @@ from verify.strategies import STRIDES, completed
 
 ALGORITHMS = ("all_gather", "ring", "ulysses", "hierarchical")
 MASKS = ("causal", "full", "sliding_window")
-MAX_WORLD_SIZE = 12
+MAX_WORLD_SIZE = 8
 SHARING = ("ulysses", "hierarchical")
 _ORDERS = (DEFAULT_ORDER, "cp-tp-ep-dp-pp", "dp-cp-tp-ep-pp", "tp-dp-cp-ep-pp", "dp-tp-ep-cp-pp")
 # As the contracts have them.

@@ -134,7 +134,9 @@ class Tolerance:
         contract = self.reference.contract
         results = {f"grad {each}": spec for each, spec in contract.inputs.items()}
         results |= contract.outputs
-        return results[name].terms if name in results else 0.0
+        if name in results:
+            return results[name].terms
+        return contract.terms.get(name.removeprefix("grad "), 0.0)
 
     def _deviations(self, name: str, disturbed: int) -> list[Tensor]:
         """The distances from float64 of the reference at the case's precision: of the plain run and

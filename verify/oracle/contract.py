@@ -73,6 +73,7 @@ class Contract:
     `settle`, where a result depends on decisions (which scores are the largest), is given the
     inputs and parameters as drawn, and returns inputs of which no rounding error can turn one:
     otherwise neither a candidate nor the reference's own error could be told from a wrong result.
+    `terms` says of parameters what `TensorSpec.terms` says of inputs.
 
     `masks` are the dropouts of the forward pass in its order; `reference` gets what the candidate
     kept of each, a bool tensor, among its inputs by the mask's name. `forward` and `backward` are
@@ -91,6 +92,7 @@ class Contract:
     divided: Mapping[str, int] = field(default_factory=dict)
     over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     settle: Callable[[Tensors, Tensors], Tensors] | None = None
+    terms: Mapping[str, float] = field(default_factory=dict)
     masks: Mapping[str, Mask] = field(default_factory=dict)
     forward: tuple[Step, ...] | None = None
     backward: tuple[Step, ...] | None = None
