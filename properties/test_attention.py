@@ -21,6 +21,8 @@ from verify.strategies_attention import CERTAIN, attention_cases, refusable_atte
 BOTH = ("core_attention", "self_attention")
 PLAIN: Choices = {
     **CERTAIN,
+    "norm": ("none",),
+    "rotary": (False,),
     "padding": (False,),
     "alibi": (False,),
     "sink": (False,),
@@ -31,6 +33,7 @@ LARGE: Choices = {**CERTAIN, "magnitude": (16, 256)}
 DROPPED: Choices = {**CERTAIN, "dropout": (0.1, 0.5)}
 SCORED: Choices = {"dropout": (0.0,)}
 ANY: Choices = {"strides": STRIDES[:1]}
+PROMISED: Choices = {**ANY, "norm": ("none",), "rotary": (False,)}
 
 
 @given(case=attention_cases("core_attention", options=SCORED))
@@ -52,7 +55,8 @@ def test_the_block(check: CheckCase, case: Case) -> None:
 @given(case=attention_cases("self_attention", options=SCORED))
 def test_the_block_with_every_way_of_scoring(check: CheckCase, case: Case) -> None:
     """Laws 1 to 3 and 7. Must catch: per-head constants of the wrong ranks; padding that is not
-    handed on, or is of this rank's tokens; groups told apart by the order of storage."""
+    handed on, or is of this rank's tokens; groups told apart by the order of storage; a norm of
+    queries or keys whose gradient is of this rank's heads; positions of this rank's tokens."""
     check("equivalence", case)
 
 
@@ -76,7 +80,7 @@ def test_what_is_communicated(check: CheckCase, case: Case) -> None:
     check("communication", case)
 
 
-@given(case=attention_cases("self_attention", options=ANY))
+@given(case=attention_cases("self_attention", options=PROMISED))
 def test_what_is_kept(check: CheckCase, case: Case) -> None:
     """Law 6. Must catch: an input that is kept whole under sequence parallelism; keys repeated for
     every head; a mask or a packed projection that is kept besides."""

@@ -19,6 +19,8 @@ from verify.strategies_attention import CERTAIN, attention_cases, refusable_atte
 CONCEPT = "latent_attention"
 PLAIN: Choices = {
     **CERTAIN,
+    "norm": ("none",),
+    "rotary": (False,),
     "padding": (False,),
     "alibi": (False,),
     "sink": (False,),
@@ -39,7 +41,8 @@ def test_output_and_gradients(check: CheckCase, case: Case) -> None:
 @given(case=attention_cases(CONCEPT, options={}))
 def test_every_way_of_scoring(check: CheckCase, case: Case) -> None:
     """Laws 1, 3 and 5. Must catch: arguments that do not reach the core; ranks that drop alike in
-    different heads; memory in the order of storage."""
+    different heads; memory in the order of storage; a norm of a latent whose gradient is of this
+    rank's tokens; positions in the part of a head that has none."""
     check("equivalence", case)
 
 

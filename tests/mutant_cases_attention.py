@@ -45,6 +45,9 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "refusal", _case("core_attention", TP2, {**HEADS, "heads": 5, "groups": 1})
     yield "equivalence", _case("latent_attention", TP2, LATENT)
     yield "equivalence", _case("latent_attention", SP2, LATENT)
+    before = {"norm": "layer", "rotary": True}
+    yield "equivalence", _case("self_attention", SP2, {**BLOCK, "head_size": 4}, before)
+    yield "equivalence", _case("latent_attention", SP2, {**LATENT, "rope_size": 2}, before)
     for groups in (1, 2):
         shape = {**BLOCK, "groups": groups, "head_size": 2}
         yield "equivalence", _case("self_attention", SP4, shape)

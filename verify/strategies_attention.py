@@ -30,10 +30,11 @@ _SCORING: Choices = {
     "scale": (None, 0.25),
     "dropout": (0.0, 0.1, 0.5),
 }
+_BEFORE: Choices = {"norm": ("none", "rms", "layer"), "rotary": (False, True)}
 OPTIONS: Mapping[str, Choices] = {
     "core_attention": _SCORING,
-    "self_attention": {"bias": (True, False), **_SCORING},
-    "latent_attention": _SCORING,
+    "self_attention": {"bias": (True, False), **_BEFORE, **_SCORING},
+    "latent_attention": {**_BEFORE, **_SCORING},
 }
 BLOCKS = ("self_attention", "latent_attention")
 # Nothing at random, so that two layouts can be compared.
@@ -56,9 +57,15 @@ def attention_cases(
     layout = draw(layouts(min_tp=min_tp, sequence_parallel=flags))
     case = Case(concept=concept, layout=layout, shape=draw(_SHAPES[concept](layout)))
     for option, values in {**OPTIONS[concept], "strides": STRIDES, "magnitude": (1,)}.items():
-        value = draw(st.sampled_from(options.get(option, values)))
-        case = with_option(case, option, value, default=values[0])
+        wanted = options.get(option, values)
+        if option == "rotary" and _turned_features(case) % 2:
+            wanted = values[:1]
+        case = with_option(case, option, draw(st.sampled_from(wanted)), default=values[0])
     return draw(completed(case, lenses))
+
+
+def _turned_features(case: Case) -> int:
+    return case.shape.get("rope_size", case.shape["head_size"])
 
 
 @st.composite

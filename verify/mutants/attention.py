@@ -255,6 +255,18 @@ MUTANTS = (
         seen="ATT-04",
     ),
     _self(
+        name="keys-not-turned",
+        wrong="Queries are turned by their position, keys are not.",
+        snippet="q, k = rotary(q), rotary(k)",
+        replacement="q = rotary(q)",
+    ),
+    _self(
+        name="keys-normalised-as-queries",
+        wrong="Keys are normalised with the weights of the queries' norm.",
+        snippet="k = self.key_norm(k)",
+        replacement="k = (self.query_norm or self.key_norm)(k)",
+    ),
+    _self(
         name="heads-of-output-transposed",
         wrong="The output's features are given to the projection head by head within a feature.",
         snippet="self.core(q, k, v, **arguments).flatten(2)",

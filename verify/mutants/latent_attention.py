@@ -70,4 +70,25 @@ MUTANTS = (
         snippet="k = torch.cat((k, shared.expand(-1, -1, self.heads, -1)), -1)",
         replacement="k = torch.cat((shared.expand(-1, -1, self.heads, -1), k), -1)",
     ),
+    _latent(
+        name="latent-turns-first-features",
+        wrong="Of queries the first features are turned by position, of keys the shared ones.",
+        snippet="q, shared = torch.cat((plain, rotary(positioned)), -1), rotary(shared)",
+        replacement="q, shared = rotary(q), rotary(shared)",
+    ),
+    _latent(
+        name="latent-shared-key-not-turned",
+        wrong="The shared part of the keys is not turned by position.",
+        snippet="q, shared = torch.cat((plain, rotary(positioned)), -1), rotary(shared)",
+        replacement="q = torch.cat((plain, rotary(positioned)), -1)",
+    ),
+    _latent(
+        name="latent-not-normalised",
+        wrong="The latent of keys and values is normalised only if that of queries is not.",
+        snippet="latent if self.kv_norm is None else self.kv_norm(latent)",
+        replacement=(
+            "latent if self.kv_norm is None or self.query_norm is not None"
+            " else self.kv_norm(latent)"
+        ),
+    ),
 )

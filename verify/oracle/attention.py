@@ -149,7 +149,7 @@ def core_attention(case: Case) -> Contract:
             "v": TensorSpec((keys, batch, groups, width), key, grad_key),
             **padding_input(given, batch, keys),
         },
-        parameters={"sink": (heads,)} if given.sink else {},
+        parameters=sink_of(given, heads, ""),
         outputs={"y": TensorSpec((sequence, batch, heads, width), split, split)},
         reference=reference,
         masks=dropout_of_shares(given, batch, heads, sequence, keys),
@@ -170,6 +170,11 @@ def padding_input(given: Scoring, batch: int, keys: int) -> dict[str, TensorSpec
     """The input that marks padding, 1 for a key that is some, where the case has it."""
     spec = TensorSpec((batch, keys), {"tp": Replicate()}, None, high=2)
     return {"padding": spec} if given.padding else {}
+
+
+def sink_of(given: Scoring, heads: int, prefix: str = "core.") -> dict[str, tuple[int, ...]]:
+    """The parameter of learnable sinks, where the case has them."""
+    return {f"{prefix}sink": (heads,)} if given.sink else {}
 
 
 def dropout_of_shares(

@@ -13,12 +13,21 @@ from verify.oracle.attention import (
     dropout_of_shares,
     padding_input,
     scoring,
+    sink_of,
+)
+from verify.oracle.attention_block import (
+    IN_BLOCKS,
+    check_rotary,
+    in_norm,
+    norm_weights,
+    positioned,
 )
 from verify.oracle.contract import Contract, Step, Tensors, TensorSpec
 from verify.oracle.terms import known_options, sizes
 from verify.placement import Placements, Replicate, Shard
 
 _SIZES = ("sequence", "batch", "hidden", "heads", "kv_lora", "head_size", "rope_size", "value_size")
+_LATENTS = {"query": "q_lora", "kv": "kv_lora"}
 
 
 def latent_attention(case: Case) -> Contract:
@@ -34,24 +43,31 @@ def latent_attention(case: Case) -> Contract:
     Sums over tp in backward: the gradients of the two latents (of x, where it has no latent of its
     own) and of the shared key; and of y in forward. With sequence parallelism gathers of the former
     and a reduce-scatter of y take their place in forward, the opposite in backward.
+
+    Option `norm`: the latents are normalised, with weights of query_norm and kv_norm, Replicate.
+    `rotary`: the last rope_size features of queries, and the shared part of keys, are turned by
+    position.
     """
-    known_options(case, *SCORING)
+    known_options(case, *IN_BLOCKS, *SCORING)
     given = scoring(case)
     sequence, batch, hidden, heads, *_ = sizes(case, *_SIZES, optional=("q_lora",))
     placed: Placements = {"tp": Shard(0) if case.layout.sequence_parallel else Replicate()}
     x = TensorSpec((sequence, batch, hidden), placed, placed)
+    check_rotary(case, case.shape["rope_size"])
+    ranks = {f"{n}_norm": case.shape[r] for n, r in _LATENTS.items() if r in case.shape}
+    norms = norm_weights(case, ranks)
     forward, backward = _communication(case)
-    finish = (Step("all_reduce", "tp", _replicated(case)),)
+    partial = _replicated(case) + sum(n for (n,) in norms.values())
     return Contract(
         inputs={"x": x, **padding_input(given, batch, sequence)},
-        parameters=_weights(case) | ({"core.sink": (heads,)} if given.sink else {}),
+        parameters={**_weights(case), **norms, **sink_of(given, heads)},
         outputs={"y": x},
         reference=lambda inputs, parameters: _reference(inputs, parameters, case, given),
         divided={"heads": heads},
         masks=dropout_of_shares(given, batch, heads, sequence, sequence),
         forward=forward,
         backward=backward,
-        finish=finish if case.layout.sequence_parallel else (),
+        finish=(Step("all_reduce", "tp", partial),) if case.layout.sequence_parallel else (),
     )
 
 
@@ -72,17 +88,19 @@ def _weights(case: Case) -> dict[str, tuple[int, ...]]:
 
 def _reference(inputs: Tensors, parameters: Tensors, case: Case, given: Scoring) -> Tensors:
     x, heads, rope = inputs["x"], case.shape["heads"], case.shape["rope_size"]
+    q = x
     if "q_lora" in case.shape:
-        q = F.linear(F.linear(x, parameters["q_down.weight"]), parameters["q_up.weight"])
-    else:
-        q = F.linear(x, parameters["q.weight"])
+        q = in_norm(case, F.linear(x, parameters["q_down.weight"]), parameters, "query_norm")
+    q = F.linear(q, parameters["q_up.weight" if "q_lora" in case.shape else "q.weight"])
+    q = q.unflatten(-1, (heads, -1))
     down = F.linear(x, parameters["kv_down.weight"])
-    shared = down[..., None, -rope:]
-    up = F.linear(down[..., :-rope], parameters["kv_up.weight"]).unflatten(-1, (heads, -1))
+    latent = in_norm(case, down[..., :-rope], parameters, "kv_norm")
+    up = F.linear(latent, parameters["kv_up.weight"]).unflatten(-1, (heads, -1))
+    shared = positioned(case, down[..., None, -rope:]).repeat_interleave(heads, dim=2)
     size = case.shape["head_size"]
     out = attend(
-        q.unflatten(-1, (heads, -1)),
-        torch.cat((up[..., :size], shared.repeat_interleave(heads, dim=2)), -1),
+        torch.cat((q[..., :size], positioned(case, q[..., size:])), -1),
+        torch.cat((up[..., :size], shared), -1),
         up[..., size:],
         given,
         padding=inputs.get("padding"),

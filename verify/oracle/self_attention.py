@@ -20,6 +20,14 @@ from verify.oracle.attention import (
     dropout_of_shares,
     padding_input,
     scoring,
+    sink_of,
+)
+from verify.oracle.attention_block import (
+    IN_BLOCKS,
+    check_rotary,
+    in_norm,
+    norm_weights,
+    positioned,
 )
 from verify.oracle.contract import Contract, Step, Tensors, TensorSpec
 from verify.oracle.terms import known_options, sizes, switches
@@ -34,8 +42,12 @@ def self_attention(case: Case) -> Contract:
     Replicate; core.sink [heads] Shard(0). x, y and both gradients Replicate, or Shard(0) with
     sequence parallelism. Communicates as a column and a row linear; with fewer groups than ranks
     the products of x with qkv are all-gathered besides, and their gradients reduce-scattered.
+
+    Option `norm`: each head of q and of k is normalised first, with weights [head_size] of
+    query_norm and key_norm, Replicate, whose gradients are sums over the ranks. `rotary`: both are
+    turned by position then.
     """
-    known_options(case, "bias", *SCORING)
+    known_options(case, "bias", *IN_BLOCKS, *SCORING)
     given, biased = scoring(case), switches(case, {"bias": True})["bias"]
     names = ("sequence", "batch", "hidden", "heads", "groups", "head_size")
     sequence, batch, hidden, heads, groups, size = sizes(case, *names)
@@ -45,19 +57,22 @@ def self_attention(case: Case) -> Contract:
     rows = (heads + 2 * groups) * size
     weights = {"qkv.weight": (rows, hidden), "proj.weight": (hidden, heads * size)}
     biases = {"qkv.bias": (rows,), "proj.bias": (hidden,)} if biased else {}
+    norms = norm_weights(case, {"query_norm": size, "key_norm": size})
+    check_rotary(case, size)
     forward, backward = _communication(case)
-    finish = (Step("all_reduce", "tp", hidden),)
+    partial = sum(n for (n,) in norms.values())
+    partial += hidden if biased and case.layout.sequence_parallel else 0
     return Contract(
         inputs={"x": x, **padding_input(given, batch, sequence)},
-        parameters={**weights, **biases, **({"core.sink": (heads,)} if given.sink else {})},
+        parameters={**weights, **biases, **norms, **sink_of(given, heads)},
         outputs={"y": x},
         reference=lambda inputs, parameters: _reference(inputs, parameters, case, given),
         divided=_divided(case, rows),
         masks=dropout_of_shares(given, batch, heads, sequence, sequence),
         forward=forward,
         backward=backward,
-        finish=finish if biased and case.layout.sequence_parallel else (),
-        kept=_kept(case, given),
+        finish=(Step("all_reduce", "tp", partial),),
+        kept=None if norms or case.options.get("rotary") else _kept(case, given),
     )
 
 
@@ -65,9 +80,12 @@ def _reference(inputs: Tensors, parameters: Tensors, case: Case, given: Scoring)
     groups, size = case.shape["groups"], case.shape["head_size"]
     qkv = F.linear(inputs["x"], parameters["qkv.weight"], parameters.get("qkv.bias"))
     by_group = qkv.unflatten(-1, (groups, -1, size))
+    q, k = by_group[..., :-2, :].flatten(2, 3), by_group[..., -2, :]
+    q = positioned(case, in_norm(case, q, parameters, "query_norm"))
+    k = positioned(case, in_norm(case, k, parameters, "key_norm"))
     out = attend(
-        by_group[..., :-2, :].flatten(2, 3),
-        by_group[..., -2, :],
+        q,
+        k,
         by_group[..., -1, :],
         given,
         padding=inputs.get("padding"),

@@ -8,19 +8,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Module
 
 from impl.attention import CoreAttention, SelfAttention
 from impl.groups import Groups
 from impl.latent_attention import LatentAttention
+from impl.norm import NORMS
 from impl.random import parallel_tracker, stream_of
+from impl.rotary import RotaryEmbedding, Rotation
 from verify.case import Case
 from verify.targets.impl.subject import Builder, ModuleSubject, Tensors, common, switches
 
 _SCORING = ("causal", "window", "padding", "alibi", "sink", "layer_number", "scale", "dropout")
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "core_attention": _SCORING,
-    "self_attention": ("bias", *_SCORING),
-    "latent_attention": _SCORING,
+    "self_attention": ("bias", "norm", "rotary", *_SCORING),
+    "latent_attention": ("norm", "rotary", *_SCORING),
 }
 
 
@@ -36,6 +39,22 @@ def _core(case: Case, groups: Groups) -> CoreAttention:
         **switches(case, "causal", "alibi", "sink"),
         **numbers,
     )
+
+
+def _norm(case: Case, features: int | None, **rows: bool) -> Module | None:
+    """The norm of the option `norm`; `rows` says which of them this rank has."""
+    kind = str(case.options.get("norm", "none"))
+    if kind == "none" or features is None:
+        return None
+    return NORMS[kind](features, dtype=getattr(torch, case.dtype), **rows)
+
+
+def _rotary(case: Case, size: int) -> Rotation | None:
+    """The rotation of the whole sequence."""
+    if not case.options.get("rotary", False):
+        return None
+    positions = torch.arange(case.shape["sequence"])
+    return RotaryEmbedding(dim=size).rotation(positions, dtype=getattr(torch, case.dtype))
 
 
 def core_attention(case: Case, groups: Groups) -> ModuleSubject:
@@ -56,16 +75,17 @@ def self_attention(case: Case, groups: Groups) -> ModuleSubject:
         groups=case.shape["groups"],
         head_size=case.shape["head_size"],
         core=_core(case, groups),
+        query_norm=_norm(case, case.shape["head_size"], sharded_heads=True),
+        key_norm=_norm(case, case.shape["head_size"], sharded_heads=True),
         **common(case, groups),
         **switches(case, "bias"),
     )
-    return ModuleSubject(
-        module, groups, lambda inputs: {"y": module(inputs["x"], **_padding(inputs))}
-    )
+    return _block(module, groups, _rotary(case, case.shape["head_size"]))
 
 
 def latent_attention(case: Case, groups: Groups) -> ModuleSubject:
     """`LatentAttention` with `CoreAttention`."""
+    parallel = case.layout.sequence_parallel
     sizes: dict[str, Any] = {n: case.shape[n] for n in ("head_size", "rope_size", "value_size")}
     module = LatentAttention(
         case.shape["hidden"],
@@ -73,12 +93,19 @@ def latent_attention(case: Case, groups: Groups) -> ModuleSubject:
         q_lora_rank=case.shape.get("q_lora"),
         kv_lora_rank=case.shape["kv_lora"],
         core=_core(case, groups),
+        query_norm=_norm(case, case.shape.get("q_lora"), sequence_parallel=parallel),
+        kv_norm=_norm(case, case.shape["kv_lora"], sequence_parallel=parallel),
         **sizes,
         **common(case, groups),
     )
-    return ModuleSubject(
-        module, groups, lambda inputs: {"y": module(inputs["x"], **_padding(inputs))}
-    )
+    return _block(module, groups, _rotary(case, case.shape["rope_size"]))
+
+
+def _block(module: Module, groups: Groups, rotary: Rotation | None) -> ModuleSubject:
+    def call(inputs: Tensors) -> Tensors:
+        return {"y": module(inputs["x"], rotary=rotary, **_padding(inputs))}
+
+    return ModuleSubject(module, groups, call)
 
 
 def _padding(inputs: Tensors) -> dict[str, Tensor]:
