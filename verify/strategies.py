@@ -94,7 +94,9 @@ def layouts(
     sizes: dict[str, Any] = {"tp": tp}
     left = world // tp
     for axis in draw(st.permutations(("dp", "cp", "pp"))):
-        sizes[axis] = draw(st.sampled_from(_up_to(left, (1, 2, 2, 3))))
+        # Drawn where nothing fits too: shrinking prefers few draws to small values.
+        wanted = draw(st.sampled_from((1, 2, 2, 3)))
+        sizes[axis] = wanted if wanted <= left else 1
         left //= sizes[axis]
     order = DEFAULT_ORDER
     if sum(size > 1 for size in sizes.values()) > 1:

@@ -179,13 +179,6 @@ def _mlp_config(case: Case, **given: Any) -> TransformerConfig:
 def lacks(case: Case) -> str | None:
     """Why megatron-core or this adapter cannot do a case of these concepts; None where it can."""
     layout, options = case.layout, case.options
-    if case.concept == "random_streams" and layout.pp > 1 and layout.ep > 1:
-        return (
-            "Megatron-LM's seeds of stages and of expert ranks coincide: stage 1, ep rank 0 has the"
-            " expert stream of stage 0, ep rank 1"
-        )
-    if case.concept == "dropout" and layout.cp > 1:
-        return "its seeds do not depend on cp, so all chunks of a sequence are dropped alike"
     if case.concept == "dropout" and not 0 <= float(options.get("dropout", 0.0) or 0.0) < 1:
         return "bias_dropout_add leaves it to torch what is a probability"
     if case.concept == "initialisation":
