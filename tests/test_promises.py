@@ -69,6 +69,19 @@ def test_what_was_not_is_told(records, words):
     assert any(words in line for line in told), told
 
 
+def test_ranks_may_be_promised_different_things():
+    """Only the first tp rank of either group communicates."""
+
+    def promised(at):
+        return PROMISE if at["tp"] == 0 else ()
+
+    seen = history(record())
+    told = miscommunicated(contract(forward=promised), LAYOUT, seen)
+    assert told == ("ranks 1, 3 in forward: too much: 1 x all_reduce of 6 elements over tp",)
+    only_first = History({rank: seen.of(rank) if rank in (0, 2) else [] for rank in range(4)})
+    assert miscommunicated(contract(forward=promised), LAYOUT, only_first) == ()
+
+
 def test_memory():
     seen = [Observation({}, {}, kept=kept) for kept in (4, 9, 5)]
     assert kept_too_much(contract(kept=9), seen) == ()

@@ -33,7 +33,8 @@ def miscommunicated(contract: Contract, layout: Layout, history: History) -> tup
             promised = getattr(contract, phase)
             if promised is None:
                 continue
-            wanted = _promised(promised, layout, rank)
+            steps = promised(layout.coordinates(rank)) if callable(promised) else promised
+            wanted = _promised(steps, layout, rank)
             found = _found(history.of(rank), phase, layout, rank)
             if found != wanted:
                 wrong = _text(found - wanted, "too much") + _text(wanted - found, "missing")

@@ -29,6 +29,7 @@ from verify.blame import Bench
 from verify.case import Case
 from verify.cluster.base import Cluster
 from verify.errors import BadArgument, NotSupported
+from verify.layout import Layout
 from verify.oracle.contract import Contract
 from verify.placement import Partial, Placements, Replicate
 from verify.rank_program import contract_of, session_of
@@ -157,13 +158,15 @@ def _inputs(case: Case) -> Mapping[str, Tensor]:
 
 
 def _contract_near(case: Case) -> Contract:
-    """The contract of the case or, where the oracle refuses it too, of the case without its options
-    or without sequence parallelism: the target is to refuse whatever the inputs."""
+    """The contract of the case or, where the oracle refuses it too, of the case without its
+    options, without sequence parallelism, or on one rank: the target is to refuse whatever the
+    inputs."""
     apart = dataclasses.replace(case.layout, sequence_parallel=False)
-    for near in (case, dataclasses.replace(case, options={})):
+    plain = dataclasses.replace(case, options={})
+    for near in (case, plain, dataclasses.replace(plain, layout=apart)):
         with contextlib.suppress(BadArgument):
             return contract_of(near)
-    return contract_of(dataclasses.replace(case, options={}, layout=apart))
+    return contract_of(dataclasses.replace(plain, layout=Layout()))
 
 
 def _roughly(full: Tensor, placements: Placements, ranks: RankMap, rank: int) -> Tensor:

@@ -58,6 +58,10 @@ class Step:
     elements: int
 
 
+# What every rank communicates; or, where ranks differ, what the rank at these coordinates does.
+Steps = tuple[Step, ...] | Callable[[Mapping[str, int]], tuple[Step, ...]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Contract:
     """The promise of one concept at one case.
@@ -94,7 +98,7 @@ class Contract:
     settle: Callable[[Tensors, Tensors], Tensors] | None = None
     terms: Mapping[str, float] = field(default_factory=dict)
     masks: Mapping[str, Mask] = field(default_factory=dict)
-    forward: tuple[Step, ...] | None = None
-    backward: tuple[Step, ...] | None = None
-    finish: tuple[Step, ...] | None = None
+    forward: Steps | None = None
+    backward: Steps | None = None
+    finish: Steps | None = None
     kept: int | None = None
