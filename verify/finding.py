@@ -38,6 +38,7 @@ Kind = Literal[
     "refusal",  # a case that must be refused was not, or not clearly
     "groups",
     "initialisation",  # parameters before training that are not as promised
+    "schedule",  # a table of a pipeline schedule that breaks a law
 ]
 KINDS = get_args(Kind)
 

@@ -33,6 +33,7 @@ from verify.rank_program import Observation, Source, contract_of, observe
 from verify.reference import Reference
 from verify.refusal import refusal
 from verify.replica import RankMap
+from verify.schedule_check import schedule_check
 from verify.stream_laws import streams
 from verify.tolerance import Tolerance
 
@@ -183,6 +184,7 @@ CHECKS: Mapping[str, Check] = {
     "refusal": refusal,
     "groups": groups,
     "streams": streams,
+    "schedule": schedule_check,
     "initialisation": initialisation_check,
 }
 

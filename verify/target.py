@@ -68,7 +68,12 @@ class Session(Protocol):
 
 
 class Target(Protocol):
-    """An implementation under test."""
+    """An implementation under test.
+
+    It may have `schedule(kind, layout, microbatches)`, its table of a pipeline schedule as the
+    plain data that `verify.schedule_table.table_of` reads, or ValueError where it refuses; the
+    check `schedule` and the command `shardproof schedule` need it.
+    """
 
     name: str
 

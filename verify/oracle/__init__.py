@@ -20,6 +20,7 @@ from verify.oracle.mappings import MAPPINGS
 from verify.oracle.mlp import tp_mlp
 from verify.oracle.moe import moe_dispatch, moe_expert_bias, moe_layer, moe_router
 from verify.oracle.norm import norm, qk_norm
+from verify.oracle.pipeline import pipeline
 from verify.oracle.positions import position_embedding, rotary
 from verify.oracle.recompute import recomputed_block
 from verify.oracle.self_attention import self_attention
@@ -43,6 +44,7 @@ CONTRACTS: dict[str, Callable[[Case], Contract]] = {
     "core_attention": core_attention,
     "norm": norm,
     "qk_norm": qk_norm,
+    "pipeline": pipeline,
     "rotary": rotary,
     "position_embedding": position_embedding,
     "self_attention": self_attention,

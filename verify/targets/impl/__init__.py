@@ -15,7 +15,7 @@ from verify.errors import BadArgument
 from verify.layout import Layout
 from verify.stream_laws import Draw
 from verify.target import RankState, Subject
-from verify.targets.impl import dropout
+from verify.targets.impl import dropout, pipeline
 from verify.targets.impl.subjects import BUILDERS, OPTIONS
 
 
@@ -67,7 +67,7 @@ class Target:
 
     def supports(self, case: Case) -> str | None:
         """None, or that a concept or an option is unknown here."""
-        if case.concept in ("groups", "random_streams"):
+        if case.concept in ("groups", "random_streams", "pipeline_schedule"):
             return None
         if case.concept not in BUILDERS:
             return f"no adapter for {case.concept}"
@@ -79,6 +79,10 @@ class Target:
     def rank_state(self) -> tuple[RankState, ...]:
         """None: impl keeps nothing in process globals."""
         return ()
+
+    def schedule(self, kind: str, layout: Layout, microbatches: int) -> list[list[list[object]]]:
+        """The table of a pipeline schedule. Raises ValueError where impl refuses."""
+        return pipeline.schedule(kind, layout, microbatches)
 
     @contextlib.contextmanager
     def session(self, layout: Layout) -> Iterator[Session]:

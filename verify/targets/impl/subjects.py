@@ -25,6 +25,7 @@ from verify.targets.impl import (
     initialise,
     moe,
     norm,
+    pipeline,
     positions,
     recompute,
 )
@@ -47,6 +48,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     **attention.OPTIONS,
     **context.OPTIONS,
     **norm.OPTIONS,
+    **pipeline.OPTIONS,
     **positions.OPTIONS,
     **moe.OPTIONS,
     **dropout.OPTIONS,
@@ -153,6 +155,7 @@ BUILDERS: Mapping[str, Builder] = {
     **recompute.BUILDERS,
     **context.BUILDERS,
     **norm.BUILDERS,
+    **pipeline.BUILDERS,
     **positions.BUILDERS,
     **moe.BUILDERS,
 }

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: schedules as tables, point-to-point communication, one executor."""
