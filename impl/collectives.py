@@ -1,8 +1,8 @@
 """Collectives along a dimension of a tensor. They know nothing of autograd: see `impl.mappings`.
 
-Inputs may have any strides, at least one dimension, and are never written to. A group of one rank
-communicates nothing and gets its input back. The functions named `start_...` return at once, and
-their result may be read after `Pending.wait` only.
+Inputs may have any strides, at least one dimension, and are not written to but where a name says
+`in_place`. A group of one rank communicates nothing and gets its input back. The functions named
+`start_...` return at once, and their result may be read after `Pending.wait` only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from impl.partition import divide
+from impl.partition import divide, split
 
 # torch 2.13 renamed them, and warns of the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -44,6 +44,24 @@ def start_all_reduce(
         return Pending(x, x)
     out = x.clone(memory_format=torch.contiguous_format)
     return Pending(out, out, dist.all_reduce(out, op=op, group=group, async_op=True))
+
+
+def start_all_reduce_in_place(x: Tensor, *, group: ProcessGroup) -> Pending:
+    """Begin to sum a contiguous `x` over the group, which is written where it is."""
+    if dist.get_world_size(group) == 1:
+        return Pending(x, x)
+    return Pending(x, x, dist.all_reduce(x, group=group, async_op=True))
+
+
+def start_all_gather_in_place(x: Tensor, *, group: ProcessGroup) -> Pending:
+    """Begin to write every rank's part of dimension 0 of a contiguous `x` to that of the others.
+
+    ValueError where the dimension does not divide.
+    """
+    if dist.get_world_size(group) == 1:
+        return Pending(x, x)
+    sent = split(x, dim=0, group=group)
+    return Pending(x, sent, _all_gather(x, sent, group=group, async_op=True))
 
 
 def start_all_gather(x: Tensor, *, group: ProcessGroup) -> Pending:

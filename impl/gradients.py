@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from impl.collectives import all_reduce
+from impl.data_parallel import DataParallel
 
 
 def finish_sequence_parallel_gradients(
@@ -36,9 +37,9 @@ def sum_gradients(parameters: Iterable[Parameter], *, group: ProcessGroup) -> No
     parameters in the same order. One all-reduce for each dtype. Call it once a step.
     """
     by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradient in map(gradient_of, parameters):
+        if gradient is not None:
+            by_dtype.setdefault(gradient.dtype, []).append(gradient)
     for gradients in by_dtype.values():
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         total = all_reduce(flat, group=group)
@@ -46,3 +47,24 @@ def sum_gradients(parameters: Iterable[Parameter], *, group: ProcessGroup) -> No
             gradients, total.split([g.numel() for g in gradients]), strict=True
         ):
             gradient.copy_(part.view_as(gradient))
+
+
+def gradient_of(parameter: Parameter) -> torch.Tensor | None:
+    """The gradient that the optimizer will see: `main_grad`, where data parallelism made one."""
+    found: torch.Tensor | None = getattr(parameter, "main_grad", parameter.grad)
+    return found
+
+
+def finalise_gradients(
+    data_parallel: DataParallel, *, tp_group: ProcessGroup, tokens: torch.Tensor
+) -> None:
+    """Make the main gradients of a step those of the mean over all `tokens` that count.
+
+    After the last backward of a step, each of a sum over this rank's tokens. Where no token counts
+    on any rank, all gradients are zero already. Collective: data parallelism's reductions, and then
+    one all-reduce over tp of what is Partial there. With a distributed optimizer only this rank's
+    shards are final; they lie alike on all ranks of a tp group.
+    """
+    data_parallel.finish()
+    finish_sequence_parallel_gradients(data_parallel.parameters, group=tp_group)
+    data_parallel.scale(1.0 / tokens.clamp_min(1))

@@ -15,6 +15,7 @@ from verify.oracle.cross_entropy import vocab_cross_entropy
 from verify.oracle.dropout import dropout
 from verify.oracle.embedding import vocab_embedding
 from verify.oracle.latent_attention import latent_attention
+from verify.oracle.learning_rates import learning_rates
 from verify.oracle.linear import column_linear, row_linear
 from verify.oracle.mappings import MAPPINGS
 from verify.oracle.mlp import tp_mlp
@@ -24,6 +25,7 @@ from verify.oracle.pipeline import pipeline
 from verify.oracle.positions import position_embedding, rotary
 from verify.oracle.recompute import recomputed_block
 from verify.oracle.self_attention import self_attention
+from verify.oracle.training import training_steps
 
 CONTRACTS: dict[str, Callable[[Case], Contract]] = {
     **MAPPINGS,
@@ -42,6 +44,8 @@ CONTRACTS: dict[str, Callable[[Case], Contract]] = {
     "context_attention": context_attention,
     "context_attention_block": context_attention_block,
     "core_attention": core_attention,
+    "learning_rates": learning_rates,
+    "training_steps": training_steps,
     "norm": norm,
     "qk_norm": qk_norm,
     "pipeline": pipeline,

@@ -16,6 +16,7 @@ from impl.gradients import finish_sequence_parallel_gradients
 from impl.groups import Groups
 from verify.case import Case
 from verify.placement import Placements
+from verify.target import Subject
 from verify.targets.megatron_attributes import placements_of
 
 Tensors = Mapping[str, Tensor]
@@ -61,7 +62,7 @@ class OperationSubject:
         """No parameters, no gradients."""
 
 
-Builder = Callable[[Case, Groups], ModuleSubject | OperationSubject]
+Builder = Callable[[Case, Groups], Subject]
 
 
 def common(case: Case, groups: Groups) -> dict[str, Any]:

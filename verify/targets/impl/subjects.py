@@ -28,6 +28,7 @@ from verify.targets.impl import (
     pipeline,
     positions,
     recompute,
+    training,
 )
 from verify.targets.impl.subject import (
     Builder,
@@ -54,6 +55,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     **dropout.OPTIONS,
     **initialise.OPTIONS,
     **recompute.OPTIONS,
+    **training.OPTIONS,
 }
 
 
@@ -153,6 +155,7 @@ BUILDERS: Mapping[str, Builder] = {
     **dropout.BUILDERS,
     **initialise.BUILDERS,
     **recompute.BUILDERS,
+    **training.BUILDERS,
     **context.BUILDERS,
     **norm.BUILDERS,
     **pipeline.BUILDERS,

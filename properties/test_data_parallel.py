@@ -1,0 +1,59 @@
+"""Data parallelism: gradients of tokens on many ranks, in many rounds, are those of all tokens.
+
+Laws: (1) after finalisation every gradient is that of the mean loss over the tokens that count, of
+all rounds and ranks, each of which may have none; (2) copies are equal; (3) neither buckets, nor
+overlap, nor the distributed optimizer's shards change anything; (4) what one step leaves in buffers
+does not reach the next; (5) gradients of experts are summed over their own copies; (6) a frozen
+parameter stays as it is; (7) a second run gives the same bits. All in steps of plain gradient
+descent, which shows constant factors that Adam hides.
+"""
+
+from __future__ import annotations
+
+from hypothesis import given
+
+from verify.case import Case
+from verify.examiner import CheckCase
+from verify.strategies import Choices
+from verify.strategies_training import OPTIONS, training_cases
+
+_ALL = OPTIONS["training_steps"]
+PLAIN: Choices = {"zeros": ("", "", "", "mask")}
+BUFFERS: Choices = {name: _ALL[name] for name in ("bucket", "distributed", "overlap")}
+FROZEN: Choices = {**BUFFERS, "frozen": _ALL["frozen"]}
+
+
+@given(case=training_cases(options=PLAIN))
+def test_gradients_of_all_tokens(check: CheckCase, case: Case) -> None:
+    """Laws 1, 2 and 4. Must catch: a mean of means over rounds or ranks; a sum over dp without cp;
+    a division by the number of ranks; the last round only; gradients of the step before; gradients
+    added up in low precision."""
+    check("equivalence", case)
+
+
+@given(case=training_cases(options=BUFFERS))
+def test_buckets_overlap_and_shards(check: CheckCase, case: Case) -> None:
+    """Law 3. Must catch: shards of another order than the buffer's; a bucket without padding; a
+    reduction that is read before its end, or begins before the last round; parameters that are used
+    before they are gathered."""
+    check("equivalence", case)
+
+
+@given(case=training_cases(options=BUFFERS, experts=(True,)))
+def test_gradients_of_experts(check: CheckCase, case: Case) -> None:
+    """Law 5. Must catch: experts reduced over dp, or not at all where edp is one."""
+    check("equivalence", case)
+
+
+@given(case=training_cases(options=FROZEN))
+def test_frozen_parameters(check: CheckCase, case: Case) -> None:
+    """Law 6. Must catch: buckets that wait for gradients that never come; frozen parameters that
+    move."""
+    check("equivalence", case)
+
+
+@given(case=training_cases(options=BUFFERS, experts=(False, True)))
+def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
+    """Law 7. Must catch: buckets reduced in the order of arrival, asynchronous work that is not
+    waited for."""
+    check("determinism", case)
