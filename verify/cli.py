@@ -13,6 +13,7 @@ import click
 from verify.errors import BadArgument, ShardproofError
 from verify.mutants_command import mutants
 from verify.options import PROFILES, RunOptions
+from verify.schedule_command import schedule
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 _BROKE = "this is a defect of shardproof or of the target's adapter; --debug shows the traceback"
@@ -233,6 +234,7 @@ def repro(report: Path, target: str | None, cluster: str | None) -> int:
 
 
 cli.add_command(mutants)
+cli.add_command(schedule)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
