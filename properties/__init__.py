@@ -1,0 +1,1 @@
+"""Property suites, one file for each parallel concept."""

@@ -1,0 +1,1 @@
+"""The harness: runs ranks, compares, explains, shrinks, replays, reports."""

@@ -17,7 +17,7 @@ class ShardproofError(Exception):
 
 
 class BadArgument(ShardproofError, ValueError):
-    """A wrong argument, option, layout or file. The message is one line for the person who gave it."""
+    """A wrong argument, option, layout or file. The message is one line for who gave it."""
 
 
 class Mismatch(ShardproofError, AssertionError):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import format_exception
-from typing import Any
 
 import pytest
 

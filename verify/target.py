@@ -36,7 +36,7 @@ class Subject(Protocol):
         ...
 
     def finish_gradients(self) -> None:
-        """What the implementation does after backward: reductions of replicated parameters' gradients."""
+        """What the implementation does after backward: it completes gradients, say by sums."""
         ...
 
 
@@ -48,7 +48,7 @@ class Session(Protocol):
     """
 
     def groups(self) -> Mapping[str, tuple[int, ...]]:
-        """For each kind of group in `verify.layout.KINDS` that the target has, this rank's members."""
+        """For each kind of `verify.layout.KINDS` that the target has, this rank's members."""
         ...
 
     def probe(self, kind: str) -> list[int]:
@@ -62,7 +62,7 @@ class Session(Protocol):
     def build(self, case: Case) -> Subject:
         """The subject that `case.concept` names, with its shapes and options, in `case.dtype`.
 
-        Raises ValueError, AssertionError or another plain exception where the implementation refuses.
+        Raises ValueError, AssertionError or another plain exception where it refuses.
         """
         ...
 
@@ -94,7 +94,7 @@ class Target(Protocol):
         ...
 
     def session(self, layout: Layout) -> AbstractContextManager[Session]:
-        """Inside a rank, with torch.distributed initialised: make the groups, undo all at the end."""
+        """Inside a rank, torch.distributed initialised: make the groups, undo all at the end."""
         ...
 
 
