@@ -15,7 +15,7 @@ For tensor parallelism the parameters are marked; `impl.gradients` completes the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -135,4 +135,4 @@ class RMSNorm(_Norm):
         super().__init__(features, bias=False, **arguments)
 
 
-NORMS: Mapping[str, type[LayerNorm] | type[RMSNorm]] = {"layer": LayerNorm, "rms": RMSNorm}
+NORMS: Mapping[str, Callable[..., LayerNorm | RMSNorm]] = {"layer": LayerNorm, "rms": RMSNorm}

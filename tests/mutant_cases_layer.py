@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 
 from verify.case import Case
 from verify.layout import Layout
@@ -25,6 +26,7 @@ def cases() -> Iterator[tuple[str, Case]]:
     """Each with the check to run."""
     yield from _norms()
     yield from _positions()
+    yield from _layers()
     for options in ({}, {"activation": "geglu"}, {"activation": "swiglu", "packed": False}):
         mlp = {"sequence": 4, "batch": 2, "hidden": 3, "ffn": 4}
         yield "equivalence", case_of("tp_mlp", SP2, mlp, **options)
@@ -57,3 +59,24 @@ def _positions() -> Iterator[tuple[str, Case]]:
     yield "equivalence", case_of("position_embedding", SPLIT, learned, placement="contiguous")
     few = {**learned, "max_positions": 15}
     yield "refusal", case_of("position_embedding", SPLIT, few)
+
+
+def _layers() -> Iterator[tuple[str, Case]]:
+    layer = partial(case_of, "transformer_layer")
+    sizes = {"sequence": 8, "batch": 1, "hidden": 3, "heads": 4, "groups": 2, "head_size": 4}
+    sizes |= {"ffn": 2}
+    apart = Layout(tp=2, cp=2, order="cp-tp-ep-dp-pp")
+    normal = {"qk_norm": True, "norm": "rms", "zero_centered": True}
+    yield "equivalence", layer(apart, sizes, rotary_dim=2, **normal)
+    yield "equivalence", layer(SPLIT, sizes, rotary_dim=4, packed=2)
+    # Enough elements for two masks that are drawn apart to differ.
+    many = {**sizes, "batch": 12}
+    yield "equivalence", layer(SPLIT, many, rotary_dim=4, hidden_dropout=0.25)
+    yield "equivalence", layer(TP2, many, hidden_dropout=0.25)
+    whole = {"hidden_dropout": 0.25, "attention_dropout": 0.25}
+    window = {"mask": "sliding_window", "window": 2}
+    yield "equivalence", layer(SP2, sizes, **whole, **window)
+    yield "recomputation", layer(SP2, sizes, **whole, recompute="full")
+    yield "communication", layer(SPLIT, sizes, recompute="selective")
+    yield "memory", layer(SPLIT, sizes, recompute="full")
+    yield "refusal", layer(SPLIT, sizes, attention_dropout=0.25)

@@ -10,6 +10,7 @@ from verify.mutants import (
     attention,
     context,
     context_algorithms,
+    data_parallel,
     embedding,
     experts,
     gradients,
@@ -20,10 +21,12 @@ from verify.mutants import (
     mapping,
     mlp,
     norm,
+    optimizer,
     positions,
     random,
     recompute,
     routing,
+    transformer,
 )
 from verify.mutants.generated import PREFIX, Generated, find_generated
 from verify.mutants.mutant import Mutant
@@ -46,9 +49,12 @@ CATALOGUE: Mapping[str, Mapping[str, Mutant]] = {
         mlp.MUTANTS,
         norm.MUTANTS,
         positions.MUTANTS,
+        transformer.MUTANTS,
         embedding.MUTANTS,
         loss.MUTANTS,
         gradients.MUTANTS,
+        data_parallel.MUTANTS,
+        optimizer.MUTANTS,
         routing.MUTANTS,
         experts.MUTANTS,
         random.MUTANTS,

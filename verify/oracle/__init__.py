@@ -26,6 +26,7 @@ from verify.oracle.positions import position_embedding, rotary
 from verify.oracle.recompute import recomputed_block
 from verify.oracle.self_attention import self_attention
 from verify.oracle.training import training_steps
+from verify.oracle.transformer import transformer_layer
 
 CONTRACTS: dict[str, Callable[[Case], Contract]] = {
     **MAPPINGS,
@@ -52,6 +53,7 @@ CONTRACTS: dict[str, Callable[[Case], Contract]] = {
     "rotary": rotary,
     "position_embedding": position_embedding,
     "self_attention": self_attention,
+    "transformer_layer": transformer_layer,
     "latent_attention": latent_attention,
 }
 

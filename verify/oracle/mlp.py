@@ -44,8 +44,12 @@ def tp_mlp(case: Case) -> Contract:
     """
     known_options(case, *OPTIONS)
     sequence, batch, hidden, ffn = sizes(case, "sequence", "batch", "hidden", "ffn")
-    activation, parameters = one_of(case, "activation", ACTIVATIONS), mlp_parameters(case, "")
-    layers = 2 if "gate.weight" in parameters else 1
+    activation = one_of(case, "activation", ACTIVATIONS)
+    given = switches(case, {"bias": True, "packed": True})
+    if not given["packed"] and activation not in _GATES:
+        exclude(case, "packed", False, why="without a gate there is nothing to pack")
+    parameters = mlp_parameters("", hidden=hidden, ffn=ffn, activation=activation, **given)
+    layers = 1 if given["packed"] else 2
     shape, parallel = (sequence, batch, hidden), case.layout.sequence_parallel
     placed: Placements = {"tp": Shard(0) if parallel else Replicate()}
     forward, backward = mlp_steps(case, sequence * batch * hidden, layers=layers)
@@ -64,23 +68,17 @@ def tp_mlp(case: Case) -> Contract:
     )
 
 
-def mlp_parameters(case: Case, prefix: str) -> dict[str, tuple[int, ...]]:
-    """The parameters of the block by the options and sizes of a case.
-
-    Raises BadArgument as `tp_mlp` does.
-    """
-    hidden, ffn = case.shape["hidden"], case.shape["ffn"]
-    given = switches(case, {"bias": True, "packed": True})
-    gated = one_of(case, "activation", ACTIVATIONS) in _GATES
-    if not given["packed"] and not gated:
-        exclude(case, "packed", False, why="without a gate there is nothing to pack")
-    rows = {"fc1": 2 * ffn if gated and given["packed"] else ffn}
-    rows |= {} if given["packed"] else {"gate": ffn}
+def mlp_parameters(
+    prefix: str, *, hidden: int, ffn: int, activation: str, bias: bool, packed: bool = True
+) -> dict[str, tuple[int, ...]]:
+    """The full shapes of the block's parameters, named with `prefix`."""
+    rows = {"fc1": 2 * ffn if activation in _GATES and packed else ffn}
+    rows |= {} if packed else {"gate": ffn}
     found: dict[str, tuple[int, ...]] = {
         f"{prefix}{n}.weight": (count, hidden) for n, count in rows.items()
     }
     found[f"{prefix}fc2.weight"] = (hidden, ffn)
-    if given["bias"]:
+    if bias:
         found |= {f"{prefix}{n}.bias": (count,) for n, count in rows.items()}
         found[f"{prefix}fc2.bias"] = (hidden,)
     return found

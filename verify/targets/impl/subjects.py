@@ -29,6 +29,7 @@ from verify.targets.impl import (
     positions,
     recompute,
     training,
+    transformer,
 )
 from verify.targets.impl.subject import (
     Builder,
@@ -56,6 +57,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     **initialise.OPTIONS,
     **recompute.OPTIONS,
     **training.OPTIONS,
+    **transformer.OPTIONS,
 }
 
 
@@ -156,6 +158,7 @@ BUILDERS: Mapping[str, Builder] = {
     **initialise.BUILDERS,
     **recompute.BUILDERS,
     **training.BUILDERS,
+    **transformer.BUILDERS,
     **context.BUILDERS,
     **norm.BUILDERS,
     **pipeline.BUILDERS,

@@ -1,0 +1,187 @@
+"""Mutants of the transformer layer: how its parts are put together."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from verify.mutants.mutant import Mutant
+
+_mutant = partial(
+    Mutant, family="transformer", module="impl.transformer", caught_by=("transformer_layer",)
+)
+
+_SECOND = "return self._add(self.mlp(self.mlp_norm(h)), h)"
+_STREAM = 'self._stream = tracker.stream(stream_of(*["tp"] * parallel, "cp"))'
+_ROTATION = "return self.config.rotary.rotation(where, dtype=x.dtype)"
+_CORE = "return checkpoint(core, q, k, v, tracker=self.tracker)"
+
+MUTANTS = (
+    _mutant(
+        name="layer-second-half-of-the-first-input",
+        wrong="The perceptron is fed with the layer's input, not with what attention left.",
+        snippet=_SECOND,
+        replacement="return self._add(self.mlp(self.mlp_norm(x)), h)",
+    ),
+    _mutant(
+        name="layer-residual-normalised",
+        wrong="The residual around the perceptron is of the normalised states (post-norm).",
+        snippet=_SECOND,
+        replacement=(
+            "normal = self.mlp_norm(h)\n        return self._add(self.mlp(normal), normal)"
+        ),
+    ),
+    _mutant(
+        name="layer-residual-of-the-input",
+        wrong="The residual around the perceptron is the layer's input.",
+        snippet=_SECOND,
+        replacement="return self._add(self.mlp(self.mlp_norm(h)), x)",
+    ),
+    _mutant(
+        name="layer-without-second-norm",
+        wrong="The perceptron is fed with states that are not normalised.",
+        snippet=_SECOND,
+        replacement="return self._add(self.mlp(h) + 0 * self.mlp_norm(h), h)",
+    ),
+    _mutant(
+        name="layer-second-norm-not-marked",
+        wrong="The gradient of the second norm is not summed over tp under sequence parallelism.",
+        snippet="self.mlp_norm = norm(config.hidden, sequence_parallel=parallel)",
+        replacement="self.mlp_norm = norm(config.hidden)",
+        seen="SP-01",
+    ),
+    _mutant(
+        name="layer-norm-of-heads-as-of-tokens",
+        wrong="Norms of heads are marked under sequence parallelism only.",
+        snippet="sharded_heads=True)",
+        replacement="sequence_parallel=parallel)",
+        seen="SP-09",
+    ),
+    _mutant(
+        name="layer-one-norm-of-heads",
+        wrong="Keys are not normalised by an RMS norm, only by a layer norm.",
+        snippet="key_norm=of_heads() if config.qk_norm else None,",
+        replacement="key_norm=of_heads() if config.qk_norm and config.norm != 'rms' else None,",
+    ),
+    _mutant(
+        name="layer-offset-of-one-norm",
+        wrong="Norms of heads ignore that weights are zero-centred.",
+        snippet="of_heads = partial(norm, config.head_size, sharded_heads=True)",
+        replacement=(
+            "of_heads = partial(\n"
+            "            norm, config.head_size, sharded_heads=True, zero_centered=False\n"
+            "        )"
+        ),
+    ),
+    _mutant(
+        name="layer-rotary-of-a-part",
+        wrong="Under sequence parallelism the first part's positions are repeated for every part.",
+        snippet=_ROTATION,
+        replacement=("where = where[: x.shape[0]].repeat(split)\n        " + _ROTATION),
+        seen="SP-07",
+    ),
+    _mutant(
+        name="layer-rotary-contiguous",
+        wrong="Positions are those of contiguous chunks, whatever the placement.",
+        snippet='"placement": self.config.placement}\n        where',
+        replacement='"placement": "contiguous"}\n        where',
+        seen="ATT-08",
+    ),
+    _mutant(
+        name="layer-rotary-of-one-sequence",
+        wrong="Positions run on through packed sequences.",
+        snippet="positions(length, packed=packed, **placed)",
+        replacement="positions(length, **placed)",
+        seen="ATT-09",
+    ),
+    _mutant(
+        name="layer-packed-attends-as-one",
+        wrong="Packed sequences attend to each other.",
+        snippet="self.core if self.keeps_shares else partial(self.core, packed=packed)",
+        replacement="self.core",
+    ),
+    _mutant(
+        name="layer-dropout-alike-over-cp",
+        wrong="All ranks of a context-parallel group drop alike.",
+        snippet=_STREAM,
+        replacement='self._stream = tracker.stream(stream_of(*["tp"] * parallel))',
+    ),
+    _mutant(
+        name="layer-dropout-alike-over-tp",
+        wrong="Under sequence parallelism all ranks of a tensor-parallel group drop alike.",
+        snippet=_STREAM,
+        replacement='self._stream = tracker.stream(stream_of("cp"))',
+    ),
+    _mutant(
+        name="layer-dropout-apart-over-tp",
+        wrong="Without sequence parallelism copies on tensor-parallel ranks drop differently.",
+        snippet=_STREAM,
+        replacement='self._stream = tracker.stream(stream_of("tp", "cp"))',
+    ),
+    _mutant(
+        name="layer-shares-dropped-alike",
+        wrong="Different heads on ranks of a tensor-parallel group are dropped alike.",
+        snippet='dropout_stream=tracker.stream(stream_of("tp")),',
+        replacement="dropout_stream=tracker.stream(stream_of()),",
+    ),
+    _mutant(
+        name="layer-drops-the-residual",
+        wrong="Dropout is applied after the residual is added.",
+        snippet="y, bias=None, residual=residual, p=p,",
+        replacement="y + residual, bias=None, residual=torch.zeros_like(y), p=p,",
+    ),
+    _mutant(
+        name="layer-drops-once",
+        wrong="Only what comes of attention is dropped.",
+        snippet=_SECOND,
+        replacement="return h + self.mlp(self.mlp_norm(h))",
+    ),
+    _mutant(
+        name="layer-recomputes-on-other-numbers",
+        wrong="Recomputation draws numbers from another tracker, which knows nothing of forward.",
+        snippet="return checkpoint(self._run, x, packed, tracker=self.tracker)",
+        replacement=(
+            "own = RandomTracker()\n            return checkpoint(self._run, x, packed, tracker=own)"
+        ),
+        seen="CP-08",
+    ),
+    _mutant(
+        name="layer-recomputes-nothing",
+        wrong="Full recomputation is accepted, and everything is kept.",
+        snippet='if self.config.recompute == "full":',
+        replacement='if self.config.recompute == "whole":',
+    ),
+    _mutant(
+        name="layer-recomputes-core-twice",
+        wrong="Selective recomputation runs core attention once more than it must.",
+        snippet=_CORE,
+        replacement=(
+            "inner = partial(checkpoint, core, tracker=self.tracker)\n"
+            "        return checkpoint(inner, q, k, v, tracker=self.tracker)"
+        ),
+    ),
+    _mutant(
+        name="layer-gathers-for-itself",
+        wrong="The layer gathers what the linear layers gather themselves.",
+        snippet="attended = self.attention(self.input_norm(x), rotary=rotary, packed=packed)",
+        replacement=(
+            "normal = self.input_norm(x)\n"
+            "        torch.distributed.all_reduce(normal.detach().clone(), group=self.groups.tp)\n"
+            "        attended = self.attention(normal, rotary=rotary, packed=packed)"
+        ),
+    ),
+    _mutant(
+        name="layer-no-shares-to-drop",
+        wrong="Dropout of attention under context parallelism is accepted and left out.",
+        snippet="self.keeps_shares = config.attention_dropout > 0.0\n",
+        replacement=(
+            "self.keeps_shares = config.attention_dropout > 0.0\n"
+            "        self.keeps_shares &= dist.get_world_size(groups.cp) == 1\n"
+        ),
+    ),
+    _mutant(
+        name="layer-window-without-context-parallelism",
+        wrong="With dropout of attention the window is forgotten.",
+        snippet="window=config.mask.window,",
+        replacement="window=None,",
+    ),
+)
