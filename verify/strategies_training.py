@@ -102,7 +102,7 @@ def training_cases(
     layout = draw(training_layouts(experts=routed))
     cut = layout.cp * layout.tp
     shape = {
-        "steps": draw(st.integers(1, 3)),
+        "steps": draw(st.integers(1, 4)),
         "rounds": draw(st.integers(1, 3)),
         "sequence": cut * draw(st.integers(1, 2)),
         "batch": layout.dp * draw(st.integers(1, 2)),

@@ -126,8 +126,9 @@ def _shapes(hidden: int, ffn: int, experts: int) -> dict[str, tuple[int, ...]]:
 def _outputs(
     plan: Plan, steps: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, TensorSpec]:
-    each = ("loss", "norm", "scale", "skipped")
-    found = {name: TensorSpec((steps,), grad_placements=None) for name in each}
+    """Causes first: the losses of all steps but the first depend on all the rest."""
+    told = TensorSpec((steps,), grad_placements=None)
+    found = {"scale": told, "skipped": told}
     found["rates"] = TensorSpec((steps, len(FACTORS[plan.groups])), grad_placements=None)
     for name, shape in shapes.items():
         if plan.is_frozen(name):
@@ -138,7 +139,7 @@ def _outputs(
         found[f"gradient {name}"] = TensorSpec((steps, *shape), placed, None)
     for name, shape in shapes.items():
         found[f"new {name}"] = TensorSpec((steps, *shape), _PLACED[name], None)
-    return found
+    return {**found, "norm": told, "loss": told}
 
 
 def _train(inputs: Tensors, given: Tensors, plan: Plan, rates: list[float]) -> Tensors:

@@ -1,0 +1,174 @@
+"""Mutants of data parallelism: buffers, reductions, the weight of tokens, and shards."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from verify.mutants.mutant import Mutant
+
+_of = partial(Mutant, family="data parallelism", caught_by=("training_steps",))
+_buffer = partial(_of, module="impl.data_parallel")
+_shard = partial(_of, module="impl.optimizer.distributed")
+_finish = partial(_of, module="impl.gradients")
+
+_FINISH = """    data_parallel.finish()
+    finish_sequence_parallel_gradients(data_parallel.parameters, group=tp_group)
+    data_parallel.scale(1.0 / tokens.clamp_min(1))
+"""
+
+_BUFFERS = (
+    _of(
+        name="bucket-not-padded",
+        module="impl.buckets",
+        wrong="Buckets end where their last tensor ends.",
+        snippet="end += -(end - start) % parts",
+        replacement="end += 0",
+        seen="EMB-02",
+    ),
+    _of(
+        name="bucket-shards-overlap",
+        module="impl.buckets",
+        wrong="Shards begin at their rank, as if they had one element.",
+        snippet="range(self.start + part * length, self.start + (part + 1) * length)",
+        replacement="range(self.start + part, self.start + part + length)",
+        seen="DO-04",
+    ),
+    _buffer(
+        name="buffer-zeroed-in-part",
+        wrong="A step begins with the last step's gradients in all buckets but the first.",
+        snippet="self.data.zero_()",
+        replacement="self.data[: self.buckets[0].stop].zero_()",
+        seen="DO-02",
+    ),
+    _buffer(
+        name="buffer-last-round-only",
+        wrong="Each backward overwrites what those before it gave.",
+        snippet="parameter.main_grad.add_(parameter.grad)",
+        replacement="parameter.main_grad.copy_(parameter.grad)",
+        seen="LS-08",
+    ),
+    _buffer(
+        name="buffer-gradient-kept",
+        wrong="A gradient that was added stays, and is added again with the next.",
+        snippet="        parameter.grad = None\n",
+        replacement="",
+        seen="LS-09",
+    ),
+    _buffer(
+        name="buffer-in-low-precision",
+        wrong="Gradients add up in the dtype of their parameters.",
+        snippet="dtype = torch.promote_types(first.dtype, torch.float32)",
+        replacement="dtype = first.dtype",
+        seen="FP8-04",
+    ),
+    _buffer(
+        name="buffer-shares-backwards",
+        wrong="Shares of the buffer are taken for those of parameters in the order of the model.",
+        snippet="yield Share(parameter, values, self.data[start:stop])",
+        replacement="yield Share(\n"
+        "                    self.parameters[-1 - span.index], values, self.data[start:stop]\n"
+        "                )",
+        seen="DO-01",
+    ),
+    _buffer(
+        name="buffer-shard-at-the-front",
+        wrong="A reduced shard is written where the first rank has its own.",
+        snippet="self.data[mine.start : mine.stop].copy_(reduced)",
+        replacement="self.data[bucket.start : bucket.start + len(mine)].copy_(reduced)",
+        seen="GRP-04",
+    ),
+)
+_REDUCTIONS = (
+    _buffer(
+        name="reduction-without-cp",
+        wrong="Gradients are summed over dp, not over parts of the sequence.",
+        snippet="groups.edp if expert else groups.dp_cp",
+        replacement="groups.edp if expert else groups.dp",
+        seen="LS-13",
+    ),
+    _buffer(
+        name="reduction-of-experts-over-dp",
+        wrong="Gradients of experts are summed over ranks that have other experts.",
+        snippet="groups.edp if expert else groups.dp_cp",
+        replacement="groups.dp_cp",
+    ),
+    _buffer(
+        name="reduction-in-every-round",
+        wrong="Buckets are on their way from the first round on.",
+        snippet="if self.overlap and self._synchronizes:",
+        replacement="if self.overlap:",
+    ),
+    _buffer(
+        name="reduction-at-first-gradient",
+        wrong="A bucket is on its way when the first of its gradients is there.",
+        snippet="and not self._missing[len(self._pending)]",
+        replacement="and len(self._pending) <= number",
+        seen="EMB-07",
+    ),
+    _buffer(
+        name="reduction-not-waited-for",
+        wrong="Reductions are taken to be done when they begin.",
+        snippet="reduced = pending.wait()",
+        replacement="reduced = pending.result",
+        seen="DP-02",
+    ),
+    _finish(
+        name="reduction-scaled-in-flight",
+        wrong="Buckets are scaled while they are on their way.",
+        snippet=_FINISH,
+        replacement="""    data_parallel.scale(1.0 / tokens.clamp_min(1))
+    data_parallel.finish()
+    finish_sequence_parallel_gradients(data_parallel.parameters, group=tp_group)
+""",
+        seen="DP-02",
+    ),
+    _finish(
+        name="gradients-of-another-buffer",
+        wrong="Gradients that are Partial over tp are summed where the optimizer does not look.",
+        snippet='getattr(parameter, "main_grad", parameter.grad)',
+        replacement="parameter.grad",
+        seen="EMB-04",
+    ),
+    _finish(
+        name="gradients-divided-by-tp",
+        wrong="The mean is over tokens and over the ranks of tp.",
+        snippet="data_parallel.scale(1.0 / tokens.clamp_min(1))",
+        replacement="data_parallel.scale(1.0 / tokens.clamp_min(1) / tp_group.size())",
+        seen="LS-06",
+    ),
+    _buffer(
+        name="tokens-of-own-rank",
+        wrong="Every rank divides by its own number of tokens.",
+        snippet="total, count = all_reduce(both, group=group)",
+        replacement="total, count = all_reduce(both, group=group)[0], both[1]",
+        seen="LS-01",
+    ),
+    _buffer(
+        name="tokens-loss-of-own-rank",
+        wrong="The loss that is told is that of one rank's tokens.",
+        snippet="total, count = all_reduce(both, group=group)",
+        replacement="total, count = both[0], all_reduce(both, group=group)[1]",
+        seen="LS-13",
+    ),
+)
+_GATHERS = (
+    _shard(
+        name="parameters-not-waited-for",
+        wrong="Parameters are used before they are gathered.",
+        snippet="""        if pending is not None:
+            pending.wait()
+""",
+        replacement="",
+        seen="DO-07",
+    ),
+    _shard(
+        name="parameters-of-the-last-bucket",
+        wrong="The last bucket of parameters is never gathered.",
+        snippet="""        for number in reversed(range(len(self.buckets))):
+            bucket""",
+        replacement="""        for number in reversed(range(len(self.buckets) - 1)):
+            bucket""",
+        seen="DO-09",
+    ),
+)
+MUTANTS = (*_BUFFERS, *_REDUCTIONS, *_GATHERS)
