@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.nn import Parameter
 
 from verify import oracle
+from verify.errors import HarnessError
 from verify.layout import Layout
 from verify.oracle.contract import Contract, TensorSpec
 from verify.placement import Partial, Shard
@@ -186,6 +187,8 @@ class Session:
     def build(self, case):
         if case.concept == "fake_sum":
             return Sum(self.group, self.defect)
+        if self.defect == "harness":
+            raise HarnessError("the cluster broke under the target")
         width = case.shape["in_features"]
         if width % case.layout.tp and self.defect == "internal":
             return [][width]
@@ -225,7 +228,7 @@ DEFECTS = (
     "raise", "raise on one", "detached", "bfloat16", "bias before sum", "no sum", "deadlock",
     "twice", "copies", "wrong row", "nan", "extra output", "transposed", "random", "dtype",
     "bias gradient", "frozen gradient", "unknown parameter", "lost parameter", "one share",
-    "internal", "vague", "lenient",
+    "internal", "vague", "lenient", "harness",
 )  # fmt: skip
 
 

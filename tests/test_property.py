@@ -265,3 +265,11 @@ def test_findings_survive_json_and_foreign_ones_are_refused():
         with pytest.raises(BadArgument, match=words) as caught:
             Finding.from_json(spoilt)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["equivalence", "refusal"])
+def test_a_harness_that_breaks_under_the_target_is_unknown(cluster, name):
+    target = fake_targets.target_of("harness")
+    judgement = judge(name, case_of(), target_name=target, cluster=cluster)
+    assert judgement.verdict is Verdict.UNKNOWN
+    assert "the cluster broke under the target" in judgement.reason

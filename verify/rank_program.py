@@ -20,7 +20,7 @@ from verify import oracle
 from verify.case import Case
 from verify.cluster.base import RankFailure
 from verify.cluster.history import mark
-from verify.errors import BadArgument, Mismatch
+from verify.errors import BadArgument, HarnessError, Mismatch
 from verify.layout import Layout
 from verify.lens import Problem, dtype_of, generate, local
 from verify.oracle.contract import Contract
@@ -62,9 +62,12 @@ def contract_of(case: Case) -> Contract:
 
 @contextmanager
 def target_code(doing: str) -> Iterator[None]:
-    """Mark what is raised inside as the target's, with what it was doing."""
+    """Mark what is raised inside as the target's, with what it was doing; a HarnessError is never
+    the target's, wherever it is raised."""
     try:
         yield
+    except HarnessError:
+        raise
     except Exception as error:
         error.add_note(f"{_MARK}{doing}")
         raise

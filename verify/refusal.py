@@ -28,7 +28,7 @@ from torch import Tensor
 from verify.blame import Bench
 from verify.case import Case
 from verify.cluster.base import Cluster
-from verify.errors import BadArgument, NotSupported
+from verify.errors import BadArgument, HarnessError, NotSupported
 from verify.layout import Layout
 from verify.oracle.contract import Contract
 from verify.placement import Partial, Placements, Replicate
@@ -83,7 +83,7 @@ def answer(target_name: str, case: Case) -> Answer:
             stage = "running forward"
             subject.forward(_inputs(case))
             return Answer()
-    except NotSupported:
+    except (NotSupported, HarnessError):
         raise
     except Exception as error:
         return Answer(stage, type(error).__name__, str(error), _deliberate(error))
