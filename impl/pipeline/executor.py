@@ -191,21 +191,20 @@ class Executor:
     def _exchange(self, transfers: Iterable[Transfer]) -> None:
         """Begin the transfers, when those before are done, and with overlap do not wait."""
         self._arrived()
-        outgoing: list[Outgoing] = []
-        incoming: list[Incoming] = []
+        begun: list[Outgoing | Incoming] = []
         keys: list[_Key] = []
         for each in transfers:
             activation = each.what == "activation"
             key: _Key = each.what, each.microbatch, self._own_chunk(each)
             if each.way == "send":
                 announced = activation and self.shape is None
-                outgoing.append(Outgoing(self._leaving.pop(key), each.peer, announced))
+                begun.append(Outgoing(self._leaving.pop(key), each.peer, announced))
             else:
                 # The gradient of an activation that went out has its shape.
                 known = self.shape if activation else self._kept[key[1:]].shape
-                incoming.append(Incoming(each.peer, known))
+                begun.append(Incoming(each.peer, known))
                 keys.append(key)
-        self._pending = self.link.exchange(outgoing, incoming), keys
+        self._pending = self.link.exchange(begun), keys
         if not self.overlap:
             self._arrived()
 

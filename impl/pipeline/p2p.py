@@ -4,8 +4,10 @@ A `Link` sends and receives several tensors at once, so that neither end waits f
 begin (`batch_isend_irecv`; one group call in NCCL), and knows peers by their stage: the calls of
 torch take global ranks. Both ends name their tensors for each other in the same order.
 
-Where not all activations have one shape, each is announced by a message of its sizes. A gradient
-has the shape of its activation, which its receiver knows.
+Where not all activations have one shape, each is announced by a message of its sizes just before
+it. A gradient has the shape of its activation, which its receiver knows. The order of all messages
+between two stages is that of their transfers, however either end begins them together: if a batch
+began with its announcements, they would meet tensors where the other end has another batch.
 """
 
 from __future__ import annotations
@@ -64,42 +66,39 @@ class Link:
         self.group, self.dtype, self.device = group, dtype, device
         self.stage, self.stages = dist.get_rank(group), dist.get_world_size(group)
 
-    def exchange(self, outgoing: Sequence[Outgoing], incoming: Sequence[Incoming]) -> Pending:
-        """Begin all transfers. Announced shapes are exchanged, and waited for, before.
+    def exchange(self, transfers: Sequence[Outgoing | Incoming]) -> Pending:
+        """Begin the transfers, which both ends of each have in one order.
 
-        Returns at once otherwise: `Pending.wait` before reading what comes in. Raises ValueError
-        for a tensor of another dtype, or of more than `MOST_DIMS` dimensions.
+        All are begun at once, but where the shape of something to receive is announced: up to the
+        announcement they are done, and then the others begin. `Pending.wait` before reading what
+        comes in. Raises ValueError for a tensor of another dtype, or of more than `MOST_DIMS`
+        dimensions.
         """
-        for each in outgoing:
-            if each.tensor.dtype is not self.dtype:
-                raise ValueError(f"p2p: a tensor is {each.tensor.dtype}; the link is {self.dtype}")
-        shapes = self._shapes(outgoing, incoming)
-        sent = tuple(each.tensor.detach().contiguous() for each in outgoing)
-        received = tuple(
-            torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes
-        )
-        operations = [
-            *self._operations(dist.isend, sent, [each.peer for each in outgoing]),
-            *self._operations(dist.irecv, received, [each.peer for each in incoming]),
-        ]
-        return Pending(received, sent, _begun(operations))
+        operations: list[dist.P2POp] = []
+        received, sent = [], []
+        for each in transfers:
+            if isinstance(each, Outgoing):
+                for tensor in self._messages(each):
+                    sent.append(tensor)
+                    operations.append(self._operation(dist.isend, tensor, each.peer))
+                continue
+            shape = each.shape
+            if shape is None:
+                sizes = torch.empty(1 + MOST_DIMS, dtype=torch.int64, device=self.device)
+                operations.append(self._operation(dist.irecv, sizes, each.peer))
+                Pending(works=_begun(operations)).wait()
+                operations, shape = [], _announced(sizes)
+            received.append(torch.empty(shape, dtype=self.dtype, device=self.device))
+            operations.append(self._operation(dist.irecv, received[-1], each.peer))
+        return Pending(tuple(received), tuple(sent), _begun(operations))
 
-    def _shapes(
-        self, outgoing: Sequence[Outgoing], incoming: Sequence[Incoming]
-    ) -> list[tuple[int, ...]]:
-        """The shapes of what comes in. Communicates if one is announced."""
-        told = [each for each in outgoing if each.announced]
-        asked = [each for each in incoming if each.shape is None]
-        sizes = [self._announcement(each.tensor) for each in told]
-        answers = [torch.empty(1 + MOST_DIMS, dtype=torch.int64, device=self.device) for _ in asked]
-        operations = [
-            *self._operations(dist.isend, sizes, [each.peer for each in told]),
-            *self._operations(dist.irecv, answers, [each.peer for each in asked]),
-        ]
-        for work in _begun(operations):
-            work.wait()
-        announced = iter(_announced(answer) for answer in answers)
-        return [next(announced) if each.shape is None else each.shape for each in incoming]
+    def _messages(self, outgoing: Outgoing) -> list[Tensor]:
+        """What is sent of a tensor: its shape, if that is announced, and its values."""
+        tensor = outgoing.tensor
+        if tensor.dtype is not self.dtype:
+            raise ValueError(f"p2p: a tensor is {tensor.dtype}; the link is {self.dtype}")
+        values = [tensor.detach().contiguous()]
+        return [self._announcement(tensor), *values] if outgoing.announced else values
 
     def _announcement(self, tensor: Tensor) -> Tensor:
         if tensor.dim() > MOST_DIMS:
@@ -107,16 +106,8 @@ class Link:
         sizes = [tensor.dim(), *tensor.shape, *(0,) * (MOST_DIMS - tensor.dim())]
         return torch.tensor(sizes, dtype=torch.int64, device=self.device)
 
-    def _operations(
-        self, operation: Callable[..., Any], tensors: Sequence[Tensor], stages: Sequence[int]
-    ) -> list[dist.P2POp]:
-        return [
-            dist.P2POp(operation, tensor, self._global_rank(stage), self.group)
-            for tensor, stage in zip(tensors, stages, strict=True)
-        ]
-
-    def _global_rank(self, stage: int) -> int:
-        return dist.get_global_rank(self.group, stage)
+    def _operation(self, call: Callable[..., Any], tensor: Tensor, stage: int) -> dist.P2POp:
+        return dist.P2POp(call, tensor, dist.get_global_rank(self.group, stage), self.group)
 
 
 def _begun(operations: Sequence[dist.P2POp]) -> list[dist.Work]:
