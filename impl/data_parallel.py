@@ -60,9 +60,10 @@ class GradientBuffer:
         scatter: bool,
     ) -> None:
         self.parameters, self.group, self.scatter = tuple(parameters), group, scatter
-        first, size = parameters[0], dist.get_world_size(group)
+        first = parameters[0]
         numels = [parameter.numel() for parameter in parameters]
-        self.buckets = lay_out(numels, bucket_size=bucket_size, parts=size)
+        parts = dist.get_world_size(group) if scatter else 1
+        self.buckets = lay_out(numels, bucket_size=bucket_size, parts=parts)
         dtype = torch.promote_types(first.dtype, torch.float32)
         self.data = torch.zeros(self.buckets[-1].stop, dtype=dtype, device=first.device)
         self.bucket_of = {
