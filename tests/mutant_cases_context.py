@@ -14,7 +14,6 @@ THREE, FOUR = Layout(cp=3), Layout(cp=4)
 LEVELS = Layout(cp=6, hierarchical_cp=(3, 2))
 LAYER = Layout(tp=2, cp=2, sequence_parallel=True)
 HARD = Adversary(late=True, rendezvous=True)
-ALGORITHMS = ("all_gather", "ring", "ulysses")
 SIZES = {"sequence": 12, "batch": 2, "heads": 6, "kv_heads": 3, "head_dim": 3}
 
 
@@ -22,41 +21,35 @@ def _attention(
     layout: Layout = THREE,
     *,
     adversary: Adversary = NONE,
-    lens: str = "fp64",
     sizes: dict[str, int] | None = None,
     **options,
 ) -> Case:
-    dtype = "bfloat16" if lens == "native" else "float64"
     return Case(
         concept="context_attention",
         layout=layout,
         shape={**SIZES, **(sizes or {})},
         options=options,
-        lens=lens,
-        dtype=dtype,
         adversary=adversary,
     )
 
 
 def _equivalent() -> Iterator[Case]:
-    for algorithm in ALGORITHMS:
-        yield _attention(algorithm=algorithm, blocks=True)
-        yield _attention(TWICE, algorithm=algorithm, placement="contiguous", mask="full")
+    yield _attention(algorithm="all_gather", blocks=True)
+    yield _attention(TWICE, algorithm="ring", blocks=True)
+    yield _attention(algorithm="ulysses", placement="contiguous", mask="full")
     for kv_heads in (1, 3):
         yield _attention(LEVELS, algorithm="hierarchical", sizes={"kv_heads": kv_heads})
-    for algorithm in ALGORITHMS[:2]:
-        yield _attention(algorithm=algorithm, adversary=HARD)
-        yield _attention(algorithm=algorithm, packed=2, sizes={"sequence": 24})
-    few = {"heads": 8, "kv_heads": 2, "value_dim": 3, "sequence": 8}
+    for algorithm in ("all_gather", "ring"):
+        packed = {"packed": 2, "sizes": {"sequence": 24}}
+        yield _attention(algorithm=algorithm, adversary=HARD, **packed)
+    few = {"heads": 8, "kv_heads": 2, "value_dim": 2, "sequence": 8}
     yield _attention(FOUR, algorithm="ulysses", sizes=few)
     yield _attention(mask="sliding_window", window=2, blocks=True, scale=1.0)
     yield _attention(magnitude=1024, zeros="grad out")
-    yield _attention(FOUR, algorithm="ring", lens="native", sizes={"sequence": 8})
 
 
 def _refused() -> Iterator[Case]:
-    for algorithm in ("ulysses", "all_gather"):
-        yield _attention(algorithm=algorithm, sizes={"sequence": 9})
+    yield _attention(algorithm="ring", sizes={"sequence": 9})
     yield _attention(algorithm="ulysses", sizes={"heads": 4, "kv_heads": 1})
     yield _attention(algorithm="ulysses", sizes={"heads": 6, "kv_heads": 2})
     yield _attention(algorithm="hierarchical")
@@ -69,9 +62,8 @@ def cases() -> Iterator[tuple[str, Case]]:
         yield "equivalence", case
     for case in _refused():
         yield "refusal", case
-    for algorithm in ALGORITHMS[:2]:
-        yield "communication", _attention(algorithm=algorithm)
-        yield "memory", _attention(algorithm=algorithm)
+    yield "communication", _attention(algorithm="ring")
+    yield "memory", _attention(algorithm="all_gather")
     sizes = {"sequence": 8, "batch": 1, "hidden": 3, "heads": 8, "kv_heads": 4, "head_dim": 2}
     layer = Case(concept="context_attention_block", layout=LAYER, shape=sizes)
     for check in ("equivalence", "communication", "memory"):
