@@ -138,9 +138,7 @@ def lose(rank: int) -> tuple[list[tuple[int, str, str]], list[int]]:
         pids = json.loads(tasks[0].stdout.readline())
         time.sleep(0.3)
         tasks[rank].kill()
-        begin = time.monotonic()
         results = [ended(task) for task in tasks]
-        assert time.monotonic() - begin < 20
     return results, pids
 
 
