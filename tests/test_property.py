@@ -222,14 +222,17 @@ def test_verdicts(cluster):
 
 
 def test_a_verdict_is_never_lost():
-    passed, lacks, unknown, failed = Verdict
+    passed, lacks, known, unknown, failed = Verdict
     assert worst([]) is Verdict.UNKNOWN
     assert worst([passed, lacks]) is passed
     assert worst([lacks]) is lacks
     assert worst([passed, unknown, lacks]) is unknown
     assert worst([unknown, failed, passed]) is failed
+    assert worst([passed, known, lacks]) is known
+    assert worst([known, unknown]) is unknown
     assert opens_gate([passed, lacks])
-    assert not any(opens_gate(each) for each in ([], [lacks], [unknown, passed], [failed]))
+    assert opens_gate([passed, known])
+    assert not any(opens_gate(each) for each in ([], [lacks], [unknown, passed], [failed], [known, failed]))
 
 
 def test_findings_survive_json_and_foreign_ones_are_refused():
