@@ -11,11 +11,12 @@ from __future__ import annotations
 import builtins
 import importlib
 import linecache
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.abc import InspectLoader, Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import decode_source
 from pathlib import Path
 from threading import RLock
@@ -29,6 +30,7 @@ from verify.mutants.mutant import Mutant
 _LOCK = RLock()
 _ABSENT = object()
 _HARNESS = "verify"
+_CODES: dict[tuple[str, int], CodeType] = {}
 
 Change = Callable[[str], str]
 
@@ -157,11 +159,27 @@ class _Copied(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": self.importer}
-        self.original.exec_module(module)
+        exec(_code_of(self.original, module.__name__), module.__dict__)
 
     def get_source(self, name: str) -> str | None:
         """For tracebacks, which ask the loader where a file cannot be read."""
         return self.original.get_source(name) if isinstance(self.original, InspectLoader) else None
+
+
+def _code_of(loader: Loader, name: str) -> CodeType:
+    """The code of a module, compiled once for all copies while its file stays as it is."""
+    assert isinstance(loader, InspectLoader)
+    if not isinstance(loader, SourceFileLoader):
+        code = loader.get_code(name)
+    else:
+        path = loader.get_filename(name)
+        key = path, os.stat(path).st_mtime_ns
+        code = _CODES.get(key) or loader.get_code(name)
+        if code is not None:
+            _CODES[key] = code
+    if code is None:
+        raise HarnessError(f"{name} has no code to copy")
+    return code
 
 
 class _Changed(InspectLoader):

@@ -59,8 +59,7 @@ class Progression:
             line = f" {name}{by}: {outcome.examples} examples, {outcome.seconds:.1f} s"
             reason = outcome.reason.strip().rpartition("\n")[2]
             self.console.print(
-                Text.assemble((f"{fate:9}", STYLES[fate]), line, f": {reason}" if reason else ""),
-                soft_wrap=True,
+                Text.assemble((f"{fate:9}", STYLES[fate]), line, f": {reason}" if reason else "")
             )
 
     def stop(self) -> None:
@@ -82,14 +81,13 @@ def print_score(console: Console, document: Mapping[str, Any]) -> None:
     console.print(_sums(document))
     console.print()
     for line in complaints(document):
-        console.print(Text(line, "bold red"), soft_wrap=True)
+        console.print(Text(line, "bold red"))
     total, target = document["total"], document["target"]
     console.print(
         f"{total['caught']} of {total['mutants']} mutants of {target['name']} caught, score"
         f" {_percent(total['score'])}; {total['survived']} survived ({total['equivalent']}"
         f" equivalent), {total['unknown']} unknown; detection {_time(total['median_seconds'])}"
-        f" median, {_time(total['worst_seconds'])} worst; {document['seconds']:.0f} s in all",
-        soft_wrap=True,
+        f" median, {_time(total['worst_seconds'])} worst; {document['seconds']:.0f} s in all"
     )
 
 

@@ -78,7 +78,6 @@ def complaints(document: Mapping[str, Any]) -> list[str]:
 def _row(mutant: Mutant | Generated, outcome: Outcome, equivalent: str) -> dict[str, Any]:
     record = outcome.record
     finding = record.findings[0] if record and record.findings else None
-    generated = isinstance(mutant, Generated)
     return {
         "name": mutant.name,
         "class": mutant.family,
@@ -86,9 +85,9 @@ def _row(mutant: Mutant | Generated, outcome: Outcome, equivalent: str) -> dict[
         "wrong": mutant.wrong,
         "snippet": mutant.snippet,
         "replacement": mutant.replacement,
-        "function": mutant.function if generated else None,
-        "seen": None if generated else mutant.seen,
-        "concepts": [] if generated else list(mutant.caught_by),
+        "function": mutant.function if isinstance(mutant, Generated) else None,
+        "seen": mutant.seen if isinstance(mutant, Mutant) else None,
+        "concepts": list(mutant.caught_by) if isinstance(mutant, Mutant) else [],
         "fate": outcome.fate.value,
         "caught_by": outcome.caught_by,
         "properties": list(outcome.properties),

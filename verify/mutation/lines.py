@@ -1,8 +1,7 @@
-"""Which lines of a package run, on all threads that begin while one looks."""
+"""Which lines of a package run on threads that begin while one looks, as those of ranks do."""
 
 from __future__ import annotations
 
-import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -25,15 +24,12 @@ class Lines:
         self.reached.clear()
 
     def __enter__(self) -> Lines:
-        self._before = sys.gettrace(), threading.gettrace()
-        sys.settrace(self._calls)
+        self._before = threading.gettrace()
         threading.settrace(self._calls)
         return self
 
     def __exit__(self, *error: object) -> None:
-        here, others = self._before
-        sys.settrace(here)
-        threading.settrace(others)  # type: ignore[arg-type]
+        threading.settrace(self._before)  # type: ignore[arg-type]
 
     def _calls(self, frame: FrameType, event: str, argument: Any) -> Any:
         return self._lines if frame.f_code.co_filename in self._names else None

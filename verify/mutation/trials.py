@@ -68,10 +68,7 @@ class Trials:
         set_limits(self.limits)
         self._stack.callback(use_profile(self.options))
         if not self.shrink:
-            phases = [each for each in hypothesis.settings.default.phases if each != Phase.shrink]
-            name = f"shardproof-{self.options.profile}-as-drawn"
-            hypothesis.settings.register_profile(name, phases=phases)
-            hypothesis.settings.load_profile(name)
+            _leave_out_shrinking(f"shardproof-{self.options.profile}-as-drawn")
         # A property keeps the settings that it was imported under.
         self._forget()
         self._stack.callback(self._forget)
@@ -79,9 +76,8 @@ class Trials:
         if self.lines:
             # Before the cluster's threads begin, which inherit it.
             self._stack.enter_context(self.lines)
-        self.cluster = self._stack.enter_context(
-            open_cluster("sim", world_size=size, timeout=_SECONDS_OF_A_RUN)  # type: ignore[arg-type]
-        )
+        self.cluster = open_cluster("sim", world_size=size, timeout=_SECONDS_OF_A_RUN)
+        self._stack.callback(self.cluster.close)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -154,6 +150,14 @@ class Trials:
     def _forget(self) -> None:
         for name in [each for each in sys.modules if each.startswith(f"{PACKAGE}.test_")]:
             del sys.modules[name]
+
+
+def _leave_out_shrinking(profile: str) -> None:
+    """Make the present settings, without that phase, those of what is imported from now on."""
+    present = hypothesis.settings()
+    phases = [each for each in present.phases if each is not Phase.shrink]
+    hypothesis.settings.register_profile(profile, present, phases=phases)
+    hypothesis.settings.load_profile(profile)
 
 
 def _called(

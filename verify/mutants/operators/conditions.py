@@ -91,8 +91,9 @@ def other_flag(node: Node, source: Source) -> Iterator[Edit]:
     if isinstance(node, ast.Constant) and isinstance(node.value, bool):
         yield source.replaced(node, str(not node.value), f"A flag is {not node.value}.")
     above = source.parents[node]
-    handed_on = isinstance(above, ast.keyword) and above.arg in _FLAGS
-    if handed_on and not isinstance(node, ast.Constant):
+    if isinstance(node, ast.Constant) or not isinstance(above, ast.keyword):
+        return
+    if above.arg in _FLAGS:
         text = f"(not ({source.of(node)}))"
         yield source.replaced(node, text, f"{above.arg} is handed on turned around.")
 

@@ -62,7 +62,7 @@ def swap_arguments(node: Node, source: Source) -> Iterator[Edit]:
     name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
     first = node.args[:2]
     if len(first) == 2 and name not in _UNEQUAL and not any(map(_is_plain, first)):
-        yield from source.swapped(*first, f"Two arguments of {name} are exchanged.")
+        yield from source.swapped(first[0], first[1], f"Two arguments of {name} are exchanged.")
     for one, other in zip(node.keywords, node.keywords[1:], strict=False):
         if one.arg and other.arg and one.arg.split("_")[-1] == other.arg.split("_")[-1]:
             wrong = f"{one.arg} and {other.arg} are exchanged."
@@ -131,18 +131,14 @@ def leave_out(node: Node, source: Source) -> Iterator[Edit]:
 
 def other_constant(node: Node, source: Source) -> Iterator[Edit]:
     """A number is one more; as an argument or index, 0 is -1 and -1 is 0."""
-    negative = _is_negative(node)
-    inner = node.operand if negative else node
     above = source.parents[node]
-    if not isinstance(inner, ast.Constant) or type(inner.value) not in (int, float):
+    value = _number(node)
+    if value is None or _is_negative(above):
         return
-    if _is_negative(above):
-        return
-    value = -inner.value if negative else inner.value
     place = isinstance(above, ast.Call | ast.keyword | ast.Subscript)
-    other = {0: "-1", -1: "0"}[value] if place and value in (0, -1) else f"{value + 1}"
-    if isinstance(value, float):
-        other = f"{value + 1.0}"
+    other = f"{value + 1}"
+    if place and isinstance(value, int) and value in (0, -1):
+        other = f"{-1 - value}"
     yield source.replaced(node, other, f"{value} is {other}.")
 
 
@@ -151,6 +147,16 @@ def _receiver(node: Node, methods: tuple[str, ...]) -> ast.expr | None:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         return node.func.value if node.func.attr in methods else None
     return None
+
+
+def _number(node: Node) -> int | float | None:
+    """The number that a node is, with its sign."""
+    negative = _is_negative(node)
+    inner = node.operand if _is_negative(node) else node
+    value = inner.value if isinstance(inner, ast.Constant) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return -value if negative else value
 
 
 def _is_negative(node: ast.AST) -> TypeGuard[ast.UnaryOp]:

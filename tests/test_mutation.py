@@ -1,0 +1,176 @@
+"""The mutation score: workers, claims, what is said of a mutant, and the command as it is run."""
+
+import functools
+import json
+import os
+import time
+from collections import Counter
+
+import jsonschema
+import pytest
+from test_cli import in_process, shardproof
+from test_report import FAILED
+
+from verify.errors import BadArgument
+from verify.mutants import CATALOGUE
+from verify.mutants.generated import generate
+from verify.mutation.claims import claims
+from verify.mutation.document import complaints, describe, validate
+from verify.mutation.outcome import Fate, Outcome
+from verify.mutation.pool import Lost, Pool, number_of_workers
+from verify.mutation.trials import Surveyed
+from verify.options import RunOptions
+
+MUTANT = CATALOGUE["impl"]["gradients-averaged"]
+GENERATED = generate("impl", ("gradients",))[0]
+CAUGHT = Outcome(
+    fate=Fate.CAUGHT, properties=("a.b", FAILED.property), examples=3, seconds=1.5, record=FAILED
+)
+SURVIVED = Outcome(fate=Fate.SURVIVED, properties=("a.b",), examples=100, seconds=9.0)
+UNKNOWN = Outcome(fate=Fate.UNKNOWN, reason="no property is about it")
+
+
+def test_workers_do_every_task_and_keep_what_they_have():
+    tasks = dict.fromkeys(range(4), os.getpid)
+    with Pool(1, timeout=120) as pool:
+        started = []
+        found = dict(pool.run(tasks, started=started.append))
+    assert started == list(tasks)
+    assert len(set(found.values())) == 1
+    assert os.getpid() not in found.values()
+
+
+def test_a_lost_task_does_not_take_the_others_along():
+    tasks = {
+        "dies": functools.partial(os._exit, 3),
+        "raises": functools.partial(int, "x"),
+        "works": os.getpid,
+    }
+    with Pool(1, timeout=120) as pool:
+        found = dict(pool.run(tasks))
+        assert found["dies"] == Lost("its process ended with code 3")
+        assert "ValueError" in found["raises"].reason
+        assert isinstance(found["works"], int)
+        pool.timeout = 1.0
+        slow = dict(pool.run({"sleeps": functools.partial(time.sleep, 60)}))
+    assert slow == {"sleeps": Lost("it did not end within 1 s")}
+
+
+def test_the_number_of_workers():
+    assert (number_of_workers(None), number_of_workers("3")) == (1, 3)
+    assert number_of_workers("auto") >= 1
+    for wrong in ("0", "-1", "two", ""):
+        with pytest.raises(BadArgument, match="-n"):
+            number_of_workers(wrong)
+
+
+def test_properties_about_a_mutant_come_before_costly_and_rare_ones():
+    rare = Surveyed("rare", 10, 1.0, Counter(row_linear=1, copy_to_tp=9))
+    often = Surveyed("often", 10, 1.0, Counter(row_linear=10))
+    costly = Surveyed("costly", 10, 3.0, Counter(tp_mlp=10))
+    other = Surveyed("other", 10, 1.0, Counter(copy_to_tp=10))
+    empty = Surveyed("empty")
+    assert claims(MUTANT, [rare, other, empty, costly, often]) == ["often", "costly", "rare"]
+    line = (GENERATED.module, GENERATED.lines[0])
+    reached = [Surveyed("a", 2, 1.0, Counter(), Counter({line: 1})), Surveyed("b", 2, 1.0)]
+    assert claims(GENERATED, reached) == ["a"]
+
+
+def described(*examined):
+    document = describe(
+        examined,
+        RunOptions(),
+        target="impl",
+        started="2026-01-01T00:00:00+00:00",
+        seconds=3.0,
+        workers=2,
+        shrink=True,
+    )
+    validate(document)
+    return document
+
+
+def test_the_document_counts_and_scores():
+    document = described((MUTANT, CAUGHT, ""), (GENERATED, SURVIVED, "It is."))
+    assert document["total"] == {
+        "mutants": 2,
+        "caught": 1,
+        "survived": 1,
+        "unknown": 0,
+        "equivalent": 1,
+        "score": 0.5,
+        "score_without_equivalent": 1.0,
+        "median_seconds": 1.5,
+        "worst_seconds": 1.5,
+    }
+    assert set(document["classes"]) == {MUTANT.family, GENERATED.family}
+    row = document["mutants"][0]
+    assert (row["caught_by"], row["case"]) == (FAILED.property, FAILED.findings[0].case.to_json())
+    with pytest.raises(jsonschema.ValidationError):
+        validate({**document, "mutants": [{**row, "caught_by": None}]})
+
+
+def test_what_is_not_as_it_should_be():
+    assert complaints(described((MUTANT, CAUGHT, ""), (GENERATED, SURVIVED, "It is."))) == []
+    assert complaints(described((MUTANT, SURVIVED, ""))) == [f"{MUTANT.name} survived"]
+    assert complaints(described((MUTANT, UNKNOWN, ""))) == [f"{MUTANT.name} is unknown"]
+    assert complaints(described((GENERATED, UNKNOWN, "It is."))) == [f"{GENERATED.name} is unknown"]
+    (said,) = complaints(described((GENERATED, CAUGHT, "It is.")))
+    assert said == f"{GENERATED.name} is listed as equivalent, and {FAILED.property} fails"
+
+
+def test_the_command_catches_a_mutant_and_writes_the_case_that_shows_it(tmp_path, capsys):
+    names = "row-bias-before-sum,gradients-not-summed"
+    given = ("--suite", "linear", "--max-examples", 30, "--report", "out")
+    done = shardproof("mutants", "--name", names, *given, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    said = " ".join(done.stdout.split())
+    assert "2 of 2 mutants of impl caught, score 100.0%" in said
+    document = json.loads((tmp_path / "out" / "mutants.json").read_text())
+    validate(document)
+    rows = {row["name"]: row for row in document["mutants"]}
+    assert set(rows) == set(names.split(","))
+    for name, row in rows.items():
+        assert row["caught_by"].startswith("linear.")
+        assert row["case"]["layout"]["tp"] > 1
+        path = tmp_path / "out" / "failures" / f"{name}.json"
+        code, said, _ = in_process(capsys, "repro", path)
+        assert code == 1
+        assert "fails again, in the same way" in said
+
+
+def test_a_mutant_that_no_property_is_about_or_catches_closes_the_gate(tmp_path):
+    least = ("--max-examples", 2, "--no-shrink", "--json", "all.json")
+    names = "row-bias-before-sum,groups-descending"
+    done = shardproof("mutants", "--name", names, "--suite", "embedding", *least, cwd=tmp_path)
+    assert done.returncode == 1
+    document = json.loads((tmp_path / "all.json").read_text())
+    assert [row["fate"] for row in document["mutants"]] == ["unknown", "unknown"]
+    assert "row-bias-before-sum is unknown" in done.stdout
+
+
+def test_generated_mutants_are_caught_by_properties_that_reach_them(tmp_path):
+    chosen = ("--class", "drop-mask", "--module", "embedding,attention")
+    given = ("--suite", "embedding", "--max-examples", 20, "--no-shrink", "--json", "all.json")
+    done = shardproof("mutants", "--generated", *chosen, *given, cwd=tmp_path)
+    document = json.loads((tmp_path / "all.json").read_text())
+    fates = {row["module"]: set() for row in document["mutants"]}
+    for row in document["mutants"]:
+        fates[row["module"]].add((row["fate"], bool(row["properties"])))
+    assert fates == {"impl.embedding": {("caught", True)}, "impl.attention": {("unknown", False)}}
+    assert done.returncode == 1
+
+
+def test_wrong_options_are_one_line(capsys):
+    for arguments, words in (
+        (("--name", "none"), "--name: 'none'"),
+        (("--name", "a,,b"), "has an empty name"),
+        (("--suite", "none"), "--suite: 'none'"),
+        (("-n", "0"), "-n: '0'"),
+        (("--sample", "0"), "Invalid value for '--sample'"),
+        (("--profile", "none"), "--profile: 'none'"),
+    ):
+        code, out, error = in_process(capsys, "mutants", *arguments)
+        assert (code, out, error.count("\n")) == (2, "", 1)
+        assert words in error
