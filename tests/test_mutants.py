@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import mutant_cases_attention as attention
 import mutant_cases_context as context
 import mutant_cases_layer as layer
+import mutant_cases_pipeline as pipeline
 import mutant_cases_training as training
 import pytest
 
@@ -193,6 +194,7 @@ CASES = (
     *attention.cases(),
     *layer.cases(),
     *context.cases(),
+    *pipeline.cases(),
     *training.cases(),
 )
 

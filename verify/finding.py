@@ -205,6 +205,7 @@ _HEADLINES: Mapping[str, str] = {
     "refusal": "the case must be refused on every rank with an error that names what is wrong",
     "groups": "the process groups are not those of the layout",
     "initialisation": "parameters are not initialised as promised",
+    "schedule": "the table of the schedule is not well-formed",
 }
 
 

@@ -21,12 +21,17 @@ _MOST_DETAILS = 6
 
 
 def schedule_check(case: Case, *, target_name: str, cluster: Cluster) -> None:
-    """The table obeys all laws. Asks the target in this process: a table needs no ranks."""
+    """The table obeys all laws. Asks the target in this process: a table needs no ranks. One that
+    there is no published schedule of may be refused."""
     bench = Bench("schedule", case, target_name, cluster)
     bench.require_support(case)
     plan = plan_of(case)
     try:
         details = complaints(table_from(bench.target, case), plan)
+    except BadArgument as error:
+        if not plan.possible:
+            raise
+        details = (str(error),)
     except Mismatch as error:
         details = (str(error),)
     if details:

@@ -1,0 +1,130 @@
+"""impl's executor and links where no case of a property looks: what is kept, what is refused."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from impl.pipeline.executor import Executor, Stage
+from impl.pipeline.p2p import Link, Outgoing
+from impl.pipeline.schedules import build_schedule, forward_only
+from verify.cluster import open_cluster
+
+
+@pytest.fixture(scope="module")
+def sim():
+    with open_cluster("sim", world_size=2) as opened:
+        yield opened
+
+
+def most_alive(kind: str, microbatches: int, overlap: bool) -> int:
+    """Rank program: the most outputs of a stage's chunk that exist at once, when autograd keeps
+    none of them."""
+    link = Link(dist.group.WORLD, dtype=torch.float64)
+    outputs: list[weakref.ref] = []
+    most = 0
+
+    def chunk(x):
+        nonlocal most
+        y = x + 1.0
+        outputs.append(weakref.ref(y.untyped_storage()))
+        most = max(most, sum(each() is not None for each in outputs))
+        return y
+
+    Executor(
+        build_schedule(kind, pp=2, microbatches=microbatches),
+        stage=Stage(chunks=[chunk], parameters=[()], loss=lambda y, _: y.sum()),
+        link=link,
+        inputs=[torch.ones(3, dtype=torch.float64, requires_grad=True)] * microbatches,
+        scale=1.0,
+        shape=(3,),
+        overlap=overlap,
+    ).run()
+    return most
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_outputs_are_freed_when_they_are_sent(sim, overlap):
+    """All forwards come first, and yet no stage has all outputs at once."""
+    found = sim.run(most_alive, "gpipe", 8, overlap, world_size=2)
+    assert max(found) <= 2
+
+
+def frozen(kind: str) -> tuple[int, int]:
+    """Rank program: nothing to train before the last stage, so nothing to send back from it."""
+    link = Link(dist.group.WORLD, dtype=torch.float64)
+    weight = torch.nn.Parameter(torch.ones(2, dtype=torch.float64), requires_grad=link.stage == 1)
+    outcome = Executor(
+        build_schedule(kind, pp=2, microbatches=2),
+        stage=Stage(
+            chunks=[lambda x: x * weight], parameters=[[weight]], loss=lambda y, _: y.sum()
+        ),
+        link=link,
+        inputs=[torch.ones(2, dtype=torch.float64)] * 2,
+        scale=0.5,
+        shape=(2,),
+    ).run()
+    assert outcome.input_gradients == {}
+    return len(outcome.losses), 0 if weight.grad is None else int(weight.grad.sum())
+
+
+@pytest.mark.parametrize("kind", ["1f1b", "zb-h1"])
+def test_a_stage_without_gradients(sim, kind):
+    assert sim.run(frozen, kind, world_size=2) == [(0, 0), (2, 2)]
+
+
+def refusals() -> list[str]:
+    """Rank program: the messages of runs whose parts do not fit."""
+    link = Link(dist.group.WORLD, dtype=torch.float64)
+    schedule = build_schedule("gpipe", pp=2, microbatches=2)
+    stage = Stage(chunks=[torch.sin], parameters=[()], loss=lambda y, _: y.sum())
+    two = [torch.ones(1)] * 2
+    found = []
+    for table, own, inputs in (
+        (build_schedule("gpipe", pp=3, microbatches=2), stage, two),
+        (schedule, Stage(chunks=[], parameters=[()]), two),
+        (schedule, Stage(chunks=[torch.sin], parameters=[()]), two[: 1 - link.stage]),
+    ):
+        with pytest.raises(ValueError) as caught:
+            Executor(table, stage=own, link=link, inputs=inputs, scale=1.0)
+        found.append(str(caught.value))
+    for tensor in (torch.ones(1), torch.ones((1,) * 8, dtype=torch.float64)):
+        with pytest.raises(ValueError) as caught:
+            link.exchange([Outgoing(tensor, 1 - link.stage, announced=True)])
+        found.append(str(caught.value))
+    return found
+
+
+def test_what_does_not_fit_is_refused(sim):
+    first, last = sim.run(refusals, world_size=2)
+    assert "pp=3, the pipeline group has 2 ranks" in first[0]
+    assert "chunks: 0 given; the schedule has vpp=1" in first[1]
+    assert "inputs: 1 given; the schedule has microbatches=2" in first[2]
+    assert last[2] == "loss: none given, on the last stage"
+    assert "a tensor is torch.float32; the link is torch.float64" in first[3]
+    assert "8 dimensions; at most 7" in first[4]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "words"),
+    [
+        ("dualpipe", {"pp": 2}, "'dualpipe' is not one of gpipe"),
+        ("1f1b", {"pp": 0}, "pp: 0 is no size"),
+        ("interleaved", {"pp": 1, "vpp": 2}, "need pp above 1, got 1"),
+        ("interleaved", {"pp": 3, "vpp": 2}, "4 is no multiple of pp=3"),
+        ("zb-h1", {"pp": 2, "vpp": 2}, "runs one chunk a stage, got 2"),
+    ],
+)
+def test_a_schedule_that_there_is_not_is_refused(kind, sizes, words):
+    with pytest.raises(ValueError, match=words):
+        build_schedule(kind, microbatches=4, **sizes)
+
+
+def test_an_evaluation_goes_forward_only():
+    schedule = forward_only(pp=2, vpp=2, microbatches=3)
+    for stage in range(2):
+        assert {action.work for action in schedule.actions(stage)} == {"forward"}
+        assert len(schedule.actions(stage)) == 6
