@@ -133,6 +133,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             return args[0]
         if function is Tensor.pin_memory:
             return args[0]
+        if function is Tensor.type and len(args) == 1 and not kwargs:
+            return str(function(*args)).replace("torch.", "torch.cuda.", 1)
         if function is Tensor.to:
             args = (args[0], *(_on_cpu(value) for value in args[1:]))
         if not kwargs:
@@ -221,7 +223,7 @@ _WRAPPED: tuple[tuple[str, str, Callable[..., Any]], ...] = (
 )
 _REDIRECTED = (
     "a device argument that names CUDA, Tensor.cuda and Tensor.to('cuda') mean the CPU, and pinned "
-    "memory is ordinary memory"
+    "memory is ordinary memory; Tensor.type names the type of a tensor on CUDA"
 )
 
 
