@@ -27,6 +27,7 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield from _norms()
     yield from _positions()
     yield from _layers()
+    yield from _losses()
     for options in ({}, {"activation": "geglu"}, {"activation": "swiglu", "packed": False}):
         mlp = {"sequence": 4, "batch": 2, "hidden": 3, "ffn": 4}
         yield "equivalence", case_of("tp_mlp", SP2, mlp, **options)
@@ -80,3 +81,16 @@ def _layers() -> Iterator[tuple[str, Case]]:
     yield "communication", layer(SPLIT, sizes, recompute="selective")
     yield "memory", layer(SPLIT, sizes, recompute="full")
     yield "refusal", layer(SPLIT, sizes, attention_dropout=0.25)
+
+
+def _losses() -> Iterator[tuple[str, Case]]:
+    fused = partial(case_of, "linear_cross_entropy")
+    sizes = {"sequence": 4, "batch": 2, "hidden": 3, "vocabulary": 6}
+    for layout in (TP2, SP2):
+        yield "equivalence", fused(layout, sizes, chunk=3, loss_mask=True, z_loss=0.25)
+        yield "memory", fused(layout, sizes, chunk=2)
+    yield "communication", fused(TP2, sizes, chunk=2)
+    yield "refusal", fused(TP2, sizes, z_loss=-0.25)
+    logits = {"sequence": 3, "batch": 2, "vocabulary": 6}
+    yield "equivalence", case_of("vocab_cross_entropy", TP2, logits, z_loss=0.25)
+    yield "refusal", case_of("vocab_cross_entropy", TP2, logits, z_loss=-0.25)

@@ -67,6 +67,7 @@ OPTIONS: Mapping[str, Choices] = {
     "vocab_cross_entropy": {
         "mask_padding": (False, True),
         "label_smoothing": (0.0, 0.1, 0.5),
+        "z_loss": (0.0, 0.25),
         "ignored": (False, True),
         "magnitude": (1, 16, 1024),
     },
@@ -250,7 +251,10 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("sequence", sequence_parallel=_ON, given={"scatter": (True,)}),
         Fault(turned=True, sequence_parallel=_ON, given={"scatter": (True,)}),
     ),
-    "vocab_cross_entropy": (Fault(option="label_smoothing", values=(1.0, 1.5, -0.5)),),
+    "vocab_cross_entropy": (
+        Fault(option="label_smoothing", values=(1.0, 1.5, -0.5)),
+        Fault(option="z_loss", values=(-0.25,)),
+    ),
     "tp_mlp": (
         Fault("ffn"),
         Fault(option="activation", values=("relu", "reglu")),

@@ -17,6 +17,7 @@ from verify.layout_strategies import divisors
 from verify.oracle.mlp import ACTIVATIONS
 from verify.oracle.norm import KINDS
 from verify.strategies import STRIDES, completed, with_option
+from verify.strategies import layouts as layouts_over_tp
 from verify.strategies_context import ALGORITHMS, MASKS, layouts, shared_by
 
 PLACEMENTS = ("zigzag", "contiguous")
@@ -227,5 +228,64 @@ def refusable_layer_cases(draw: st.DrawFn) -> Case:
     )
     if draw(st.booleans()):
         return dataclasses.replace(case, shape={**case.shape, **draw(st.sampled_from(sizes))})
+    option, value = draw(st.sampled_from(options))
+    return dataclasses.replace(case, options={**case.options, option: value})
+
+
+@st.composite
+def fused_loss_cases(
+    draw: st.DrawFn,
+    *,
+    min_tp: int = 1,
+    lenses: Sequence[Lens] = LENSES,
+    strides: Sequence[str] = STRIDES[:1],
+) -> Case:
+    """Cases of the output linear with its cross entropy, in chunks that need not divide."""
+    layout = draw(layouts_over_tp(min_tp=min_tp, max_world_size=8))
+    sequence = draw(st.integers(1, 3 if layout.sequence_parallel else 6))
+    vocabulary = layout.tp * draw(st.integers(1, 4))
+    shape = {
+        "sequence": sequence * (layout.tp if layout.sequence_parallel else 1),
+        "batch": draw(st.integers(1, 2)),
+        "hidden": draw(st.integers(1, 5)),
+        "vocabulary": vocabulary,
+    }
+    real = vocabulary - draw(st.integers(0, vocabulary - 1))
+    shape |= {"real_vocabulary": real} if real < vocabulary else {}
+    masked = draw(st.sampled_from(_FLAGS))
+    smooth = (real if masked else vocabulary) > 1
+    case = Case(concept="linear_cross_entropy", layout=layout, shape=shape)
+    given: dict[str, tuple[Option, ...]] = {
+        "chunk": (1, 2, 3, 7),
+        "label_smoothing": (0.0, 0.1, 0.5) if smooth else (0.0,),
+        "z_loss": (0.0, 0.0625),
+        "ignored": _FLAGS,
+        "loss_mask": _FLAGS,
+        "magnitude": (1, 1, 4),
+        "strides": tuple(strides),
+    }
+    case = with_option(case, "mask_padding", masked, default=False)
+    for option, values in given.items():
+        case = with_option(case, option, draw(st.sampled_from(values)), default=values[0])
+    return draw(completed(case, lenses))
+
+
+@st.composite
+def refusable_fused_loss_cases(draw: st.DrawFn) -> Case:
+    """Cases with a vocabulary that does not divide by tp, or an option out of range."""
+    case = draw(fused_loss_cases(min_tp=2, lenses=("fp64",)))
+    options: tuple[tuple[str, Option], ...] = (
+        ("chunk", -1),
+        ("label_smoothing", 1.0),
+        ("label_smoothing", -0.5),
+        ("z_loss", -0.25),
+    )
+    if draw(st.booleans()):
+        shape = {n: s for n, s in case.shape.items() if n != "real_vocabulary"}
+        vocabulary = case.layout.tp * draw(st.integers(0, 2)) + 1
+        options_left = {n: v for n, v in case.options.items() if n != "label_smoothing"}
+        return dataclasses.replace(
+            case, shape={**shape, "vocabulary": vocabulary}, options=options_left
+        )
     option, value = draw(st.sampled_from(options))
     return dataclasses.replace(case, options={**case.options, option: value})

@@ -58,7 +58,7 @@ MUTANTS = (
         snippet=_UPSTREAM,
         replacement=(
             "counted = (targets != classes.ignore_index).unsqueeze(-1)\n"
-            "        slope *= gradient.flatten()[0] * counted"
+            "    slope *= gradient.flatten()[0] * counted"
         ),
         seen="CE-05",
     ),
@@ -102,11 +102,8 @@ MUTANTS = (
     _mutant(
         name="loss-padding-gradient",
         wrong="Padding is masked in the loss, but not in the gradient.",
-        snippet="        classes: _Classes = ctx.classes\n        x = classes.masked(logits)",
-        replacement=(
-            "        classes: _Classes = ctx.classes\n"
-            "        x = logits.to(_compute_dtype(logits), copy=True)"
-        ),
+        snippet="x = classes.masked(logits)\n    slope =",
+        replacement="x = logits.to(_compute_dtype(logits), copy=True)\n    slope =",
     ),
     _mutant(
         name="loss-padding-only-rank",

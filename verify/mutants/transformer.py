@@ -88,14 +88,14 @@ MUTANTS = (
     ),
     _mutant(
         name="layer-rotary-of-one-sequence",
-        wrong="Positions run on through packed sequences.",
+        wrong="The layer turns packed sequences by positions that run on.",
         snippet="positions(length, packed=packed, **placed)",
         replacement="positions(length, **placed)",
         seen="ATT-09",
     ),
     _mutant(
         name="layer-packed-attends-as-one",
-        wrong="Packed sequences attend to each other.",
+        wrong="The layer does not tell attention that sequences are packed.",
         snippet="self.core if self.keeps_shares else partial(self.core, packed=packed)",
         replacement="self.core",
     ),
@@ -140,7 +140,8 @@ MUTANTS = (
         wrong="Recomputation draws numbers from another tracker, which knows nothing of forward.",
         snippet="return checkpoint(self._run, x, packed, tracker=self.tracker)",
         replacement=(
-            "own = RandomTracker()\n            return checkpoint(self._run, x, packed, tracker=own)"
+            "other = RandomTracker()\n"
+            "            return checkpoint(self._run, x, packed, tracker=other)"
         ),
         seen="CP-08",
     ),

@@ -17,6 +17,7 @@ from verify.oracle.embedding import vocab_embedding
 from verify.oracle.latent_attention import latent_attention
 from verify.oracle.learning_rates import learning_rates
 from verify.oracle.linear import column_linear, row_linear
+from verify.oracle.linear_cross_entropy import linear_cross_entropy
 from verify.oracle.mappings import MAPPINGS
 from verify.oracle.mlp import tp_mlp
 from verify.oracle.moe import moe_dispatch, moe_expert_bias, moe_layer, moe_router
@@ -47,6 +48,7 @@ CONTRACTS: dict[str, Callable[[Case], Contract]] = {
     "core_attention": core_attention,
     "learning_rates": learning_rates,
     "training_steps": training_steps,
+    "linear_cross_entropy": linear_cross_entropy,
     "norm": norm,
     "qk_norm": qk_norm,
     "pipeline": pipeline,

@@ -5,6 +5,8 @@
 With label smoothing a the target keeps 1 - a and the other K - 1 classes share a: Megatron's
 convention (its docstring derives it), which is torch's with label_smoothing = a K / (K - 1).
 
+With z_loss z, z (log sum exp(logits))^2 is added (arXiv:2204.02311, section 5).
+
 Vocabularies are padded to divide by tp. K is `vocabulary`, or with mask_padding `real_vocabulary`:
 then the classes beyond it count as logits of minus infinity, have no share of the smoothing and get
 no gradient. Targets lie within the real vocabulary. With `ignored`, targets may be -100; their
@@ -20,16 +22,20 @@ gradient the difference of two numbers near 1: both have the rounding errors of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from verify.case import Case
 from verify.errors import BadArgument
 from verify.oracle.contract import IGNORED, Contract, TensorSpec
-from verify.oracle.terms import known_options, sizes, switches
+from verify.oracle.terms import known_options, number, sizes, switches
 from verify.placement import Replicate, Shard
 
 _SWITCHES = {"ignored": False, "mask_padding": False}
+OPTIONS = ("label_smoothing", "z_loss", *_SWITCHES)
 
 
 def vocab_cross_entropy(case: Case) -> Contract:
@@ -40,18 +46,11 @@ def vocab_cross_entropy(case: Case) -> Contract:
     Raises BadArgument for label_smoothing outside [0, 1) or of a single class, and for a real
     vocabulary that exceeds the padded one.
     """
-    known_options(case, "label_smoothing", *_SWITCHES)
+    known_options(case, *OPTIONS)
     sequence, batch, vocabulary = sizes(
         case, "sequence", "batch", "vocabulary", optional=("real_vocabulary",)
     )
-    real = case.shape.get("real_vocabulary", vocabulary)
-    if real > vocabulary:
-        raise BadArgument(
-            f"case.shape.real_vocabulary: {real} exceeds vocabulary={vocabulary}, its padded size"
-        )
-    given = switches(case, _SWITCHES)
-    classes = real if given["mask_padding"] else vocabulary
-    smoothing = _smoothing(case, classes)
+    real, losses = losses_of(case)
     return Contract(
         inputs={
             "logits": TensorSpec(
@@ -65,13 +64,27 @@ def vocab_cross_entropy(case: Case) -> Contract:
                 (sequence, batch), {"tp": Replicate()}, {"tp": Replicate()}, terms=1.0
             )
         },
-        reference=lambda inputs, parameters: {
-            "loss": loss_of(inputs["logits"], inputs["targets"], classes, smoothing)
-        },
+        reference=lambda inputs, parameters: {"loss": losses(inputs["logits"], inputs["targets"])},
     )
 
 
-def loss_of(logits: Tensor, targets: Tensor, classes: int, smoothing: float) -> Tensor:
+def losses_of(case: Case) -> tuple[int, Callable[[Tensor, Tensor], Tensor]]:
+    """The number of real classes, and the loss of every target, of logits and targets, by the
+    options of a case. Raises BadArgument as `vocab_cross_entropy` does."""
+    vocabulary = case.shape["vocabulary"]
+    real = case.shape.get("real_vocabulary", vocabulary)
+    if real > vocabulary:
+        raise BadArgument(
+            f"case.shape.real_vocabulary: {real} exceeds vocabulary={vocabulary}, its padded size"
+        )
+    classes = real if switches(case, _SWITCHES)["mask_padding"] else vocabulary
+    smoothing, z_loss = _smoothing(case, classes), number(case, "z_loss", least=0.0) or 0.0
+    return real, partial(loss_of, classes=classes, smoothing=smoothing, z_loss=z_loss)
+
+
+def loss_of(
+    logits: Tensor, targets: Tensor, *, classes: int, smoothing: float, z_loss: float
+) -> Tensor:
     """The loss of every target over the first `classes` logits, float32 or float64."""
     wide = logits if logits.dtype is torch.float64 else logits.float()
     log_p = torch.log_softmax(wide[..., :classes], dim=-1)
@@ -81,6 +94,8 @@ def loss_of(logits: Tensor, targets: Tensor, classes: int, smoothing: float) -> 
     if smoothing:
         of_others = (log_p.sum(-1) - of_target) / (classes - 1)
         loss = -(1 - smoothing) * of_target - smoothing * of_others
+    if z_loss:
+        loss = loss + z_loss * torch.logsumexp(wide[..., :classes], -1) ** 2
     return loss.where(counted, 0.0)
 
 
