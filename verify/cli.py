@@ -107,6 +107,8 @@ _PROFILES = "; ".join(
     default=None,
     help="Whether sim delays and reorders what ranks do. Default: yes.",
 )
+@click.option("--database", metavar="DIR", help="Keep failing examples in Hypothesis' form there.")
+@click.option("--again", is_flag=True, default=None, help="Run only the examples of --database.")
 @click.option("--report", metavar="DIR", help="Where the report goes. Default: shardproof-report.")
 @click.option("-n", "workers", metavar="N|auto", help="Spread the properties over N processes.")
 @_debug
@@ -134,6 +136,57 @@ def run(workers: str | None, debug: bool, **given: Any) -> int:
     from verify.run import run as run_suites
 
     return run_suites(options, workers=workers, debug=debug)
+
+
+@cli.command()
+@click.option("--target", metavar="NAME", help="As of `shardproof run`.")
+@click.option("--suite", "suites", metavar="NAME,...", help="Only these suites.")
+@click.option("--profile", metavar="NAME", help="As of `shardproof run`. Default: quick.")
+@click.option("--max-examples", metavar="N", help="Examples a property and seed.")
+@click.option("--seeds", metavar="FIRST:END", default="0:10", help="Seeds. Default: 0:10, 0 to 9.")
+@click.option("--cluster", metavar="NAME", help="What runs the ranks: sim (default), process.")
+@click.option("--max-world-size", metavar="N", help="The most ranks of a case.")
+@click.option("--lens", "lenses", metavar="NAME,...", help="Arithmetic: exact,fp64,native.")
+@click.option("--known", metavar="FILE", help="Findings known of the target, which may fail.")
+@click.option("--known-strict", is_flag=True, default=None, help="As of `shardproof run`.")
+@click.option("--adversary/--no-adversary", default=None, help="As of `shardproof run`.")
+@click.option("--address", metavar="ADDRESS", help="A Ray cluster. Default: one on this machine.")
+@click.option("-n", "workers", metavar="N", help="Units at a time. Default: all CPUs.")
+@click.option("--unit-timeout", metavar="S", default="3600", help="Seconds a unit. Default: 3600.")
+@click.option("--report", metavar="DIR", help="Default: shardproof-campaign.")
+@click.option("--resume", is_flag=True, help="Go on with the campaign that the report is of.")
+@_quietly_debug
+def campaign(
+    seeds: str,
+    address: str | None,
+    workers: str | None,
+    unit_timeout: str,
+    resume: bool,
+    **given: Any,
+) -> int:
+    """Run the suites with many seeds on many machines, through Ray, and merge what they find.
+
+    A unit is one suite with one seed. Each failure is reported once, whatever seeds find it, and
+    what is done is on disk at once: after any interruption, `--resume` runs the failing examples
+    again and goes on. Exits as `shardproof run` does. Needs shardproof[campaign].
+
+    \b
+    A hundred seeds on this machine, and on a Ray cluster that has Shardproof installed:
+        shardproof campaign --target impl --profile ci --seeds 0:100
+        shardproof campaign --target impl --seeds 0:5000 --address ray://head:10001
+    Go on after an interruption:
+        shardproof campaign --target impl --profile ci --seeds 0:100 --resume
+    """
+    from verify.campaign.plan import parse
+    from verify.options import whole_number
+    from verify.suites import suite_names
+
+    plan = parse(given, seeds, suite_names())
+    count = None if workers is None else whole_number("-n", workers, least=1)
+    timeout = whole_number("--unit-timeout", unit_timeout, least=1)
+    from verify.campaign.driver import campaign as run_campaign
+
+    return run_campaign(plan, address=address, workers=count, resume=resume, timeout=timeout)
 
 
 @cli.command()

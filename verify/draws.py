@@ -5,16 +5,25 @@ make two runs draw differently.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis.core
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.internal.conjecture import providers
 
 from verify.options import RunOptions
 
 # Running a case takes as long as it takes: that is no sign of an unhealthy strategy.
 _SUPPRESSED = (HealthCheck.too_slow, HealthCheck.data_too_large)
+# What is kept of other runs must not change what this one draws: it is run on demand only.
+_AGAIN = (Phase.reuse,)
 _PHASES = (Phase.explicit, Phase.generate, Phase.target, Phase.shrink)
+
+
+def _database(folder: Path) -> DirectoryBasedExampleDatabase:
+    folder.mkdir(parents=True, exist_ok=True)
+    return DirectoryBasedExampleDatabase(folder)
 
 
 def use_profile(options: RunOptions) -> Callable[[], None]:
@@ -31,10 +40,10 @@ def use_profile(options: RunOptions) -> Callable[[], None]:
         settings(
             max_examples=options.max_examples,
             deadline=None,
-            database=None,
+            database=None if options.database is None else _database(options.database),
             derandomize=False,
             print_blob=False,
-            phases=_PHASES,
+            phases=_AGAIN if options.again else _PHASES,
             suppress_health_check=_SUPPRESSED,
         ),
     )

@@ -39,7 +39,8 @@ PROFILES: Mapping[str, Profile] = {
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """The options of one run. `max_world_size` None is the cluster's default; `adversary` says
-    whether a cluster that can have one draws it with the cases."""
+    whether a cluster that can have one draws it with the cases. `database` keeps failing examples,
+    and with `again` only those that it has are run."""
 
     target: str = "impl"
     suites: tuple[str, ...] = ()
@@ -53,6 +54,8 @@ class RunOptions:
     known: Path | None = None
     known_strict: bool = False
     adversary: bool = True
+    database: Path | None = None
+    again: bool = False
 
     @staticmethod
     def parse(given: Mapping[str, Any]) -> RunOptions:
@@ -69,21 +72,28 @@ class RunOptions:
         world, listed = known.get("max_world_size"), known.get("known")
         if known.get("known_strict") and listed is None:
             raise BadArgument("--known-strict: there is nothing to be strict about without --known")
+        database = known.get("database")
+        if known.get("again") and database is None:
+            raise BadArgument("--again: there are no examples to run again without --database")
         return RunOptions(
             target=str(known.get("target", "impl")),
             suites=_names("--suite", known.get("suites", "")),
             profile=profile,
-            max_examples=_number(
+            max_examples=whole_number(
                 "--max-examples", known.get("max_examples", PROFILES[profile].examples), least=1
             ),
-            seed=_number("--seed", known.get("seed", fresh), least=0),
+            seed=whole_number("--seed", known.get("seed", fresh), least=0),
             cluster=_one_of("--cluster", known.get("cluster", "sim"), CLUSTERS),
-            max_world_size=None if world is None else _number("--max-world-size", world, least=1),
+            max_world_size=None
+            if world is None
+            else whole_number("--max-world-size", world, least=1),
             lenses=_lenses(known.get("lenses", ",".join(LENSES))),
             report=report,
             known=None if listed is None else Path(listed),
             known_strict=bool(known.get("known_strict", False)),
             adversary=bool(known.get("adversary", True)),
+            database=None if database is None else Path(database),
+            again=bool(known.get("again", False)),
         )
 
     def arguments(self) -> list[str]:
@@ -101,6 +111,9 @@ class RunOptions:
             given += ["--known", str(self.known)]
         given += ["--known-strict"] * self.known_strict
         given += ["--no-adversary"] * (not self.adversary)
+        if self.database is not None:
+            given += ["--database", str(self.database)]
+        given += ["--again"] * self.again
         return given
 
 
@@ -110,7 +123,8 @@ def _one_of(option: str, value: object, allowed: Collection[str]) -> str:
     return str(value)
 
 
-def _number(option: str, value: object, *, least: int) -> int:
+def whole_number(option: str, value: object, *, least: int) -> int:
+    """A number given as text. Raises BadArgument, naming the option."""
     try:
         number = int(str(value))
     except ValueError:

@@ -36,11 +36,13 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         ("--max-world-size", "max_world_size", "the most ranks that a case may have"),
         ("--lens", "lenses", "arithmetic, separated by commas: exact,fp64,native (default: all)"),
         ("--known", "known", "a file of findings that are known of the target and may fail"),
+        ("--database", "database", "directory that keeps failing examples for --again"),
         ("--report", "report", "directory of the report (default: shardproof-report)"),
     ):
         group.addoption(name, dest=f"{NAME}_{dest}", metavar=name[2:].upper(), help=words)
     for name, dest, value, words in (
         ("--known-strict", "known_strict", True, "fail where a known finding no longer fails"),
+        ("--again", "again", True, "run only the failing examples of --database"),
         ("--no-adversary", "adversary", False, "run the ranks in sim without an adversary"),
     ):
         group.addoption(

@@ -7,7 +7,6 @@ of the stream, or, if it holds the interpreter lock, with the process that forke
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
 import queue
@@ -36,8 +35,8 @@ from verify.cluster.world import (
     reset_process_state,
 )
 from verify.errors import HarnessError
+from verify.parent import die_with_parent
 
-_PR_SET_PDEATHSIG = 1
 _DISTRIBUTED = os.path.dirname(os.path.abspath(dist.__file__)) + os.sep
 _LINES = 60
 
@@ -106,18 +105,6 @@ class Whereabouts:
     stack: str
     communicating: bool
     cpu_seconds: float
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that forked it ends (Linux)."""
-    if sys.platform != "linux":
-        return
-    parent = os.getppid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise HarnessError(f"prctl(PR_SET_PDEATHSIG): {os.strerror(ctypes.get_errno())}")
-    if os.getppid() != parent:
-        os._exit(0)
 
 
 def _let_go_of_the_fork_server() -> None:

@@ -61,7 +61,7 @@ def page(document: Mapping[str, Any], report: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"seconds": _seconds, "lenses": _lenses, "css": _css}
+    environment.filters |= {"seconds": seconds_text, "lenses": _lenses, "css": css_class}
     return environment.get_template("page.html.j2").render(
         run=document,
         grids=grids(document["coverage"]["layouts"]),
@@ -141,7 +141,7 @@ def _counts(document: Mapping[str, Any]) -> list[tuple[str, int]]:
     return [(name, verdicts.count(name)) for name in order if name in verdicts]
 
 
-def _css(verdict: str) -> str:
+def css_class(verdict: str) -> str:
     """A verdict as the name of a class: `failed (known)` is `failed-known`."""
     return re.sub(r"\W+", "-", verdict).strip("-")
 
@@ -154,7 +154,8 @@ def _lenses(arithmetic: list[str]) -> str:
     return ", ".join(" ".join([lens, *sorted(found[lens])]) for lens in LENSES if lens in found)
 
 
-def _seconds(value: float) -> str:
+def seconds_text(value: float) -> str:
+    """`12.3 s` or `4 min 5 s`."""
     if value < 60:
         return f"{value:.1f} s"
     return f"{int(value) // 60} min {int(value) % 60} s"

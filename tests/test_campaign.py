@@ -1,0 +1,206 @@
+"""Campaigns: their plan, their journal and their merged report; and whole ones on an embedded Ray,
+of which workers and the driver are killed."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_cli import DEFECT, environment, in_process, shardproof
+from test_report import CASE, FAILED, FINDING, LISTED, PASSED, facts
+
+from verify.campaign.document import Merge
+from verify.campaign.journal import Journal
+from verify.campaign.plan import Plan, Unit, parse_seeds
+from verify.campaign.summary import page, validate, write_campaign
+from verify.errors import BadArgument
+from verify.options import RunOptions
+from verify.report import describe_run, read, write
+
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="Ray is not installed (the extra campaign)"
+)
+LEAST = ("--suite", "groups", "--max-examples", "6", "--max-world-size", "4", "-n", "2")
+
+
+def plan(tmp_path, **changes):
+    given = {"run": RunOptions(report=tmp_path), "suites": ("linear", "mlp"), "first": 0, "end": 3}
+    return Plan(**{**given, **changes})
+
+
+def document(tmp_path, *records, seed=0):
+    """What a unit reports, as it is after its journey."""
+    described = describe_run(facts(options=RunOptions(seed=seed)), list(records))
+    write(tmp_path / "unit.json", described)
+    return read(tmp_path / "unit.json")
+
+
+def described(merge):
+    made = merge.describe(seconds=1.0, finished=True, workers=2)
+    write_campaign(merge.folder, made)
+    validate(json.loads((merge.folder / "campaign.json").read_text()))
+    return made
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("0:100", (0, 100)), ("7", (0, 7)), ("3:4", (3, 4))])
+def test_seeds(text, seeds):
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("--seeds 5:5", "--seeds: '5:5' is no range of seeds like 0:100"),
+        ("--seeds many", "--seeds: 'many' is no range"),
+        ("--seeds 5:3", "--seeds: '5:3' is no range"),
+        ("-n 0", "-n: '0' is not a whole number from 1 up"),
+        ("--unit-timeout soon", "--unit-timeout: 'soon' is not a whole number"),
+        ("--cluster torchrun", "--cluster: a campaign starts its own processes"),
+        ("--target nobody", "target: 'nobody' is not one of impl"),
+    ],
+)
+def test_bad_usage_is_one_line(capsys, command, words):
+    code, out, err = in_process(capsys, "campaign", *command.split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert words in err
+
+
+def test_units_go_seed_by_seed(tmp_path):
+    units = plan(tmp_path).units()
+    assert units[:3] == [Unit("linear", 0), Unit("mlp", 0), Unit("linear", 1)]
+    assert len(units) == 6
+    assert plan(tmp_path).options(units[2]).seed == 1
+
+
+def test_a_journal_is_gone_on_with(tmp_path):
+    first = Journal(tmp_path / "c", plan(tmp_path), resume=False)
+    reported = document(tmp_path, FAILED)
+    first.finish(Unit("linear", 1), reported, {"a/b": "aGk="})
+    first.lose(Unit("mlp", 0), "its worker was lost")
+    first.close()
+    with (tmp_path / "c/journal.jsonl").open("a") as stream:
+        stream.write('{"unit": {"suite": "mlp", "se')
+    second = Journal(tmp_path / "c", plan(tmp_path, end=9), resume=True)
+    assert list(second.documents()) == [(Unit("linear", 1), reported)]
+    assert second.examples() == {"a/b": "aGk="}
+    second.finish(Unit("mlp", 1), reported, {})
+    second.close()
+    third = Journal(tmp_path / "c", plan(tmp_path), resume=True)
+    assert list(third.done) == [Unit("linear", 1), Unit("mlp", 1)]
+
+
+def test_a_journal_of_another_campaign_is_refused(tmp_path):
+    Journal(tmp_path / "c", plan(tmp_path), resume=False).close()
+    for folder, given, resume, words in (
+        ("c", {}, False, "has a campaign; go on with --resume"),
+        ("none", {}, True, "has no campaign; leave --resume out"),
+        ("c", {"suites": ("mlp",)}, True, "is a campaign with --target impl"),
+    ):
+        with pytest.raises(BadArgument, match=words):
+            Journal(tmp_path / folder, plan(tmp_path, **given), resume=resume)
+    (tmp_path / "c/journal.jsonl").write_text("no JSON\n")
+    with pytest.raises(BadArgument, match="no journal of a campaign, or damaged"):
+        Journal(tmp_path / "c", plan(tmp_path), resume=True)
+
+
+def test_one_failure_is_reported_once_whatever_seeds_find_it(tmp_path):
+    import dataclasses
+
+    merge = Merge(plan(tmp_path), tmp_path)
+    other = dataclasses.replace(FINDING, case=dataclasses.replace(CASE, seed=9))
+    both = dataclasses.replace(FAILED, findings=(other, FINDING))
+    for seed, record in ((0, FAILED), (2, both), (1, FAILED)):
+        merge.add(Unit("linear", seed), document(tmp_path, PASSED, record, seed=seed))
+    made = described(merge)
+    assert [(f["seeds"], f["file"]) for f in made["failures"]] == [
+        ([0, 1, 2], "failures/linear.b.json"),
+        ([2], "failures/linear.b-2.json"),
+    ]
+    assert made["verdict"] == "failed"
+    rows = {row["property"]: row for row in made["properties"]}
+    assert rows["linear.b"]["failed_seeds"] == [0, 1, 2]
+    assert rows["linear.a"]["examples"] == 3 * PASSED.examples
+    assert made["totals"] == {
+        "units": 6, "done": 3, "lost_attempts": 0, "examples": 30, "layouts": 1, "failures": 2,
+    }  # fmt: skip
+    assert read(tmp_path / "failures/linear.b-2.json")["failures"][0]["findings"] == [
+        other.to_json()
+    ]
+    merge.again("linear", document(tmp_path, FAILED))
+    assert [f["again"] for f in described(merge)["failures"]] == [True, False]
+    assert "did not fail again" in page(described(merge), tmp_path)
+
+
+def test_what_is_lost_or_not_finished_is_unknown_and_what_is_known_is_not(tmp_path):
+    merge = Merge(plan(tmp_path), tmp_path)
+    merge.add(Unit("linear", 0), document(tmp_path, PASSED, LISTED))
+    assert (described(merge)["verdict"], described(merge)["opens_gate"]) == ("failed (known)", True)
+    states = [each["state"] for each in described(merge)["properties"][1]["known"]]
+    assert states == ["fails", "not seen"]
+    assert not merge.describe(seconds=1, finished=False, workers=1)["opens_gate"]
+    merge.lost[Unit("mlp", 0)] = "its worker was lost"
+    assert (described(merge)["verdict"], described(merge)["opens_gate"]) == ("unknown", False)
+
+
+@needs_ray
+def test_a_campaign_loses_a_worker_and_tells_each_failure_once(tmp_path):
+    target = "campaign_targets:Unlucky"
+    done = shardproof(
+        "campaign", "--target", target, *LEAST, "--seeds", "0:3", "--report", "out",
+        cwd=tmp_path, UNLUCKY=tmp_path / "flag",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count("WorkerCrashedError") == 1
+    assert "; tried again" in done.stdout
+    found = json.loads((tmp_path / "out/campaign.json").read_text())
+    validate(found)
+    assert found["finished"]
+    assert found["totals"]["done"] == 3
+    assert found["totals"]["lost_attempts"] == 1
+    assert found["lost"] == []
+    assert found["totals"]["failures"] < sum(len(f["seeds"]) for f in found["failures"])
+    (first, *_) = found["failures"]
+    again = shardproof("repro", f"out/{first['file']}", "--target", DEFECT, cwd=tmp_path)
+    assert "fails again, in the same way" in again.stdout
+
+
+@needs_ray
+def test_a_unit_without_a_worker_is_unknown_in_the_end(tmp_path):
+    done = shardproof(
+        "campaign", "--target", "campaign_targets:Doomed", *LEAST, "--seeds", "1", cwd=tmp_path
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count("; tried again") == 2
+    assert done.stdout.count("; given up") == 1
+    found = json.loads((tmp_path / "shardproof-campaign/campaign.json").read_text())
+    assert found["verdict"] == "unknown"
+    assert [each["suite"] for each in found["lost"]] == ["groups"]
+
+
+@needs_ray
+def test_a_killed_driver_loses_nothing(tmp_path):
+    arguments = ["campaign", "--target", DEFECT, *LEAST, "--seeds", "0:4", "--report", "out"]
+    journal = tmp_path / "out/journal.jsonl"
+    command = [sys.executable, "-m", "verify", *arguments]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as driver:  # fmt: skip
+        while not (journal.exists() and journal.read_text().count("\n") > 1):
+            assert driver.poll() is None
+            time.sleep(0.05)
+        os.kill(driver.pid, signal.SIGKILL)
+    before = journal.read_text()
+    done = shardproof(*arguments, "--resume", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "1 suites with failures once more" in done.stdout
+    assert journal.read_text().startswith(before)
+    units = [json.loads(line)["unit"]["seed"] for line in journal.read_text().splitlines()[1:]]
+    assert sorted(units) == [0, 1, 2, 3]
+    found = json.loads((tmp_path / "out/campaign.json").read_text())
+    assert found["finished"]
+    assert {f["again"] for f in found["failures"] if f["seeds"][0] == units[0]} == {True}

@@ -1,0 +1,1 @@
+"""Campaigns: the suites over many seeds, on many machines, with one merged report."""
