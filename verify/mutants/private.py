@@ -159,16 +159,19 @@ class _Copied(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": self.importer}
-        exec(_code_of(self.original, module.__name__), module.__dict__)
+        if isinstance(self.original, InspectLoader):
+            exec(_code_of(self.original, module.__name__), module.__dict__)
+        else:
+            # pytest's, which rewrites assertions, keeps the code to itself.
+            self.original.exec_module(module)
 
     def get_source(self, name: str) -> str | None:
         """For tracebacks, which ask the loader where a file cannot be read."""
         return self.original.get_source(name) if isinstance(self.original, InspectLoader) else None
 
 
-def _code_of(loader: Loader, name: str) -> CodeType:
+def _code_of(loader: InspectLoader, name: str) -> CodeType:
     """The code of a module, compiled once for all copies while its file stays as it is."""
-    assert isinstance(loader, InspectLoader)
     if not isinstance(loader, SourceFileLoader):
         code = loader.get_code(name)
     else:
