@@ -232,7 +232,8 @@ def test_a_verdict_is_never_lost():
     assert worst([known, unknown]) is unknown
     assert opens_gate([passed, lacks])
     assert opens_gate([passed, known])
-    assert not any(opens_gate(each) for each in ([], [lacks], [unknown, passed], [failed], [known, failed]))
+    closed = ([], [lacks], [unknown, passed], [failed], [known, failed])
+    assert not any(opens_gate(each) for each in closed)
 
 
 def test_findings_survive_json_and_foreign_ones_are_refused():
