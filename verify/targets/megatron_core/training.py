@@ -56,7 +56,7 @@ class _Model(MegatronModule):
         dtype = config.params_dtype
         self.norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, dtype=dtype)
         # As Megatron's fused norms mark their weights.
-        self.norm.weight.sequence_parallel = config.sequence_parallel
+        self.norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         parts = MLPSubmodules(
             linear_fc1=tensor_parallel.ColumnParallelLinear,
             linear_fc2=tensor_parallel.RowParallelLinear,
@@ -177,8 +177,8 @@ class TrainingSubject:
     def _gradients(self, model: DistributedDataParallel) -> dict[str, Tensor]:
         """Main gradients; of a distributed optimizer's shards, zeros around them."""
         if not self.case.options.get("distributed", False):
-            trained = [(n, p) for n, p in self._named() if p.requires_grad]
-            return {f"gradient {n}": p.main_grad.detach().clone() for n, p in trained}
+            trained = {n: _main(p) for n, p in self._named() if p.requires_grad}
+            return {f"gradient {name}": gradient for name, gradient in trained.items()}
         found, group = {}, parallel_state.get_data_parallel_group(True)
         for buffer in model.buffers:
             kept = torch.zeros_like(buffer.grad_data)
@@ -191,6 +191,11 @@ class TrainingSubject:
                     start, stop, _ = buffer.param_index_map[parameter]
                     found[f"gradient {name}"] = kept[start:stop].view(parameter.shape)
         return found
+
+
+def _main(parameter: Parameter) -> Tensor:
+    gradient: Tensor = parameter.main_grad  # type: ignore[attr-defined]
+    return gradient.detach().clone()
 
 
 def _optimizer_config(case: Case, *, distributed: bool, overlap: bool) -> OptimizerConfig:
