@@ -3,7 +3,8 @@
 Laws: (1) the output is the row of every token, and the gradient of the weight sums over all places
 of a token; (2) copies on several ranks are equal; (3) with scatter, a rank has its part of the
 sequence, batch inside, and nothing else changes; (4) how a gradient lies in memory changes nothing;
-(5) the layout changes nothing; (6) nor does running twice.
+(5) the layout changes nothing; (6) nor does running twice; (7) there is one collective, in backward
+only after a scatter.
 """
 
 from __future__ import annotations
@@ -55,3 +56,10 @@ def test_the_layout_does_not_matter(check: CheckCase, case: Case) -> None:
 def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
     """Law 6. Must catch: a gradient that is accumulated in an order that depends on timing."""
     check("determinism", case)
+
+
+@given(case=cases("vocab_embedding", options={"strides": ("contiguous",)}))
+def test_communication(check: CheckCase, case: Case) -> None:
+    """Law 7. Must catch: a sum in full before the scatter; a gradient that is summed, though every
+    rank has it whole."""
+    check("communication", case)

@@ -5,7 +5,8 @@ on one device; (2) copies of them on several ranks are equal; (3) a frozen weigh
 and everything else gets the same as before; (4) with skip_bias_add the caller gets the bias, and
 the gradient it sends back reaches the parameter; (5) a bias counts once, whatever the weights; (6)
 how a tensor lies in memory changes nothing; (7) the layout changes nothing; (8) nor does running
-twice. Sequence parallelism is on or off. Replicas have data and weights of their own.
+twice; (9) no more is communicated than the layer needs, (10) or kept for backward. Sequence
+parallelism is on or off. Replicas have data and weights of their own.
 """
 
 from __future__ import annotations
@@ -89,3 +90,12 @@ def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
     """Law 8. Must catch: an asynchronous sum that is read before it is done, gradients added to
     what an earlier run left."""
     check("determinism", case)
+
+
+@given(case=cases(*BOTH, options={"strides": ("contiguous",)}))
+def test_communication_and_memory(check: CheckCase, case: Case) -> None:
+    """Laws 9 and 10. Must catch: an input kept gathered, or kept for a frozen weight, or gathered
+    again for one; a gradient that is summed and then split; a sum of the bias's gradient where it
+    is complete."""
+    check("communication", case)
+    check("memory", case)

@@ -3,8 +3,8 @@
 Laws: (1) an operation is the identity of the full tensor, and so is its backward: the output and
 the gradient of the input are the reference's, bit for bit where the data are integers; (2) copies
 on several ranks are equal; (3) how a tensor lies in memory changes nothing; (4) the layout changes
-nothing; (5) nor does running twice. Every other axis of the layout holds replicas with data of
-their own.
+nothing; (5) nor does running twice; (6) each way is one collective at most, and nothing is kept for
+backward. Every other axis of the layout holds replicas with data of their own.
 """
 
 from __future__ import annotations
@@ -73,3 +73,11 @@ def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
     """Law 5. Must catch: a buffer that is read before it is written, an order of summation that
     depends on timing, state that a first run leaves behind."""
     check("determinism", case)
+
+
+@given(case=cases(*MAPPINGS, options=CONTIGUOUS))
+def test_communication_and_memory(check: CheckCase, case: Case) -> None:
+    """Law 6. Must catch: a sum in full of which a part is taken; a gather where a split would do;
+    an input that is kept."""
+    check("communication", case)
+    check("memory", case)

@@ -29,7 +29,7 @@ class Lines:
         return self
 
     def __exit__(self, *error: object) -> None:
-        threading.settrace(self._before)  # type: ignore[arg-type]
+        threading.settrace(self._before)
 
     def _calls(self, frame: FrameType, event: str, argument: Any) -> Any:
         return self._lines if frame.f_code.co_filename in self._names else None

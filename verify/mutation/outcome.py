@@ -68,7 +68,8 @@ def examine(
         load_target(target)
     except (BadArgument, HarnessError) as error:
         return Outcome(fate=Fate.UNKNOWN, reason=str(error))
-    for at_most in (*_ROUNDS, None):
+    rounds = [each for each in _ROUNDS if each < options.max_examples]
+    for at_most in (*rounds, None):
         verdicts, reasons = [], []
         for name in properties:
             so_far = time.monotonic() - began

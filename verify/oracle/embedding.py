@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from verify.case import Case
 from verify.oracle.contract import Contract, Tensors, TensorSpec
+from verify.oracle.mappings import movement
 from verify.oracle.terms import exclude, known_options, sizes, switches
-from verify.placement import Replicate, Shard
+from verify.placement import Partial, Replicate, Shard
 
 
 def vocab_embedding(case: Case) -> Contract:
@@ -33,7 +34,9 @@ def vocab_embedding(case: Case) -> Contract:
         return {"y": y.transpose(0, 1) if scatter else y}
 
     shape = (sequence, batch, hidden) if scatter else (batch, sequence, hidden)
-    placed = {"tp": Shard(0) if scatter else Replicate()}
+    place = Shard(0) if scatter else Replicate()
+    placed = {"tp": place}
+    elements, tp = sequence * batch * hidden, case.layout.tp
     return Contract(
         inputs={"tokens": TensorSpec((batch, sequence), grad_placements=None, high=vocabulary)},
         parameters={"weight": (vocabulary, hidden)},
@@ -41,4 +44,7 @@ def vocab_embedding(case: Case) -> Contract:
         reference=reference,
         linear=True,
         divided={"vocabulary": vocabulary},
+        forward=movement(Partial(), place, elements=elements, tp=tp),
+        backward=movement(place, Replicate(), elements=elements, tp=tp),
+        finish=(),
     )

@@ -2,15 +2,19 @@
 
 Section 3 of arXiv:1909.08053; with sequence parallelism section 4.2.2 of arXiv:2205.05198. With
 skip_bias_add the layer leaves the addition to its caller: y has no bias, and `bias` is an output.
+For backward a layer keeps this rank's x, and not even that if its weight is frozen.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from verify.case import Case
-from verify.oracle.contract import Contract, Tensors, TensorSpec
+from verify.oracle.contract import Contract, Step, Tensors, TensorSpec
+from verify.oracle.mappings import movement
 from verify.oracle.terms import exclude, known_options, sizes, switches
 from verify.placement import Partial, Placements, Replicate, Shard
 
@@ -33,7 +37,13 @@ def column_linear(case: Case) -> Contract:
     x: Placements = {"tp": Shard(0) if case.layout.sequence_parallel else Replicate()}
     y: Placements = {"tp": Replicate() if given["gather_output"] else Shard(-1)}
     bias: Placements = {"tp": Shard(0)}
-    return _linear(case, given, x=x, y=y, bias=bias, grad_bias=bias, split="out_features")
+    contract = _linear(case, given, x=x, y=y, bias=bias, grad_bias=bias, split="out_features")
+    elements, tp = _elements(case), case.layout.tp
+    into = movement(x["tp"], Replicate(), elements=elements["in_features"], tp=tp)
+    out = movement(Shard(-1), y["tp"], elements=elements["out_features"], tp=tp)
+    back = movement(Partial(), x["tp"], elements=elements["in_features"], tp=tp)
+    again = () if given["frozen_weight"] else into
+    return dataclasses.replace(contract, forward=into + out, backward=again + back, finish=())
 
 
 def row_linear(case: Case) -> Contract:
@@ -55,7 +65,24 @@ def row_linear(case: Case) -> Contract:
     y: Placements = {"tp": Shard(0) if parallel_sequence else Replicate()}
     bias: Placements = {"tp": Replicate()}
     grad_bias: Placements = {"tp": Partial()} if parallel_sequence else bias
-    return _linear(case, given, x=x, y=y, bias=bias, grad_bias=grad_bias, split="in_features")
+    contract = _linear(case, given, x=x, y=y, bias=bias, grad_bias=grad_bias, split="in_features")
+    elements, tp = _elements(case), case.layout.tp
+    finish = (Step("all_reduce", "tp", case.shape["out_features"]),)
+    return dataclasses.replace(
+        contract,
+        forward=movement(Partial(), y["tp"], elements=elements["out_features"], tp=tp),
+        backward=(
+            *movement(y["tp"], Replicate(), elements=elements["out_features"], tp=tp),
+            *movement(Shard(-1), x["tp"], elements=elements["in_features"], tp=tp),
+        ),
+        finish=finish if parallel_sequence and given["bias"] else (),
+    )
+
+
+def _elements(case: Case) -> dict[str, int]:
+    """Those of the full input and of the full output."""
+    tokens = case.shape["sequence"] * case.shape["batch"]
+    return {name: tokens * case.shape[name] for name in ("in_features", "out_features")}
 
 
 def _switches(case: Case) -> dict[str, bool]:
@@ -83,6 +110,9 @@ def _linear(
         found = {"y": F.linear(inputs["x"], parameters["weight"], added)}
         return found | ({"bias": parameters["bias"].clone()} if returned else {})
 
+    # Without a gradient of the weight nothing needs x.
+    divided = case.layout.tp if x["tp"] != Replicate() or split == "in_features" else 1
+    kept = 0 if given["frozen_weight"] else sequence * batch * inside // divided
     parameters = {"weight": (out, inside)} | ({"bias": (out,)} if given["bias"] else {})
     outputs = {"y": TensorSpec((sequence, batch, out), y, y)}
     outputs |= {"bias": TensorSpec((out,), bias, grad_bias)} if returned else {}
@@ -94,4 +124,5 @@ def _linear(
         linear=True,
         frozen=frozenset({"weight"} if given["frozen_weight"] else ()),
         divided={split: case.shape[split]},
+        kept=kept,
     )

@@ -19,15 +19,17 @@ parallelism, arXiv:2205.05198 (g and g-bar) define them. R is Replicate, S(d) Sh
 | all_to_all_hp_to_sp | S(-1) -> S(0) | all-to-all | S(0) -> S(-1) | all-to-all |
 
 `gather_from_sp` with tensor_parallel_output_grad False has a Replicate upstream, which it splits.
+No operation communicates more than its one collective, or keeps anything for backward.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
 from verify.case import Case
-from verify.oracle.contract import Contract, Tensors, TensorSpec
+from verify.oracle.contract import Contract, Step, Tensors, TensorSpec
 from verify.oracle.terms import known_options, sizes, switches
 from verify.placement import Partial, Placement, Replicate, Shard
 
@@ -56,16 +58,31 @@ def _contract(case: Case, *, way: Way) -> Contract:
     defaults = {"tensor_parallel_output_grad": True} if case.concept == "gather_from_sp" else {}
     known_options(case, *defaults)
     options = switches(case, defaults)
-    x, grad_x, y, grad_y = ({"tp": placement} for placement in way)
+    x, grad_x, y, grad_y = way
     if not options.get("tensor_parallel_output_grad", True):
-        grad_y = {"tp": _WHOLE}
+        grad_y = _WHOLE
+    elements, tp = math.prod(shape), case.layout.tp
     return Contract(
-        inputs={"x": TensorSpec(shape, x, grad_x)},
+        inputs={"x": TensorSpec(shape, {"tp": x}, {"tp": grad_x})},
         parameters={},
-        outputs={"y": TensorSpec(shape, y, grad_y)},
+        outputs={"y": TensorSpec(shape, {"tp": y}, {"tp": grad_y})},
         reference=_identity,
         linear=True,
+        forward=movement(x, y, elements=elements, tp=tp),
+        backward=movement(grad_y, grad_x, elements=elements, tp=tp),
+        kept=0,
     )
+
+
+def movement(before: Placement, after: Placement, *, elements: int, tp: int) -> tuple[Step, ...]:
+    """What a rank communicates so that a tensor of so many elements, of which tp ranks hold their
+    part, lies otherwise: one collective, or nothing where it has what it needs."""
+    whole, split = isinstance(after, Replicate), isinstance(before, Shard)
+    if isinstance(before, Partial):
+        return (Step("all_reduce" if whole else "reduce_scatter", "tp", elements),)
+    if not split or before == after:
+        return ()
+    return (Step("all_gather" if whole else "all_to_all", "tp", elements // tp),)
 
 
 def _identity(inputs: Tensors, parameters: Tensors) -> Tensors:
