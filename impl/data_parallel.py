@@ -36,10 +36,11 @@ from impl.optimizer.distributed import ParameterBuffer
 
 @dataclass(frozen=True)
 class Share:
-    """What this rank updates of a parameter: its `values` and their `gradient`, flat views of the
-    parameter and of its `main_grad`."""
+    """What this rank updates of a parameter, elements from `start` on: its `values` and their
+    `gradient`, flat views of the parameter and of its `main_grad`."""
 
     parameter: Parameter
+    start: int
     values: Tensor
     gradient: Tensor
 
@@ -98,7 +99,7 @@ class GradientBuffer:
             self._start()
 
     def finish(self) -> None:
-        """Reduce what is not on its way yet, and wait for all of it."""
+        """Reduce what is not on its way yet, and wait for all of it. Once a step."""
         while len(self._pending) < len(self.buckets):
             self._start()
         for bucket, pending in zip(self.buckets, self._pending, strict=True):
@@ -122,7 +123,7 @@ class GradientBuffer:
                     values = parameter.detach().view(-1)
                 else:
                     values = self.values.data[start:stop]
-                yield Share(parameter, values, self.data[start:stop])
+                yield Share(parameter, start - span.start, values, self.data[start:stop])
 
     def _start(self) -> None:
         bucket = self.buckets[len(self._pending)]
@@ -193,7 +194,7 @@ class DataParallel:
 
     def finish(self) -> None:
         """End the backward passes of a step: main gradients, or with `distributed` this rank's
-        shards of them, are summed over the ranks that hold copies. Collective."""
+        shards of them, are summed over the ranks that hold copies. Collective; once a step."""
         for buffer in self.buffers:
             buffer.finish()
 

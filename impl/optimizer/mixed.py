@@ -8,7 +8,7 @@ With a distributed optimizer, main parameters and states are of this rank's shar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch.distributed as dist
@@ -63,14 +63,15 @@ class StepResult:
     rates: tuple[float, ...]
 
 
-@dataclass
-class _Update:
-    """A share with what it is updated by; `main` is `share.values` where that is wide enough."""
+@dataclass(frozen=True)
+class Slot:
+    """A share and what the optimizer keeps of it, to be saved and loaded with it: the `main`
+    values, which are `share.values` where these are wide enough, and the rule's `state`."""
 
     share: Share
     main: Tensor
     group: ParameterGroup
-    state: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Tensor]
 
 
 class Optimizer:
@@ -102,7 +103,7 @@ class Optimizer:
         self.loss_scale, self.updates = loss_scale, 0
         by_parameter = _by_parameter(data_parallel.parameters, self.parameter_groups)
         self.shares = data_parallel.shares()
-        self._updates = [_begin(each, by_parameter[each.parameter], rule) for each in self.shares]
+        self.slots = [_begin(each, by_parameter[each.parameter], rule) for each in self.shares]
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss to run backward from."""
@@ -134,12 +135,12 @@ class Optimizer:
             clip_gradients(gradients, norm=norm, max_norm=self.max_norm)
         self.updates += 1
         by_group = dict(zip(map(id, self.parameter_groups), rates, strict=True))
-        for each in self._updates:
+        for each in self.slots:
             self._update(each, lr=by_group[id(each.group)])
         self.data_parallel.gather_parameters()
         return StepResult(norm, False, rates)
 
-    def _update(self, each: _Update, *, lr: float) -> None:
+    def _update(self, each: Slot, *, lr: float) -> None:
         self.rule.update(
             each.main,
             each.share.gradient,
@@ -185,7 +186,7 @@ def _by_parameter(
     return found
 
 
-def _begin(share: Share, group: ParameterGroup, rule: Rule) -> _Update:
+def _begin(share: Share, group: ParameterGroup, rule: Rule) -> Slot:
     wide = share.values.dtype is share.gradient.dtype
     main = share.values if wide else share.values.to(share.gradient.dtype)
-    return _Update(share, main, group, rule.state(main))
+    return Slot(share, main, group, rule.state(main))

@@ -64,10 +64,9 @@ _BUFFERS = (
     _buffer(
         name="buffer-shares-backwards",
         wrong="Shares of the buffer are taken for those of parameters in the order of the model.",
-        snippet="yield Share(parameter, values, self.data[start:stop])",
-        replacement="yield Share(\n"
-        "                    self.parameters[-1 - span.index], values, self.data[start:stop]\n"
-        "                )",
+        snippet="yield Share(parameter, start - span.start, values, self.data[start:stop])",
+        replacement="""parameter = self.parameters[-1 - span.index]
+                yield Share(parameter, start - span.start, values, self.data[start:stop])""",
         seen="DO-01",
     ),
     _buffer(

@@ -218,8 +218,7 @@ def _shards_only(parameter: Parameter, data_parallel: DataParallel) -> Tensor:
     kept = torch.zeros_like(whole).view(-1)
     for share in data_parallel.shares():
         if share.parameter is parameter:
-            start = share.gradient.storage_offset() - whole.storage_offset()
-            kept[start : start + share.gradient.numel()] = share.gradient
+            kept[share.start : share.start + share.gradient.numel()] = share.gradient
     return kept.view(whole.shape)
 
 
