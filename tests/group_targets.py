@@ -80,3 +80,13 @@ class Foreign(Right):
     class wrong(Session):
         def groups(self) -> Mapping[str, tuple[int, ...]]:
             return {**super().groups(), "amax": (dist.get_rank(),)}
+
+
+class Granting(Right):
+    """Gives a rank that is in no embedding group the world."""
+
+    class wrong(Session):
+        def probe(self, kind: str) -> list[int]:
+            if kind == "embedding" and kind not in self.groups():
+                return list(range(dist.get_world_size()))
+            return super().probe(kind)

@@ -61,6 +61,7 @@ def test_megatron_core_obeys_the_laws(cluster, layout) -> None:
         ("NoTensor", Layout(tp=2, dp=2), ["no tp group on any rank", "tp is 2"]),
         ("FirstReplica", Layout(cp=2, dp=2), ["cp group of rank 2", "[2, 3]", "[0, 1]", "law 7"]),
         ("OtherCommunicator", Layout(tp=2, dp=2), ["dp group of rank 0", "[0, 1]", "law 7"]),
+        ("Granting", Layout(pp=3), ["embedding group of rank 1", "no group", "law 8"]),
         ("Foreign", Layout(), ["amax"]),
     ],
 )

@@ -11,6 +11,7 @@ probes its real communicators. What is right, `verify.oracle.groups` says.
 6. A part of a group lies within it.
 7. Every member of a group names the same members, and an all-gather over the real process group
    brings together these ranks in this order.
+8. A rank that asks for a group that it is not in, or of a kind that there is not, is refused.
 """
 
 from __future__ import annotations
@@ -25,16 +26,18 @@ import torch.distributed as dist
 
 from verify.case import Case
 from verify.cluster.base import Cluster
-from verify.errors import HarnessError, Mismatch
+from verify.errors import BadArgument, HarnessError, Mismatch
 from verify.layout import Layout
 from verify.oracle import groups as oracle
 from verify.rank_program import session_of, target_code
+from verify.target import Session
 from verify.targets import load_target
 
 Ranks = tuple[int, ...]
 Table = Mapping[str, Sequence[Ranks]]
 Groups = Mapping[str, Mapping[int, Ranks]]
 
+_NO_KIND = "none"
 # Kinds that some ranks may have no group of.
 PARTIAL = ("embedding", "position_embedding")
 MESHES = (("tp", "cp", "dp", "pp"), ("etp", "ep", "edp", "pp"))
@@ -65,6 +68,7 @@ LAWS = {
     5: "the group of two axes is the union of one axis' groups over the other's members",
     6: "a part of a group lies within it",
     7: "every member names the same members, and its communicator reaches them in this order",
+    8: "a rank is refused a group that it is not in",
 }
 
 
@@ -91,7 +95,7 @@ def judge(table: Table, layout: Layout, *, who: str) -> None:
 
 
 def groups_check(case: Case, *, target_name: str, cluster: Cluster) -> tuple[str, ...]:
-    """Hold a target's groups for `case.layout` against laws 1 to 7, on every rank of a cluster.
+    """Hold a target's groups for `case.layout` against laws 1 to 8, on every rank of a cluster.
 
     Returns the kinds of the layout that the target does not have, which were not judged. Raises
     Mismatch with the kind, the rank, and what was expected; and what the cluster raises.
@@ -113,16 +117,20 @@ def groups_check(case: Case, *, target_name: str, cluster: Cluster) -> tuple[str
         for kind, gathered in view.gathered.items():
             if tuple(gathered) != view.members[kind]:
                 raise court.mismatch(7, kind, rank, gathered)
+        for kind in view.granted:
+            raise court.mismatch(8, kind, rank, "a group all the same")
     return tuple(kind for kind in layout.kinds if kind not in kinds)
 
 
 @dataclass(frozen=True)
 class _View:
     """What one rank has: the members of its groups by kind, and what an all-gather over each
-    brought together; None where the ranks disagree, so that it would hang."""
+    brought together; None where the ranks disagree, so that it would hang. `granted` are kinds of
+    groups that it is in none of, though others are, and was not refused."""
 
     members: dict[str, Ranks]
     gathered: dict[str, list[int]] | None
+    granted: tuple[str, ...] = ()
 
 
 def _views(target_name: str, layout: Layout) -> _View:
@@ -135,7 +143,20 @@ def _views(target_name: str, layout: Layout) -> _View:
         if not _coherent(everyone):
             return _View(members, None)
         with target_code("communicating in its groups"):
-            return _View(members, {k: session.probe(k) for k in layout.kinds if k in members})
+            gathered = {kind: session.probe(kind) for kind in layout.kinds if kind in members}
+        named = dict.fromkeys(kind for each in everyone for kind in each)
+        others = [kind for kind in (*named, _NO_KIND) if kind not in members]
+        with target_code("being asked for a group that it is not in"):
+            granted = [kind for kind in others if not _refuses(session, kind)]
+        return _View(members, gathered, tuple(granted))
+
+
+def _refuses(session: Session, kind: str) -> bool:
+    try:
+        session.probe(kind)
+    except BadArgument:
+        return True
+    return False
 
 
 def _coherent(everyone: Sequence[Mapping[str, Ranks]]) -> bool:
@@ -156,7 +177,7 @@ class _Court:
 
     def expected(self, kind: str, rank: int) -> Ranks | None:
         """The oracle's group of a rank; None where it has none."""
-        return next((group for group in self.right[kind] if rank in group), None)
+        return next((group for group in self.right.get(kind, ()) if rank in group), None)
 
     def complete(self, table: Table) -> None:
         """No unknown kind, and every axis of size above one."""
