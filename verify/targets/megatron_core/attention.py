@@ -106,7 +106,7 @@ def self_attention(case: Case) -> AttentionSubject:
     )
 
     def call(inputs: Tensors) -> Tensors:
-        with _forked(case):
+        with forked(case):
             output, bias = module(inputs["x"], None)
         return {"y": output if bias is None else output + bias}
 
@@ -114,8 +114,10 @@ def self_attention(case: Case) -> AttentionSubject:
     return AttentionSubject(module, config, call, names=names)
 
 
-def _forked(case: Case) -> AbstractContextManager[Any]:
-    return get_cuda_rng_tracker().fork() if case.layout.sequence_parallel else nullcontext()
+def forked(case: Case) -> AbstractContextManager[Any]:
+    """What `TransformerBlock` runs its layers in."""
+    parallel = case.layout.sequence_parallel and case.layout.tp > 1
+    return get_cuda_rng_tracker().fork() if parallel else nullcontext()
 
 
 def lacks(case: Case) -> str | None:
