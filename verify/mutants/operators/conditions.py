@@ -13,6 +13,8 @@ Node = ast.expr | ast.stmt
 _BOUNDS = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}
 _EQUALITIES = {ast.Eq: "!=", ast.NotEq: "=="}
 _FLAGS = ("sequence_parallel",)
+# Of zip: it asserts what holds.
+_ASSERTIONS = ("strict",)
 
 
 def _is_refusal(node: ast.If) -> bool:
@@ -88,9 +90,11 @@ def not_negated(node: Node, source: Source) -> Iterator[Edit]:
 
 def other_flag(node: Node, source: Source) -> Iterator[Edit]:
     """A constant flag, or sequence parallelism that is handed on, is the other way."""
+    above = source.parents[node]
+    if isinstance(above, ast.keyword) and above.arg in _ASSERTIONS:
+        return
     if isinstance(node, ast.Constant) and isinstance(node.value, bool):
         yield source.replaced(node, str(not node.value), f"A flag is {not node.value}.")
-    above = source.parents[node]
     if isinstance(node, ast.Constant) or not isinstance(above, ast.keyword):
         return
     if above.arg in _FLAGS:

@@ -66,13 +66,14 @@ Builder = Callable[[Case, Groups], Subject]
 
 
 def common(case: Case, groups: Groups) -> dict[str, Any]:
-    """The arguments that every module takes. The harness writes all weights: one that it forgot
-    would be NaN."""
+    """The arguments that every module takes, sequence parallelism only if there is some: the
+    default is under test too. The harness writes all weights: one that it forgot would be NaN."""
+    given = {"sequence_parallel": True} if case.layout.sequence_parallel else {}
     return {
         "group": groups.tp,
         "init": partial(constant_, val=math.nan),
-        "sequence_parallel": case.layout.sequence_parallel,
         "dtype": getattr(torch, case.dtype),
+        **given,
     }
 
 

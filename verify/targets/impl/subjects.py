@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -87,10 +88,11 @@ def _linear(
 
 def vocab_embedding(case: Case, groups: Groups) -> ModuleSubject:
     """`VocabParallelEmbedding` of tokens [batch, sequence]."""
+    scattered = {"scatter_to_sequence": True} if case.options.get("scatter") else {}
     module = VocabParallelEmbedding(
         case.shape["vocabulary"],
         hidden=case.shape["hidden"],
-        scatter_to_sequence=bool(case.options.get("scatter", False)),
+        **scattered,
         **common(case, groups),
     )
     return ModuleSubject(module, groups, lambda inputs: {"y": module(inputs["tokens"])})
@@ -98,14 +100,14 @@ def vocab_embedding(case: Case, groups: Groups) -> ModuleSubject:
 
 def vocab_cross_entropy(case: Case, groups: Groups) -> OperationSubject:
     """`vocab_parallel_cross_entropy` of logits [sequence, batch, vocabulary / tp]."""
-    masked = case.options.get("mask_padding", False)
-    loss = partial(
-        vocab_parallel_cross_entropy,
-        group=groups.tp,
-        label_smoothing=float(case.options.get("label_smoothing", 0.0) or 0.0),
-        z_loss=float(case.options.get("z_loss", 0.0) or 0.0),
-        real_vocabulary=case.shape.get("real_vocabulary") if masked else None,
-    )
+    given: dict[str, Any] = {
+        name: float(case.options[name] or 0.0)
+        for name in ("label_smoothing", "z_loss")
+        if name in case.options
+    }
+    if case.options.get("mask_padding"):
+        given["real_vocabulary"] = case.shape.get("real_vocabulary")
+    loss = partial(vocab_parallel_cross_entropy, group=groups.tp, **given)
     return OperationSubject(
         lambda inputs: {"loss": loss(inputs["logits"], targets=inputs["targets"])}
     )

@@ -63,7 +63,7 @@ class _Model(Module):
     def __init__(self, case: Case, groups: Groups) -> None:
         super().__init__()
         shape, arguments = case.shape, common(case, groups)
-        plain = {name: arguments[name] for name in ("sequence_parallel", "dtype")}
+        plain = {n: arguments[n] for n in ("sequence_parallel", "dtype") if n in arguments}
         self.groups, self.sequence_parallel = groups, case.layout.sequence_parallel
         self.norm = RMSNorm(shape["hidden"], **plain)
         self.mlp = MLP(shape["hidden"], ffn=shape["ffn"], **arguments)
