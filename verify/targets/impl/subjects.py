@@ -88,7 +88,7 @@ def _linear(
 
 def vocab_embedding(case: Case, groups: Groups) -> ModuleSubject:
     """`VocabParallelEmbedding` of tokens [batch, sequence]."""
-    scattered = {"scatter_to_sequence": True} if case.options.get("scatter") else {}
+    scattered: dict[str, Any] = {"scatter_to_sequence": True} if case.options.get("scatter") else {}
     module = VocabParallelEmbedding(
         case.shape["vocabulary"],
         hidden=case.shape["hidden"],
@@ -107,10 +107,14 @@ def vocab_cross_entropy(case: Case, groups: Groups) -> OperationSubject:
     }
     if case.options.get("mask_padding"):
         given["real_vocabulary"] = case.shape.get("real_vocabulary")
-    loss = partial(vocab_parallel_cross_entropy, group=groups.tp, **given)
-    return OperationSubject(
-        lambda inputs: {"loss": loss(inputs["logits"], targets=inputs["targets"])}
-    )
+
+    def call(inputs: Tensors) -> Tensors:
+        loss = vocab_parallel_cross_entropy(
+            inputs["logits"], targets=inputs["targets"], group=groups.tp, **given
+        )
+        return {"loss": loss}
+
+    return OperationSubject(call)
 
 
 def tp_mlp(case: Case, groups: Groups) -> ModuleSubject:
