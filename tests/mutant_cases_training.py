@@ -54,7 +54,7 @@ def cases() -> Iterator[tuple[str, Case]]:
             concept="training_steps",
             layout=Layout(dp=2),
             shape=SHAPE,
-            options={"distributed": True},
+            options={"distributed": True, "weight_decay": 16.0},
             lens="native",
             dtype="bfloat16",
         ),

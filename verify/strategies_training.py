@@ -39,7 +39,7 @@ OPTIONS: Mapping[str, Choices] = {
     "training_steps": {
         "optimizer": ("sgd", "adam"),
         "momentum": (0.0, 0.5),
-        "weight_decay": (0.0, 0.5),
+        "weight_decay": (0.0, 0.5, 16.0),
         "clip": (None, 2.0**-4, 2.0**10),
         "norm": (2.0, 1.0, 3.0, "inf"),
         "groups": ("one", "several"),

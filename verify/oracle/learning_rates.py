@@ -26,14 +26,14 @@ from verify.oracle.terms import known_options, number, one_of, sizes, whole_numb
 
 STYLES = ("constant", "linear", "cosine", "wsd", "inverse_square_root")
 OPTIONS = ("schedule", "warmup", "decay", "annealing", "minimum")
-MAXIMUM = 2.0**-4
+MAXIMUM = 2.0**-8
 
 
 def learning_rates(case: Case) -> Contract:
     """`rates` [steps], float64: the rate of each update, the same on every rank.
 
     Options `schedule`, `warmup`, `decay` (T), `annealing` (a, of wsd) and `minimum`, a share of the
-    maximum 1/16. Raises BadArgument where the phases do not come one after the other.
+    maximum 1/256. Raises BadArgument where the phases do not come one after the other.
     """
     known_options(case, *OPTIONS)
     (steps,) = sizes(case, "steps")

@@ -33,7 +33,7 @@ OPTIONS = (
     "distributed",
     "overlap",
 )
-STATIC, DYNAMIC, GROWTH_INTERVAL = 8.0, 16.0, 2
+STATIC, DYNAMIC, GROWTH_INTERVAL = 2.0, 4.0, 2
 # Learning rate and weight decay of a group, as factors.
 FACTORS = {"one": ((1.0, 1.0),), "several": ((1.0, 1.0), (0.5, 2.0), (1.0, 0.0), (4.0, 1.0))}
 

@@ -53,7 +53,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
         "overlap",
     ),
 }
-MAXIMUM = 2.0**-4
+MAXIMUM = 2.0**-8
 _FACTORS = {"one": ((1.0, 1.0),), "several": ((1.0, 1.0), (0.5, 2.0), (1.0, 0.0), (4.0, 1.0))}
 
 
@@ -275,10 +275,10 @@ def _parameter_groups(model: Module, kind: str) -> list[ParameterGroup]:
 def _loss_scale(case: Case) -> LossScale | None:
     kind = case.options.get("loss_scale", "none")
     if kind == "static":
-        return StaticLossScale(value=8.0)
+        return StaticLossScale(value=2.0)
     if kind == "dynamic":
         hysteresis = int(_number(case, "hysteresis", 1))
-        return DynamicLossScale(value=16.0, growth_interval=2, hysteresis=hysteresis)
+        return DynamicLossScale(value=4.0, growth_interval=2, hysteresis=hysteresis)
     return None
 
 

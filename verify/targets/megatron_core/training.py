@@ -46,7 +46,7 @@ OPTIONS: Mapping[str, frozenset[str]] = {
         "overlap",
     },
 }
-MAXIMUM, NO_CLIPPING, NO_END = 2.0**-4, 1e30, 10**6
+MAXIMUM, NO_CLIPPING, NO_END = 2.0**-8, 1e30, 10**6
 _STYLES = {"wsd": "WSD", "inverse_square_root": "inverse-square-root"}
 
 
