@@ -111,7 +111,7 @@ def refusable_position_cases(draw: st.DrawFn) -> Case:
     size = case.shape["head_size"]
     wrong = draw(
         st.sampled_from(
-            (("rotary_dim", 2 * size + 2), ("rotary_dim", 3), ("base", -1.0), ("base", 0.0))
+            (("rotary_dim", 2 * size + 2), ("rotary_dim", 3), ("base", -1.0), ("base", -1e4))
         )
     )
     return dataclasses.replace(case, options={**case.options, wrong[0]: wrong[1]})
