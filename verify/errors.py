@@ -33,5 +33,9 @@ class HarnessError(ShardproofError, RuntimeError):
     """Shardproof itself could not do its work; the verdict is `unknown`, never `passed`."""
 
 
+class WorldLost(HarnessError):
+    """A rank that torchrun or Slurm started is gone; nothing can run on this world any more."""
+
+
 class NotSupported(ShardproofError):
     """The target does not declare the capability that a case needs."""

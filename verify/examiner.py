@@ -18,13 +18,14 @@ from verify.case import Case
 from verify.check_fixture import CheckCase
 from verify.cluster import open_cluster
 from verify.cluster.base import Cluster
+from verify.errors import WorldLost
 from verify.exercise import Recorded, check_case
 from verify.interrupts import DeferredInterrupt
 from verify.known import KnownFindings
 from verify.limits import Limits
 from verify.options import RunOptions
 from verify.record import Record, file_name, property_name
-from verify.recorder import Recorder, told
+from verify.recorder import Recorder, Undecided, told
 from verify.targets import load_target
 from verify.verdict import Judgement, Verdict, judge
 
@@ -80,6 +81,7 @@ class Examiner:
         self.on_example: Callable[[str, int], None] = lambda name, count: None
         self._record: Record | None = None
         self._cluster: Cluster | None = None
+        self._lost = ""
         self._rank_state = ""
         self._interrupt = DeferredInterrupt()
 
@@ -116,11 +118,13 @@ class Examiner:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Let an interrupt wait until the ranks are at rest."""
+        """Let an interrupt wait until the ranks are at rest, and end the run with its world."""
         with DeferredInterrupt() as self._interrupt:
             done = yield
         if self._interrupt.asked:
             item.session.shouldstop = "interrupted"
+        if self._lost:
+            item.session.shouldstop = self._lost
         return done
 
     @pytest.hookimpl(wrapper=True)
@@ -140,6 +144,8 @@ class Examiner:
             raise
         except BaseException as error:
             raised = error
+            if isinstance(error, Undecided) and isinstance(error.error, WorldLost):
+                self._lost = str(error.error)
             raise
         finally:
             concluded = recorder.conclude(raised)

@@ -88,7 +88,8 @@ class Campaign:
         self.console.print(
             f"shardproof campaign: {plan.run.target}, {len(plan.suites)} suites, seeds {plan.first}"
             f" to {plan.end - 1}: {len(units)} units{done}{once_more}; {self.engine.workers}"
-            f" workers, {plan.run.max_examples} examples a property"
+            f" workers, {plan.run.max_examples} examples a property",
+            soft_wrap=True,
         )
 
     def _progress(self) -> Progress:

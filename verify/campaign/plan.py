@@ -75,7 +75,7 @@ def parse_seeds(text: str) -> tuple[int, int]:
 
 def parse(given: Mapping[str, Any], seeds: str, known_suites: list[str]) -> Plan:
     """A plan from options as text. Raises BadArgument."""
-    run = RunOptions.parse({"report": DEFAULT_REPORT, **given})
+    run = RunOptions.parse({**given, "report": given.get("report") or DEFAULT_REPORT})
     if run.cluster == "torchrun":
         raise BadArgument("--cluster: a campaign starts its own processes; take sim or process")
     first, end = parse_seeds(seeds)

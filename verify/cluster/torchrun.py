@@ -31,15 +31,11 @@ from verify.cluster.place import Place
 from verify.cluster.pool import WorkerPool, listen
 from verify.cluster.process import LocalLauncher
 from verify.cluster.wire import Channel, Closed
-from verify.errors import BadArgument, HarnessError
+from verify.errors import BadArgument, HarnessError, WorldLost
 
 EXIT_WORLD_LOST = 70
 _KEY = "shardproof/driver"
 _REPLY_WITHIN = 60.0
-
-
-class WorldLost(HarnessError):
-    """A rank that torchrun or Slurm started is gone; nothing can run on this world any more."""
 
 
 @dataclass(frozen=True)
