@@ -44,7 +44,7 @@ MUTANTS = (
     ),
     _mutant(
         name="chunked-loss-own-rows",
-        wrong="Under sequence parallelism a rank keeps its rows of its own share of the gradient.",
+        wrong="Under sequence parallelism a rank keeps its rows of its own classes' gradient.",
         snippet="of_hidden = reduce_scatter(of_hidden, dim=0, group=group)",
         replacement="of_hidden = of_hidden.chunk(group.size())[group.rank()]",
         seen="CE-06",
