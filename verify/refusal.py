@@ -158,12 +158,13 @@ def _inputs(case: Case) -> Mapping[str, Tensor]:
 
 
 def _contract_near(case: Case) -> Contract:
-    """The contract of the case or, where the oracle refuses it too, of the case without its
-    options, without sequence parallelism, or on one rank: the target is to refuse whatever the
-    inputs."""
+    """The contract of the case or, where the oracle refuses it too, of the case without sequence
+    parallelism, without its options, without either, or on one rank: the target is to refuse
+    whatever the inputs, and those that are right but for one thing leave it no other reason."""
     apart = dataclasses.replace(case.layout, sequence_parallel=False)
     plain = dataclasses.replace(case, options={})
-    for near in (case, plain, dataclasses.replace(plain, layout=apart)):
+    alone = dataclasses.replace(case, layout=apart)
+    for near in (case, alone, plain, dataclasses.replace(plain, layout=apart)):
         with contextlib.suppress(BadArgument):
             return contract_of(near)
     return contract_of(dataclasses.replace(plain, layout=Layout()))

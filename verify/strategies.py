@@ -58,7 +58,11 @@ SHAPES: Mapping[str, Mapping[str, str]] = {
 }
 # The default of an option comes first, and an option after those that its validity depends on.
 _ANY: Choices = {}
-_WEIGHTED = {"bias": (True, False), "skip_bias_add": (False, True), "frozen_weight": (False, True)}
+_SWITCH = (False, True)
+_WEIGHTED: Choices = {
+    "bias": (True, False),
+    **dict.fromkeys(("skip_bias_add", "frozen_weight", "flat"), _SWITCH),
+}
 OPTIONS: Mapping[str, Choices] = {
     "gather_from_sp": {"tensor_parallel_output_grad": (True, False)},
     "column_linear": {**_WEIGHTED, "gather_output": (False, True)},

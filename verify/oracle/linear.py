@@ -2,7 +2,8 @@
 
 Section 3 of arXiv:1909.08053; with sequence parallelism section 4.2.2 of arXiv:2205.05198. With
 skip_bias_add the layer leaves the addition to its caller: y has no bias, and `bias` is an output.
-For backward a layer keeps this rank's x, and not even that if its weight is frozen.
+With flat, x and y are [sequence, features], of a batch of one. For backward a layer keeps this
+rank's x, and not even that if its weight is frozen.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def _elements(case: Case) -> dict[str, int]:
 
 
 def _switches(case: Case) -> dict[str, bool]:
-    defaults = {"bias": True, "skip_bias_add": False, "frozen_weight": False}
+    defaults = {"bias": True, "skip_bias_add": False, "frozen_weight": False, "flat": False}
     defaults |= _OWN_SWITCH[case.concept]
     known_options(case, *defaults)
     return switches(case, defaults)
@@ -104,6 +105,9 @@ def _linear(
 ) -> Contract:
     sequence, batch, inside, out = sizes(case, "sequence", "batch", "in_features", "out_features")
     returned = given["bias"] and given["skip_bias_add"]
+    if given["flat"] and batch != 1:
+        exclude(case, "flat", True, why="it leaves the batch out, which has to be 1")
+    tokens = (sequence,) if given["flat"] else (sequence, batch)
 
     def reference(inputs: Tensors, parameters: Tensors) -> Tensors:
         added: Tensor | None = None if returned else parameters.get("bias")
@@ -114,10 +118,10 @@ def _linear(
     divided = case.layout.tp if x["tp"] != Replicate() or split == "in_features" else 1
     kept = 0 if given["frozen_weight"] else sequence * batch * inside // divided
     parameters = {"weight": (out, inside)} | ({"bias": (out,)} if given["bias"] else {})
-    outputs = {"y": TensorSpec((sequence, batch, out), y, y)}
+    outputs = {"y": TensorSpec((*tokens, out), y, y)}
     outputs |= {"bias": TensorSpec((out,), bias, grad_bias)} if returned else {}
     return Contract(
-        inputs={"x": TensorSpec((sequence, batch, inside), x, x)},
+        inputs={"x": TensorSpec((*tokens, inside), x, x)},
         parameters=parameters,
         outputs=outputs,
         reference=reference,

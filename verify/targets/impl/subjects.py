@@ -43,8 +43,8 @@ from verify.targets.impl.subject import (
 )
 
 OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "column_linear": ("bias", "gather_output", "skip_bias_add", "frozen_weight"),
-    "row_linear": ("bias", "input_is_parallel", "skip_bias_add", "frozen_weight"),
+    "column_linear": ("bias", "gather_output", "skip_bias_add", "frozen_weight", "flat"),
+    "row_linear": ("bias", "input_is_parallel", "skip_bias_add", "frozen_weight", "flat"),
     "vocab_embedding": ("scatter",),
     "vocab_cross_entropy": ("label_smoothing", "z_loss", "ignored", "mask_padding"),
     "tp_mlp": ("bias", "activation", "packed"),

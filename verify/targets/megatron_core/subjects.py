@@ -30,9 +30,10 @@ from verify.targets.megatron_attributes import placements_of
 
 Tensors = Mapping[str, Tensor]
 
+_LINEAR = ("bias", "skip_bias_add", "frozen_weight", "flat")
 OPTIONS: Mapping[str, frozenset[str]] = {
-    "column_linear": frozenset({"bias", "gather_output", "skip_bias_add", "frozen_weight"}),
-    "row_linear": frozenset({"bias", "input_is_parallel", "skip_bias_add", "frozen_weight"}),
+    "column_linear": frozenset({"gather_output", *_LINEAR}),
+    "row_linear": frozenset({"input_is_parallel", *_LINEAR}),
     "vocab_embedding": frozenset({"scatter"}),
     "vocab_cross_entropy": frozenset({"label_smoothing", "ignored", "mask_padding"}),
     "tp_mlp": frozenset({"bias", "activation", "packed"}),
