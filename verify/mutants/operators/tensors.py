@@ -17,6 +17,7 @@ _MASKS = ("masked_fill", "masked_fill_", "where", "clamp", "clamp_")
 _COPIES = ("contiguous", "clone", "detach")
 # The first two arguments of these are not of one kind.
 _UNEQUAL = ("isinstance", "getattr", "setattr", "hasattr", "setdefault", "zip", "enumerate")
+_COMMUTATIVE = ("max", "min")
 
 
 def drop_scale(node: Node, source: Source) -> Iterator[Edit]:
@@ -61,7 +62,7 @@ def swap_arguments(node: Node, source: Source) -> Iterator[Edit]:
         return
     name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
     first = node.args[:2]
-    if len(first) == 2 and name not in _UNEQUAL and not any(map(_is_plain, first)):
+    if len(first) == 2 and name not in _UNEQUAL + _COMMUTATIVE and not any(map(_is_plain, first)):
         yield from source.swapped(first[0], first[1], f"Two arguments of {name} are exchanged.")
     for one, other in zip(node.keywords, node.keywords[1:], strict=False):
         if one.arg and other.arg and one.arg.split("_")[-1] == other.arg.split("_")[-1]:
