@@ -3,7 +3,7 @@
 Laws, in full in `verify.group_laws`: (1) the groups of a kind partition the world, (2) ranks
 ascend, (3) they are the oracle's, (4) axes meet in one rank, (5) pairs of axes are products,
 (6) parts lie within their wholes, (7) members agree, and their communicator reaches just them, (8)
-a rank is refused a group that it is not in.
+a rank is refused a group that it is not in, (9) none is left afterwards.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ cases = st.deferred(lambda: layouts_of_every_kind(limits().world_size(16))).map(
 
 @given(case=cases)
 def test_every_rank_of_the_target_has_its_groups(check: Callable[..., None], case: Case) -> None:
-    """Laws 1 to 8, of the target's groups and communicators on every rank."""
+    """Laws 1 to 9, of the target's groups and communicators on every rank."""
     check("groups", case)
 
 

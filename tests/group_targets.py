@@ -82,6 +82,14 @@ class Foreign(Right):
             return {**super().groups(), "amax": (dist.get_rank(),)}
 
 
+class Leaving(Right):
+    """Destroys nothing of what it made."""
+
+    @contextlib.contextmanager
+    def session(self, layout: Layout) -> Iterator[Session]:
+        yield Session(build_groups(layout))
+
+
 class Granting(Right):
     """Gives a rank that is in no embedding group the world."""
 

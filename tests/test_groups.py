@@ -62,6 +62,7 @@ def test_megatron_core_obeys_the_laws(cluster, layout) -> None:
         ("FirstReplica", Layout(cp=2, dp=2), ["cp group of rank 2", "[2, 3]", "[0, 1]", "law 7"]),
         ("OtherCommunicator", Layout(tp=2, dp=2), ["dp group of rank 0", "[0, 1]", "law 7"]),
         ("Granting", Layout(pp=3), ["embedding group of rank 1", "no group", "law 8"]),
+        ("Leaving", Layout(tp=2), ["rank 0 of tp2 has", "process groups", "after its session"]),
         ("Foreign", Layout(), ["amax"]),
     ],
 )

@@ -12,17 +12,19 @@ probes its real communicators. What is right, `verify.oracle.groups` says.
 7. Every member of a group names the same members, and an all-gather over the real process group
    brings together these ranks in this order.
 8. A rank that asks for a group that it is not in, or of a kind that there is not, is refused.
+9. After the session the process has no more groups than before.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from verify.case import Case
 from verify.cluster.base import Cluster
@@ -95,7 +97,7 @@ def judge(table: Table, layout: Layout, *, who: str) -> None:
 
 
 def groups_check(case: Case, *, target_name: str, cluster: Cluster) -> tuple[str, ...]:
-    """Hold a target's groups for `case.layout` against laws 1 to 8, on every rank of a cluster.
+    """Hold a target's groups for `case.layout` against laws 1 to 9, on every rank of a cluster.
 
     Returns the kinds of the layout that the target does not have, which were not judged. Raises
     Mismatch with the kind, the rank, and what was expected; and what the cluster raises.
@@ -119,6 +121,11 @@ def groups_check(case: Case, *, target_name: str, cluster: Cluster) -> tuple[str
                 raise court.mismatch(7, kind, rank, gathered)
         for kind in view.granted:
             raise court.mismatch(8, kind, rank, "a group all the same")
+        if view.left:
+            raise Mismatch(
+                f"groups: rank {rank} of {layout} has {view.left} process groups of {target_name}"
+                " after its session, which destroys what it made"
+            )
     return tuple(kind for kind in layout.kinds if kind not in kinds)
 
 
@@ -126,15 +133,23 @@ def groups_check(case: Case, *, target_name: str, cluster: Cluster) -> tuple[str
 class _View:
     """What one rank has: the members of its groups by kind, and what an all-gather over each
     brought together; None where the ranks disagree, so that it would hang. `granted` are kinds of
-    groups that it is in none of, though others are, and was not refused."""
+    groups that it is in none of, though others are, and was not refused. `left` is how many process
+    groups the session left behind."""
 
     members: dict[str, Ranks]
     gathered: dict[str, list[int]] | None
     granted: tuple[str, ...] = ()
+    left: int = 0
 
 
 def _views(target_name: str, layout: Layout) -> _View:
     """Rank program. Collective over the world, then over each group in the order of kinds."""
+    before = len(distributed_c10d._world.pg_map)
+    view = _view(target_name, layout)
+    return replace(view, left=len(distributed_c10d._world.pg_map) - before)
+
+
+def _view(target_name: str, layout: Layout) -> _View:
     with session_of(load_target(target_name), layout) as session:
         with target_code("naming its groups"):
             members = {kind: tuple(ranks) for kind, ranks in session.groups().items()}
