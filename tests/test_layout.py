@@ -172,12 +172,15 @@ def _megatron(world_size: int, rank: int, **sizes: Any) -> Iterator[Any]:
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    before = dict(vars(parallel_state))
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         parallel_state.initialize_model_parallel(**sizes, create_gloo_process_groups=False)
         yield parallel_state
     finally:
+        # It forgets some groups, which the next test would find.
         parallel_state.destroy_model_parallel()
+        vars(parallel_state).update(before)
         dist.destroy_process_group()
 
 
