@@ -355,3 +355,17 @@ def numbers(draw):
         properties(drawn + source, "--max-examples", "60", subprocess=True)
         coverages.append(json.dumps(report(pytester)["coverage"]["options"]))
     assert coverages[0] == coverages[1]
+
+
+def test_failing_examples_are_kept_by_name_and_run_again_on_demand(properties, pytester):
+    keeping = ("--database", "kept", "--max-examples", "12")
+    plain = properties(EQUIVALENCE, "--max-examples", "12", defect="no sum")
+    before = report(pytester)["failures"]
+    assert plain.ret == properties(EQUIVALENCE, *keeping, defect="no sum").ret == 1
+    assert report(pytester)["failures"] == before
+    assert properties(EQUIVALENCE, *keeping, "--again", defect="no sum").ret == 1
+    assert report(pytester)["failures"][0]["findings"] == before[0]["findings"]
+    assert properties(EQUIVALENCE, *keeping, "--again", "--seed", "9", defect="no sum").ret == 1
+    found = properties(EQUIVALENCE, "--again", defect="no sum")
+    assert found.ret == pytest.ExitCode.USAGE_ERROR
+    assert "--again: there are no examples to run again without --database" in text(found)

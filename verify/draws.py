@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis.core
 from hypothesis import HealthCheck, Phase, settings
@@ -19,6 +20,12 @@ _SUPPRESSED = (HealthCheck.too_slow, HealthCheck.data_too_large)
 # What is kept of other runs must not change what this one draws: it is run on demand only.
 _AGAIN = (Phase.reuse,)
 _PHASES = (Phase.explicit, Phase.generate, Phase.target, Phase.shrink)
+
+
+def name_examples(test: Any, name: str) -> None:
+    """Have the database keep a property's failing examples by its name. Hypothesis keeps none where
+    a seed is forced, and elsewhere by the path of the file, which another machine may not have."""
+    test._hypothesis_internal_database_key = name.encode()
 
 
 def _database(folder: Path) -> DirectoryBasedExampleDatabase:

@@ -13,11 +13,13 @@ from pathlib import Path
 from traceback import format_exception
 
 import pytest
+from hypothesis import is_hypothesis_test
 
 from verify.case import Case
 from verify.check_fixture import CheckCase
 from verify.cluster import open_cluster
 from verify.cluster.base import Cluster
+from verify.draws import name_examples
 from verify.errors import WorldLost
 from verify.exercise import Recorded, check_case
 from verify.interrupts import DeferredInterrupt
@@ -136,6 +138,8 @@ class Examiner:
             must_check="check" in item.fixturenames,
             on_example=self.on_example,
         )
+        if self.options.database is not None and is_hypothesis_test(item.obj):
+            name_examples(item.obj, recorder.name)
         raised: BaseException | None = None
         try:
             with Recorded(item, recorder, self._interrupt):

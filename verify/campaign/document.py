@@ -27,7 +27,7 @@ _HEAD = (
 @dataclass
 class Failure:
     """A failure that units found, the same in each: one property, one shrunk case. `file` replays
-    it; `again` says whether it failed when it was run again, None where it was not."""
+    it; `again` says whether it failed when it was run again, None if that is not known."""
 
     property: str
     verdict: str
@@ -109,10 +109,14 @@ class Merge:
 
     def again(self, suite: str, document: Mapping[str, Any]) -> None:
         """Take in what the failing examples of a suite did when they were run again."""
-        found = {key for key, part in _parts(document) if part["findings"]}
+        found = {key: part["property"] for key, part in _parts(document) if part["findings"]}
+        fail = set(found.values())
         for key, failure in self.failures.items():
-            if failure.property.partition(".")[0] == suite and failure.finding is not None:
-                failure.again = key in found
+            if failure.property.partition(".")[0] != suite or failure.finding is None:
+                continue
+            # Of several examples that fail alike, Hypothesis shows the smallest.
+            alike = None if failure.property in fail else False
+            failure.again = True if key in found else alike
 
     def describe(self, *, seconds: float, finished: bool, workers: int) -> dict[str, Any]:
         """The document, whether or not the campaign has finished."""
