@@ -221,6 +221,7 @@ def equivalent(mutant, **more):
     return Equivalent(
         mutant.module,
         mutant.function,
+        mutant.line,
         mutant.family,
         " ".join(mutant.snippet.split()),
         " ".join(mutant.replacement.split()),

@@ -21,10 +21,11 @@ PATH = Path(__file__).with_name("equivalent.toml")
 @dataclass(frozen=True)
 class Equivalent:
     """What a mutant does, and why that changes nothing. `count` is the number of mutants that do
-    just that in the function."""
+    just that in lines like this one of the function."""
 
     module: str
     function: str
+    line: str
     operator: str
     snippet: str
     replacement: str
@@ -34,7 +35,8 @@ class Equivalent:
     @property
     def place(self) -> tuple[str, ...]:
         """What tells a mutant."""
-        return self.module, self.function, self.operator, self.snippet, self.replacement
+        where = (self.module, self.function, self.line)
+        return *where, self.operator, self.snippet, self.replacement
 
 
 class Equivalents:
@@ -71,7 +73,7 @@ class Equivalents:
             modules.add(mutant.module)
             counts[_place(mutant)] = counts.get(_place(mutant), 0) + 1
         return [
-            f"{each.module}, {each.function}, {each.operator} of {each.snippet!r}:"
+            f"{each.module}, {each.function}, {each.operator} in {each.line!r}:"
             f" {counts.get(place, 0)} mutants are like that, not {each.count}"
             for place, each in self.entries.items()
             if each.module in modules and counts.get(place, 0) != each.count
@@ -82,6 +84,7 @@ def _place(mutant: Generated) -> tuple[str, ...]:
     return (
         mutant.module,
         mutant.function,
+        mutant.line,
         mutant.family,
         " ".join(mutant.snippet.split()),
         " ".join(mutant.replacement.split()),

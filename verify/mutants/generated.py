@@ -41,6 +41,12 @@ class Generated:
     start: int
     original: str
 
+    @property
+    def line(self) -> str:
+        """The line of the source that the place begins in, without its indentation."""
+        first = self.original.rfind("\n", 0, self.start) + 1
+        return self.original[first:].partition("\n")[0].strip()
+
     def applied_to(self, source: str) -> str:
         """The mutated source. Raises HarnessError unless `source` is what it was made from."""
         if source != self.original:
