@@ -50,15 +50,16 @@ def rotary(case: Case, groups: Groups) -> OperationSubject:
 
 def position_embedding(case: Case, groups: Groups) -> BlockSubject:
     """`PositionEmbedding`."""
+    split: dict[str, Any] = {"sequence_parallel": True} if case.layout.sequence_parallel else {}
     module = PositionEmbedding(
         case.shape["max_positions"],
         hidden=case.shape["hidden"],
         tp_group=groups.tp,
         cp_group=groups.cp,
         placement=placement_of(case),
-        sequence_parallel=case.layout.sequence_parallel,
         init=partial(constant_, val=math.nan),
         dtype=getattr(torch, case.dtype),
+        **split,
     )
 
     def call(inputs: Tensors) -> Tensors:
