@@ -296,7 +296,7 @@ def _left_by_an_error() -> bool:
 @needs_megatron
 def test_an_error_leaves_nothing_initialised() -> None:
     """In a process of its own, where nobody but the session swaps any state."""
-    with open_cluster("process", world_size=1) as alone:
+    with open_cluster("process", world_size=1, timeout=300.0) as alone:
         assert alone.run(_left_by_an_error, world_size=1) == [False]
 
 
