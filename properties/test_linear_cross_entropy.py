@@ -26,6 +26,12 @@ def test_loss_and_gradients(check: CheckCase, case: Case) -> None:
     check("equivalence", case)
 
 
+@given(case=fused_loss_cases(rest=True))
+def test_rows_that_do_not_fill_a_chunk(check: CheckCase, case: Case) -> None:
+    """Law 1. Must catch: a rest that is left out, in forward or backward."""
+    check("equivalence", case)
+
+
 @given(case=fused_loss_cases(lenses=("fp64",)))
 def test_communication_and_memory(check: CheckCase, case: Case) -> None:
     """Laws 2 and 3. Must catch: logits that are kept, or made whole; hidden states kept gathered; a

@@ -239,10 +239,13 @@ def fused_loss_cases(
     min_tp: int = 1,
     lenses: Sequence[Lens] = LENSES,
     strides: Sequence[str] = STRIDES[:1],
+    rest: bool = False,
 ) -> Case:
-    """Cases of the output linear with its cross entropy, in chunks that need not divide."""
+    """Cases of the output linear with its cross entropy, in chunks that need not divide; with
+    `rest` they do not, and every token counts."""
     layout = draw(layouts_over_tp(min_tp=min_tp, max_world_size=8))
-    sequence = draw(st.integers(1, 3 if layout.sequence_parallel else 6))
+    least = 3 if rest else 1
+    sequence = draw(st.integers(least, least + 2 if layout.sequence_parallel else 6))
     vocabulary = layout.tp * draw(st.integers(1, 4))
     shape = {
         "sequence": sequence * (layout.tp if layout.sequence_parallel else 1),
@@ -264,9 +267,14 @@ def fused_loss_cases(
         "magnitude": (1, 1, 4),
         "strides": tuple(strides),
     }
+    if rest:
+        full = shape["sequence"]
+        given["chunk"] = tuple(n for n in range(2, full) if full % n)
+        given |= dict.fromkeys(("ignored", "loss_mask"), (False,))
     case = with_option(case, "mask_padding", masked, default=False)
     for option, values in given.items():
-        case = with_option(case, option, draw(st.sampled_from(values)), default=values[0])
+        default = 1 if option == "chunk" else values[0]
+        case = with_option(case, option, draw(st.sampled_from(values)), default=default)
     return draw(completed(case, lenses))
 
 
