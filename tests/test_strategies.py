@@ -160,6 +160,8 @@ def _neighbours(case: Case):
         yield dataclasses.replace(
             case, options={n: v for n, v in case.options.items() if n != name}
         )
+        for value in OPTIONS.get(case.concept, {}).get(name, ()):
+            yield dataclasses.replace(case, options={**case.options, name: value})
     if SEQUENCE in SHAPES[case.concept].values():
         flag = not case.layout.sequence_parallel
         layout = dataclasses.replace(case.layout, sequence_parallel=flag)
