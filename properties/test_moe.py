@@ -45,6 +45,13 @@ def test_choices_and_weights(check: CheckCase, case: Case) -> None:
     check("equivalence", case)
 
 
+@given(case=moe_cases("moe_router", options=PLAIN, layouts=SMALL, grouped=(True,)))
+def test_groups_of_experts(check: CheckCase, case: Case) -> None:
+    """Laws 1 and 2, where a token may go to some groups only. Must catch: a token that goes to any;
+    groups ranked by their best expert, or all of them, for the sum of several."""
+    check("equivalence", case)
+
+
 @given(case=moe_cases("moe_router", options=LOSSES, layouts=SMALL))
 def test_auxiliary_losses(check: CheckCase, case: Case) -> None:
     """Law 5. Must catch: counts of this rank's tokens only, or reduced over copies or over other

@@ -142,9 +142,13 @@ def _shapes(draw: st.DrawFn, concept: str, layout: Layout, *, grouped: Sequence[
     }
     split = layout.ep if concept in ("moe_layer", "moe_dispatch") else 1
     experts = [n * split for n in (1, 2, 3) if n * split > 1] + [-(-11 // split) * split]
+    in_groups = concept in ("moe_router", "moe_layer") and draw(st.sampled_from(list(grouped)))
+    if in_groups:
+        # Of several experts each.
+        experts = [n * split for n in (4, 6, 8)]
     shape["experts"] = draw(st.sampled_from(experts))
     shape["top_k"] = draw(st.integers(1, min(3, shape["experts"])))
-    if concept in ("moe_router", "moe_layer") and draw(st.sampled_from(list(grouped))):
+    if in_groups:
         shape |= draw(_grouping(shape["experts"], shape["top_k"]))
     if concept == "moe_layer":
         shape["ffn"] = layout.expert_tp * draw(st.integers(1, 3))
