@@ -107,10 +107,21 @@ def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
     check("determinism", case)
 
 
-@given(case=refusable_cases())
-def test_what_cannot_be_computed_is_refused(check: CheckCase, case: Case) -> None:
-    """Law 10. Must catch: a division that rounds down; heads that are dropped or given twice; a
-    window that is accepted and ignored; levels that are made up."""
+@given(case=refusable_cases("tokens"))
+def test_tokens_that_do_not_divide_are_refused(check: CheckCase, case: Case) -> None:
+    """Law 10. Must catch: a division of the sequence, or of a packed one, that rounds down."""
+    check("refusal", case)
+
+
+@given(case=refusable_cases("heads"))
+def test_heads_that_do_not_divide_are_refused(check: CheckCase, case: Case) -> None:
+    """Law 10. Must catch: heads that are dropped or given twice; levels that are made up."""
+    check("refusal", case)
+
+
+@given(case=refusable_cases("options"))
+def test_options_that_mean_nothing_are_refused(check: CheckCase, case: Case) -> None:
+    """Law 10. Must catch: a window that is accepted and ignored; a name taken for the default."""
     check("refusal", case)
 
 

@@ -24,11 +24,11 @@ from verify.strategies_context import (
 )
 
 
-@st.composite
-def refusable_cases(draw: st.DrawFn) -> Case:
-    """One fault: a sequence, heads or kv heads that do not divide; levels that lack; a window where
-    none belongs, or none where one does; a name that nothing has."""
-    return draw(st.sampled_from(_FAULTS).flatmap(lambda fault: fault()))
+def refusable_cases(about: str) -> st.SearchStrategy[Case]:
+    """One fault. About `tokens`: a sequence that does not divide; about `heads`: heads or kv heads
+    that do not divide, levels that lack; about `options`: a window where none belongs, or none
+    where one does, a name that nothing has."""
+    return st.sampled_from(_FAULTS[about]).flatmap(lambda fault: fault())
 
 
 @st.composite
@@ -105,17 +105,11 @@ def _groups_over_tp(draw: st.DrawFn) -> Case:
     return _changed(case, heads=lcm(case.layout.tp, kv_heads), kv_heads=kv_heads)
 
 
-_FAULTS = (
-    _odd_sequence,
-    _packed_rest,
-    _split_rest,
-    _heads,
-    _kv_heads,
-    _levels,
-    _window,
-    _name,
-    _groups_over_tp,
-)
+_FAULTS = {
+    "tokens": (_odd_sequence, _packed_rest, _split_rest),
+    "heads": (_heads, _kv_heads, _groups_over_tp, _levels),
+    "options": (_window, _name),
+}
 
 
 def _changed(case: Case, **sizes: int) -> Case:
