@@ -20,8 +20,8 @@ PATH = Path(__file__).with_name("equivalent.toml")
 
 @dataclass(frozen=True)
 class Equivalent:
-    """What a mutant does, and why that changes nothing. `count` is the number of mutants that do
-    just that in lines like this one of the function."""
+    """What a mutant does, and why that changes nothing. It is the `nth` that does just that in
+    lines like this one of the function."""
 
     module: str
     function: str
@@ -30,13 +30,13 @@ class Equivalent:
     snippet: str
     replacement: str
     reason: str
-    count: int = 1
+    nth: int = 1
 
     @property
-    def place(self) -> tuple[str, ...]:
+    def place(self) -> tuple[object, ...]:
         """What tells a mutant."""
         where = (self.module, self.function, self.line)
-        return *where, self.operator, self.snippet, self.replacement
+        return *where, self.operator, self.snippet, self.replacement, self.nth
 
 
 class Equivalents:
@@ -65,22 +65,17 @@ class Equivalents:
         return found.reason if found else ""
 
     def stale(self, mutants: Iterable[Generated]) -> list[str]:
-        """What is wrong with the entries about the modules of these mutants, which are all that
-        there are: those that describe none of them, or not as many as they say."""
-        counts: dict[tuple[str, ...], int] = {}
-        modules = set()
-        for mutant in mutants:
-            modules.add(mutant.module)
-            counts[_place(mutant)] = counts.get(_place(mutant), 0) + 1
+        """The entries about the modules of these mutants, which are all that there are, that
+        describe none of them."""
+        known = {_place(mutant): mutant.module for mutant in mutants}
         return [
-            f"{each.module}, {each.function}, {each.operator} in {each.line!r}:"
-            f" {counts.get(place, 0)} mutants are like that, not {each.count}"
+            f"{each.module}, {each.function}, {each.operator} in {each.line!r}: no mutant is so"
             for place, each in self.entries.items()
-            if each.module in modules and counts.get(place, 0) != each.count
+            if each.module in known.values() and place not in known
         ]
 
 
-def _place(mutant: Generated) -> tuple[str, ...]:
+def _place(mutant: Generated) -> tuple[object, ...]:
     return (
         mutant.module,
         mutant.function,
@@ -88,12 +83,13 @@ def _place(mutant: Generated) -> tuple[str, ...]:
         mutant.family,
         " ".join(mutant.snippet.split()),
         " ".join(mutant.replacement.split()),
+        mutant.nth,
     )
 
 
 def _entry(number: int, data: Mapping[str, Any]) -> Equivalent:
     known = {field.name for field in fields(Equivalent)}
-    missing = known - {"count"} - set(data)
+    missing = known - {"nth"} - set(data)
     if missing or set(data) - known:
         raise HarnessError(
             f"equivalent mutants: entry {number} lacks {sorted(missing)} and has"

@@ -28,24 +28,21 @@ PREFIX = "generated:"
 @dataclass(frozen=True, kw_only=True)
 class Generated:
     """A generated defect of one place of a module. `family` is the operator; `function` is where
-    the place is, `snippet` its text, and one of `lines` runs if it does."""
+    the place is, `line` the text of the line that it begins in, `snippet` its own, and it is the
+    `nth` of those that are alike in all that. One of `lines` runs if the place does."""
 
     name: str
     family: str
     wrong: str
     module: str
     function: str
+    line: str
+    nth: int
     snippet: str
     replacement: str
     lines: range
     start: int
     original: str
-
-    @property
-    def line(self) -> str:
-        """The line of the source that the place begins in, without its indentation."""
-        first = self.original.rfind("\n", 0, self.start) + 1
-        return self.original[first:].partition("\n")[0].strip()
 
     def applied_to(self, source: str) -> str:
         """The mutated source. Raises HarnessError unless `source` is what it was made from."""
@@ -89,7 +86,7 @@ def _short(package: str, module: str) -> str:
 def _of_module(package: str, short: str, path: Path) -> dict[str, Generated]:
     source = Source(path.read_text(encoding="utf-8"))
     seen = {_code(compile(source.tree, str(path), "exec", dont_inherit=True))}
-    counts: Counter[str] = Counter()
+    counts: Counter[object] = Counter()
     found = {}
     for node, operator, edit in _edits(source):
         base = f"{short}:{node.lineno}:{operator}"
@@ -100,13 +97,19 @@ def _of_module(package: str, short: str, path: Path) -> dict[str, Generated]:
         seen.add(code)
         counts[base] += 1
         name = base if counts[base] == 1 else f"{base}:{counts[base]}"
+        function, line = source.function(node), source.line_at(edit.start)
+        snippet = source.text[edit.start : edit.end]
+        alike = function, line, operator, snippet, edit.text
+        counts[alike] += 1
         found[name] = Generated(
             name=f"{PREFIX}{name}",
             family=operator,
             wrong=edit.wrong,
             module=package if short == "__init__" else f"{package}.{short}",
-            function=source.function(node),
-            snippet=source.text[edit.start : edit.end],
+            function=function,
+            line=line,
+            nth=counts[alike],
+            snippet=snippet,
             replacement=edit.text,
             lines=source.lines(node),
             start=edit.start,

@@ -52,6 +52,11 @@ class Source:
         start, end = self.span(node)
         return self.text[start:end]
 
+    def line_at(self, offset: int) -> str:
+        """The line that is at an offset, without its indentation."""
+        first = self.text.rfind("\n", 0, offset) + 1
+        return self.text[first:].partition("\n")[0].strip()
+
     def replaced(self, node: ast.expr | ast.stmt, text: str, wrong: str) -> Edit:
         """The edit that puts a text in the place of a node."""
         return Edit(*self.span(node), text, wrong)
