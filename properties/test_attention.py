@@ -14,9 +14,9 @@ from __future__ import annotations
 from hypothesis import given
 
 from verify.case import Case
-from verify.examiner import CheckCase
-from verify.strategies import STRIDES, Choices
-from verify.strategies_attention import CERTAIN, attention_cases, refusable_attention_cases
+from verify.runner.examiner import CheckCase
+from verify.strategies.attention import CERTAIN, attention_cases, refusable_attention_cases
+from verify.strategies.cases import STRIDES, Choices
 
 BOTH = ("core_attention", "self_attention")
 PLAIN: Choices = {

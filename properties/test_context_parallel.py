@@ -15,10 +15,10 @@ from __future__ import annotations
 from hypothesis import given
 
 from verify.case import Case
-from verify.examiner import CheckCase
-from verify.strategies import STRIDES
-from verify.strategies_context import attention_cases, block_cases, split_cases
-from verify.strategies_context_refusals import refusable_cases
+from verify.runner.examiner import CheckCase
+from verify.strategies.cases import STRIDES
+from verify.strategies.context import attention_cases, block_cases, split_cases
+from verify.strategies.context_refusals import refusable_cases
 
 PACKED = (1, 2, 3)
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 from hypothesis import given
 
 from verify.case import Case
-from verify.examiner import CheckCase
-from verify.strategies import Choices
-from verify.strategies_training import OPTIONS, training_cases
+from verify.runner.examiner import CheckCase
+from verify.strategies.cases import Choices
+from verify.strategies.training import OPTIONS, training_cases
 
 _ALL = OPTIONS["training_steps"]
 PLAIN: Choices = {"zeros": ("", "", "", "mask")}

@@ -1,6 +1,6 @@
 """Who belongs with whom: the process groups of every layout.
 
-Laws, in full in `verify.group_laws`: (1) the groups of a kind partition the world, (2) ranks
+Laws, in full in `verify.checks.group_laws`: (1) the groups of a kind partition the world, (2) ranks
 ascend, (3) they are the oracle's, (4) axes meet in one rank, (5) pairs of axes are products,
 (6) parts lie within their wholes, (7) members agree, and their communicator reaches just them, (8)
 a rank is refused a group that it is not in, (9) none is left afterwards.
@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from verify.case import Case
-from verify.group_laws import judge
+from verify.checks.group_laws import judge
 from verify.layout import Layout
-from verify.layout_strategies import layouts_of_every_kind
-from verify.limits import limits
+from verify.runner.limits import limits
+from verify.strategies.layouts import layouts_of_every_kind
 
 cases = st.deferred(lambda: layouts_of_every_kind(limits().world_size(16))).map(
     lambda layout: Case(concept="groups", layout=layout)

@@ -14,8 +14,8 @@ from __future__ import annotations
 from hypothesis import given
 
 from verify.case import Case
-from verify.examiner import CheckCase
-from verify.strategies import Choices, cases
+from verify.runner.examiner import CheckCase
+from verify.strategies.cases import Choices, cases
 
 BOTH = ("column_linear", "row_linear")
 PLAIN: Choices = {"strides": ("contiguous",), "frozen_weight": (False,)}

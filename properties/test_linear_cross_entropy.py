@@ -13,9 +13,9 @@ from __future__ import annotations
 from hypothesis import given
 
 from verify.case import Case
-from verify.examiner import CheckCase
-from verify.strategies import STRIDES
-from verify.strategies_layer import fused_loss_cases, refusable_fused_loss_cases
+from verify.runner.examiner import CheckCase
+from verify.strategies.cases import STRIDES
+from verify.strategies.layer import fused_loss_cases, refusable_fused_loss_cases
 
 
 @given(case=fused_loss_cases(strides=STRIDES))

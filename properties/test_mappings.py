@@ -12,8 +12,8 @@ from __future__ import annotations
 from hypothesis import given
 
 from verify.case import Case
-from verify.examiner import CheckCase
-from verify.strategies import MAPPINGS, Choices, cases
+from verify.runner.examiner import CheckCase
+from verify.strategies.cases import MAPPINGS, Choices, cases
 
 CONTIGUOUS: Choices = {"strides": ("contiguous",)}
 TRANSPOSED: Choices = {"strides": ("transposed",)}

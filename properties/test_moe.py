@@ -16,9 +16,9 @@ from __future__ import annotations
 from hypothesis import given
 
 from verify.case import Case
-from verify.examiner import CheckCase
-from verify.strategies import Choices
-from verify.strategies_moe import (
+from verify.runner.examiner import CheckCase
+from verify.strategies.cases import Choices
+from verify.strategies.moe import (
     CONTIGUOUS,
     DROPLESS,
     LOSSLESS,

@@ -12,9 +12,9 @@ from __future__ import annotations
 from hypothesis import given
 
 from verify.case import Case
-from verify.examiner import CheckCase
-from verify.strategies import STRIDES
-from verify.strategies_layer import norm_cases
+from verify.runner.examiner import CheckCase
+from verify.strategies.cases import STRIDES
+from verify.strategies.layer import norm_cases
 
 BOTH = ("norm", "qk_norm")
 

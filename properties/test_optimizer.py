@@ -13,9 +13,9 @@ from __future__ import annotations
 from hypothesis import given
 
 from verify.case import Case
-from verify.examiner import CheckCase
-from verify.strategies import Choices
-from verify.strategies_training import (
+from verify.runner.examiner import CheckCase
+from verify.strategies.cases import Choices
+from verify.strategies.training import (
     OPTIONS,
     rate_cases,
     refusable_training_cases,

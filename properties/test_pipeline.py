@@ -13,9 +13,9 @@ from __future__ import annotations
 from hypothesis import given
 
 from verify.case import Case
-from verify.examiner import CheckCase
-from verify.strategies import STRIDES
-from verify.strategies_pipeline import pipeline_cases, refusable_pipeline_cases
+from verify.runner.examiner import CheckCase
+from verify.strategies.cases import STRIDES
+from verify.strategies.pipeline import pipeline_cases, refusable_pipeline_cases
 
 
 @given(case=pipeline_cases(variable=(False,)))

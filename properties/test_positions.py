@@ -14,9 +14,9 @@ from __future__ import annotations
 from hypothesis import given
 
 from verify.case import Case
-from verify.examiner import CheckCase
-from verify.strategies import STRIDES
-from verify.strategies_layer import position_cases, refusable_position_cases
+from verify.runner.examiner import CheckCase
+from verify.strategies.cases import STRIDES
+from verify.strategies.layer import position_cases, refusable_position_cases
 
 BOTH = ("rotary", "position_embedding")
 

@@ -2,12 +2,12 @@
 
 Laws: (1) ranks draw the same numbers where they hold copies or replicas that start equal, and other
 numbers everywhere else: over tp in tensor-parallel regions, over etp and ep in experts, over pp
-always, in full in `verify.stream_laws`; (2) dropout drops copies alike, parts independently, at its
-rate, and output and gradients are those of one device under the union of the masks; (3) outside of
-training nothing is dropped; (4) dropout communicates nothing; (5) memory order and (6) running
-twice change nothing; (7) a probability that is none is refused; (8) a model that is initialised
-whole is the same on every layout, bit for bit; (9) one that is initialised locally has equal
-copies, and parts, layers and stages that differ; (10) both have the promised spread.
+always, in full in `verify.checks.stream_laws`; (2) dropout drops copies alike, parts independently,
+at its rate, and output and gradients are those of one device under the union of the masks; (3)
+outside of training nothing is dropped; (4) dropout communicates nothing; (5) memory order and (6)
+running twice change nothing; (7) a probability that is none is refused; (8) a model that is
+initialised whole is the same on every layout, bit for bit; (9) one that is initialised locally has
+equal copies, and parts, layers and stages that differ; (10) both have the promised spread.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from __future__ import annotations
 from hypothesis import given
 
 from verify.case import Case
-from verify.examiner import CheckCase
-from verify.strategies import STRIDES
-from verify.strategies_random import (
+from verify.runner.examiner import CheckCase
+from verify.strategies.cases import STRIDES
+from verify.strategies.random import (
     dropout_cases,
     initialisation_cases,
     refusable_dropout_cases,

@@ -13,9 +13,9 @@ from __future__ import annotations
 from hypothesis import given
 
 from verify.case import Case
-from verify.examiner import CheckCase
-from verify.strategies import STRIDES
-from verify.strategies_random import WHOLE, recomputed_cases, refusable_plans
+from verify.runner.examiner import CheckCase
+from verify.strategies.cases import STRIDES
+from verify.strategies.random import WHOLE, recomputed_cases, refusable_plans
 
 
 @given(case=recomputed_cases())

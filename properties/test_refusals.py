@@ -11,8 +11,8 @@ from __future__ import annotations
 from hypothesis import given
 
 from verify.case import Case
-from verify.examiner import CheckCase
-from verify.strategies import refusable_cases
+from verify.runner.examiner import CheckCase
+from verify.strategies.cases import refusable_cases
 
 _EXCHANGES = ("all_to_all_sp_to_hp", "all_to_all_hp_to_sp")
 _SPLITS = ("scatter_to_tp", "scatter_to_sp", "reduce_scatter_to_sp", "reduce_scatter_last_dim")

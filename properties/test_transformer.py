@@ -15,9 +15,9 @@ from __future__ import annotations
 from hypothesis import given
 
 from verify.case import Case
-from verify.examiner import CheckCase
-from verify.strategies import STRIDES
-from verify.strategies_layer import layer_cases, refusable_layer_cases
+from verify.runner.examiner import CheckCase
+from verify.strategies.cases import STRIDES
+from verify.strategies.layer import layer_cases, refusable_layer_cases
 
 DROPOUT = (0.25, 0.1, 0.0)
 RECOMPUTED = ("full", "selective")

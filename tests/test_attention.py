@@ -20,7 +20,7 @@ from verify.lens import check_fits
 from verify.oracle.attention import attend, scoring, slopes
 from verify.rank_program import contract_of
 from verify.replica import RankMap
-from verify.strategies_attention import BLOCKS, attention_cases, refusable_attention_cases
+from verify.strategies.attention import BLOCKS, attention_cases, refusable_attention_cases
 
 CONCEPTS = ("core_attention", *BLOCKS)
 

@@ -18,8 +18,8 @@ from verify.campaign.journal import Journal
 from verify.campaign.plan import Plan, Unit, parse_seeds
 from verify.campaign.summary import page, validate, write_campaign
 from verify.errors import BadArgument
-from verify.options import RunOptions
 from verify.report import describe_run, read, write
+from verify.runner.options import RunOptions
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed (the extra campaign)"

@@ -173,7 +173,7 @@ def test_debug_shows_the_traceback():
 
 
 def test_a_defect_of_ours_is_one_line_too(capsys, monkeypatch):
-    from verify import listing
+    from verify.runner import listing
 
     monkeypatch.setattr(listing, "print_suites", lambda: {}["x"])
     code, _, err = in_process(capsys, "suites")

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from impl.groups import build_groups
 from verify.case import Case
+from verify.checks.group_laws import groups_check, judge
 from verify.cluster import Cluster, RankFailures, open_cluster
 from verify.errors import Mismatch
-from verify.group_laws import groups_check, judge
 from verify.layout import Layout
 from verify.oracle import groups as oracle
 

@@ -10,8 +10,8 @@ from test_report import CASE, FAILED, FINDING, PASSED
 
 from verify.errors import BadArgument
 from verify.known import KnownFinding, KnownFindings
-from verify.record import Record
 from verify.report import read
+from verify.runner.record import Record
 from verify.verdict import Judgement, Verdict
 
 pytest_plugins = ["pytester"]

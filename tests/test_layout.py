@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from verify.errors import BadArgument
 from verify.layout import AXES, DEFAULT_ORDER, KINDS, Layout
-from verify.layout_strategies import divisors, layouts_of_every_kind
+from verify.strategies.layouts import divisors, layouts_of_every_kind
 
 needs_megatron = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="needs megatron-core"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from verify.errors import BadArgument
 from verify.layout import Layout
 from verify.layout_picture import RANK_LIMIT, WIDTH, describe
-from verify.layout_strategies import layouts_of_every_kind
+from verify.strategies.layouts import layouts_of_every_kind
 
 
 def test_four_ranks_of_two_by_two() -> None:

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from verify.checks.masks import Masks, applied_alike, recorded
 from verify.layout import Layout
-from verify.masks import Masks, applied_alike, recorded
 from verify.oracle.contract import Contract, Mask
 from verify.placement import Shard, ZigzagShard, shard
 from verify.replica import RankMap

@@ -22,7 +22,7 @@ from verify.oracle.moe.rules import rules
 from verify.rank_program import contract_of
 from verify.reference import Reference
 from verify.replica import RankMap
-from verify.strategies_moe import CONTIGUOUS, OPTIONS, moe_cases
+from verify.strategies.moe import CONTIGUOUS, OPTIONS, moe_cases
 
 SHAPE = {"sequence": 6, "batch": 4, "hidden": 5, "experts": 8, "top_k": 2}
 ROUTINGS = (

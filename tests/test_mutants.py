@@ -21,7 +21,7 @@ from verify.cluster import Cluster, open_cluster
 from verify.errors import BadArgument, HarnessError
 from verify.layout import Layout
 from verify.mutants import CATALOGUE, Mutant, find, import_mutated
-from verify.strategies import MAPPINGS
+from verify.strategies.cases import MAPPINGS
 from verify.targets import load_target
 from verify.verdict import Judgement, Verdict, judge
 

@@ -19,7 +19,7 @@ from verify.mutation.document import complaints, describe, validate
 from verify.mutation.outcome import Fate, Outcome
 from verify.mutation.pool import Lost, Pool, number_of_workers
 from verify.mutation.trials import Surveyed
-from verify.options import RunOptions
+from verify.runner.options import RunOptions
 
 MUTANT = CATALOGUE["impl"]["gradients-averaged"]
 GENERATED = generate("impl", ("gradients",))[0]

@@ -16,7 +16,7 @@ from verify.oracle.contract import IGNORED
 from verify.rank_program import contract_of
 from verify.reference import Reference
 from verify.replica import RankMap
-from verify.strategies import MAPPINGS, SHAPES, cases
+from verify.strategies.cases import MAPPINGS, SHAPES, cases
 
 ROUNDOFF = torch.finfo(torch.float64).eps
 LINEAR = {"sequence": 3, "batch": 2, "in_features": 4, "out_features": 5}

@@ -8,12 +8,12 @@ from fake_targets import Right, target_of
 
 from verify import oracle
 from verify.case import Case
+from verify.checks.promises import kept_too_much, miscommunicated
 from verify.cluster import open_cluster
 from verify.cluster.history import History, Record
 from verify.errors import BadArgument, Mismatch, NotSupported
 from verify.layout import Layout
 from verify.oracle.contract import Contract, Step
-from verify.promises import kept_too_much, miscommunicated
 from verify.property import CHECKS
 from verify.rank_program import Observation
 

@@ -6,8 +6,8 @@ import fake_targets
 import pytest
 import torch.distributed as dist
 
-from verify.blame import Bench
 from verify.case import Case
+from verify.checks.blame import Bench
 from verify.cluster import Cluster, open_cluster
 from verify.errors import BadArgument, HarnessError, Mismatch, NotSupported
 from verify.finding import KINDS, Divergence, Finding

@@ -11,9 +11,9 @@ from hypothesis import settings
 # Loaded once: pytester would import it afresh for each run in this process, but torch keeps what
 # the simulator registered with it.
 import verify.cluster.sim.backend
-import verify.pytest_run  # noqa: F401
-from verify.limits import limits
+import verify.runner.pytest_run  # noqa: F401
 from verify.report import read
+from verify.runner.limits import limits
 
 pytest_plugins = ["pytester"]
 

@@ -13,8 +13,12 @@ from verify.case import Case
 from verify.errors import BadArgument
 from verify.finding import Divergence, Explanation, Finding
 from verify.layout import Layout
-from verify.options import RunOptions
-from verify.record import (
+from verify.report import RunFacts, describe_failure, describe_run, read, write
+from verify.report.files import validate
+from verify.report.page import grids, page
+from verify.report.table import summary
+from verify.runner.options import RunOptions
+from verify.runner.record import (
     NOT_RUN,
     KnownOutcome,
     Record,
@@ -23,10 +27,6 @@ from verify.record import (
     layout_key,
     property_name,
 )
-from verify.report import RunFacts, describe_failure, describe_run, read, write
-from verify.report.files import validate
-from verify.report.page import grids, page
-from verify.report.table import summary
 from verify.verdict import Verdict
 
 CASE = Case(concept="row_linear", layout=Layout(tp=2, dp=2), shape={"sequence": 1}, seed=3)

@@ -10,11 +10,11 @@ from click.testing import CliRunner
 
 from verify.cli import cli
 from verify.errors import BadArgument, Mismatch
-from verify.schedule_laws import Plan, complaints
-from verify.schedule_picture import WIDTH, picture
-from verify.schedule_svg import svg
-from verify.schedule_table import table_of
-from verify.schedule_times import Times
+from verify.schedules.laws import Plan, complaints
+from verify.schedules.picture import WIDTH, picture
+from verify.schedules.svg import svg
+from verify.schedules.table import table_of
+from verify.schedules.times import Times
 
 # One microbatch over two stages.
 ONE = [

@@ -12,10 +12,10 @@ from verify.case import Case
 from verify.errors import BadArgument
 from verify.layout import Layout
 from verify.lens import check_fits, generate
-from verify.limits import Limits, limits, set_limits
 from verify.rank_program import contract_of
 from verify.replica import RankMap
-from verify.strategies import (
+from verify.runner.limits import Limits, limits, set_limits
+from verify.strategies.cases import (
     FAULTS,
     MAX_WORLD_SIZE,
     OPTIONS,

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 import click
 
 from verify.errors import BadArgument, ShardproofError
-from verify.mutants_command import mutants
-from verify.options import PROFILES, RunOptions
-from verify.schedule_command import schedule
+from verify.mutation.command import mutants
+from verify.runner.options import PROFILES, RunOptions
+from verify.schedules.command import schedule
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 _BROKE = "this is a defect of shardproof or of the target's adapter; --debug shows the traceback"
@@ -133,7 +133,7 @@ def run(workers: str | None, debug: bool, **given: Any) -> int:
         torchrun --nproc-per-node 4 -m verify run --cluster torchrun
     """
     options = RunOptions.parse(given)
-    from verify.run import run as run_suites
+    from verify.runner.run import run as run_suites
 
     return run_suites(options, workers=workers, debug=debug)
 
@@ -178,8 +178,8 @@ def campaign(
         shardproof campaign --target impl --profile ci --seeds 0:100 --resume
     """
     from verify.campaign.plan import parse
-    from verify.options import whole_number
-    from verify.suites import suite_names
+    from verify.runner.options import whole_number
+    from verify.runner.suites import suite_names
 
     plan = parse(given, seeds, suite_names())
     count = None if workers is None else whole_number("-n", workers, least=1)
@@ -198,7 +198,7 @@ def targets() -> None:
     Any class with the methods of verify/target.py is a target too:
         shardproof run --target package.module:Target
     """
-    from verify.listing import print_targets
+    from verify.runner.listing import print_targets
 
     print_targets()
 
@@ -212,7 +212,7 @@ def suites() -> None:
     Run one or two of them:
         shardproof run --suite groups,linear
     """
-    from verify.listing import print_suites
+    from verify.runner.listing import print_suites
 
     print_suites()
 
@@ -281,7 +281,7 @@ def repro(report: Path, target: str | None, cluster: str | None) -> int:
         shardproof repro shardproof-report/report.json --target megatron-core
     """
     from verify.replay import Replay
-    from verify.repro import print_replay
+    from verify.replay_command import print_replay
 
     return print_replay(Replay.of(report, target=target, cluster=cluster))
 

@@ -14,7 +14,7 @@ from typing import Any
 from verify.case import Case
 from verify.errors import BadArgument
 from verify.finding import Finding
-from verify.record import KnownOutcome, Record
+from verify.runner.record import KnownOutcome, Record
 from verify.verdict import Judgement, Verdict, worst
 
 _HEAD = ("target", "version", "finding")

@@ -13,28 +13,28 @@ from typing import Protocol
 
 import torch
 
-from verify.blame import Bench
 from verify.case import Case
+from verify.checks.blame import Bench
+from verify.checks.group_laws import groups_check
+from verify.checks.initialisation import initialisation_check
+from verify.checks.masks import Masks
+from verify.checks.promises import kept_too_much, miscommunicated, promises_communication
+from verify.checks.refusal import refusal
+from verify.checks.stream_laws import streams
 from verify.cluster.base import Cluster
 from verify.cluster.history import History
 from verify.compare import Comparison, Expectation, difference, same_bits
 from verify.diagnose import diagnose
 from verify.errors import BadArgument, HarnessError, Mismatch, NotSupported
 from verify.finding import Divergence
-from verify.group_laws import groups_check
-from verify.initialisation import initialisation_check
 from verify.layout import Layout
 from verify.lens import check_fits, generate
-from verify.limits import limits
-from verify.masks import Masks
 from verify.oracle.contract import Contract
-from verify.promises import kept_too_much, miscommunicated, promises_communication
 from verify.rank_program import Observation, Source, contract_of, observe
 from verify.reference import Reference
-from verify.refusal import refusal
 from verify.replica import RankMap
-from verify.schedule_check import schedule_check
-from verify.stream_laws import streams
+from verify.runner.limits import limits
+from verify.schedules.check import schedule_check
 from verify.tolerance import Tolerance
 
 
@@ -164,7 +164,7 @@ def memory(case: Case, *, target_name: str, cluster: Cluster) -> None:
 
 
 def groups(case: Case, *, target_name: str, cluster: Cluster) -> None:
-    """The target's process groups obey the laws of `verify.group_laws`."""
+    """The target's process groups obey the laws of `verify.checks.group_laws`."""
     bench = Bench("groups", case, target_name, cluster)
     try:
         groups_check(case, target_name=target_name, cluster=bench)

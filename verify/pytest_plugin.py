@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     config = pluginmanager.get_plugin("pytestconfig")
     if config is None or not is_used(config.invocation_params.args):
         return
-    from verify.options import PROFILES
+    from verify.runner.options import PROFILES
 
     profiles = "; ".join(f"{name}: {each.meaning}" for name, each in PROFILES.items())
     group = parser.getgroup(NAME, "shardproof: check a parallel implementation")
@@ -54,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 def pytest_configure(config: pytest.Config) -> None:
     """Set the run up, where it is one."""
     if hasattr(config.option, f"{NAME}_target"):
-        from verify.pytest_run import set_up
+        from verify.runner.pytest_run import set_up
 
         set_up(config)
 

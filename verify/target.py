@@ -44,7 +44,7 @@ class Session(Protocol):
     """A target on one rank, its process groups made for one layout.
 
     It may have `streams()`, how to draw from the rank's random stream of every region that
-    `verify.stream_laws` knows; the check `streams` needs it.
+    `verify.checks.stream_laws` knows; the check `streams` needs it.
     """
 
     def groups(self) -> Mapping[str, tuple[int, ...]]:
@@ -71,7 +71,7 @@ class Target(Protocol):
     """An implementation under test.
 
     It may have `schedule(kind, layout, microbatches)`, its table of a pipeline schedule as the
-    plain data that `verify.schedule_table.table_of` reads, or ValueError where it refuses; the
+    plain data that `verify.schedules.table.table_of` reads, or ValueError where it refuses; the
     check `schedule` and the command `shardproof schedule` need it.
     """
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.grad_mode import set_multithreading_enabled
 from torch.autograd.graph import saved_tensors_hooks
 
-from verify.masks import applied_alike, recorded
+from verify.checks.masks import applied_alike, recorded
 from verify.oracle.contract import Contract
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from verify.campaign.plan import Plan, Unit
 from verify.finding import Finding
 from verify.provenance import machine, shardproof_version, target_facts, versions
-from verify.record import file_name, total
 from verify.report.files import write
+from verify.runner.record import file_name, total
 from verify.verdict import Verdict, opens_gate, worst
 
 FORMAT, FORMAT_VERSION = "shardproof campaign", 1

@@ -18,7 +18,7 @@ from verify.campaign.plan import Plan, Unit
 from verify.campaign.summary import print_summary, write_campaign
 from verify.campaign.work import do
 from verify.console import console_of_stdout
-from verify.pytest_run import known_findings
+from verify.runner.pytest_run import known_findings
 
 PASSED, NOT_PASSED = 0, 1
 _WRITE_SECONDS = 2.0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from verify.errors import BadArgument
-from verify.options import RunOptions
+from verify.runner.options import RunOptions
 
 DEFAULT_REPORT = "shardproof-campaign"
 

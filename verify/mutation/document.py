@@ -13,8 +13,8 @@ import jsonschema
 from verify.mutants.generated import Generated
 from verify.mutants.mutant import Mutant
 from verify.mutation.outcome import Fate, Outcome
-from verify.options import RunOptions
 from verify.provenance import machine, shardproof_version, target_facts, versions
+from verify.runner.options import RunOptions
 
 FORMAT, FORMAT_VERSION = "shardproof mutants", 1
 _SCHEMA = Path(__file__).with_name("schema.json")

@@ -10,8 +10,8 @@ from enum import Enum
 
 from verify.errors import BadArgument, HarnessError
 from verify.mutation.trials import Surveyed, Trials
-from verify.options import RunOptions
-from verify.record import Record
+from verify.runner.options import RunOptions
+from verify.runner.record import Record
 from verify.targets import load_target
 from verify.verdict import Verdict, worst
 

@@ -21,11 +21,11 @@ from verify.mutation.outcome import Outcome
 from verify.mutation.pool import number_of_workers
 from verify.mutation.score import TARGET, score
 from verify.mutation.trials import WORLD_SIZE
-from verify.options import RunOptions
-from verify.record import file_name
 from verify.report.document import RunFacts, describe_failure
 from verify.report.files import write, write_text
-from verify.suites import suite_names
+from verify.runner.options import RunOptions
+from verify.runner.record import file_name
+from verify.runner.suites import suite_names
 
 PASSED, NOT_PASSED = 0, 1
 FAILURES = "failures"

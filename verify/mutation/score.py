@@ -18,8 +18,8 @@ from verify.mutation.document import describe
 from verify.mutation.outcome import Fate, Outcome, examine, survey
 from verify.mutation.pool import Lost, Pool
 from verify.mutation.trials import Surveyed
-from verify.options import RunOptions
-from verify.suites import suites
+from verify.runner.options import RunOptions
+from verify.runner.suites import suites
 
 TARGET = "impl"
 # A mutant that takes longer is not known to be caught.

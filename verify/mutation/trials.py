@@ -18,15 +18,15 @@ from hypothesis import Phase
 
 from verify.case import Case
 from verify.cluster import open_cluster
-from verify.draws import use_profile
-from verify.exercise import Recorded, check_case
-from verify.interrupts import DeferredInterrupt
-from verify.limits import Limits, limits, set_limits
 from verify.mutation.lines import Line, Lines
-from verify.options import RunOptions
-from verify.record import Record
-from verify.recorder import Recorder
-from verify.suites import PACKAGE
+from verify.runner.draws import use_profile
+from verify.runner.exercise import Recorded, check_case
+from verify.runner.interrupts import DeferredInterrupt
+from verify.runner.limits import Limits, limits, set_limits
+from verify.runner.options import RunOptions
+from verify.runner.record import Record
+from verify.runner.recorder import Recorder
+from verify.runner.suites import PACKAGE
 from verify.targets import load_target
 
 WORLD_SIZE = 16

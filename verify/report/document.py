@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verify.layout import Layout
-from verify.options import RunOptions
 from verify.provenance import machine, shardproof_version, target_facts, versions
-from verify.record import Record, file_name, total
+from verify.runner.options import RunOptions
+from verify.runner.record import Record, file_name, total
 from verify.verdict import Verdict, opens_gate, worst
 
 FORMAT_VERSION = 1

@@ -14,9 +14,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from verify.case import LENSES
 from verify.finding import LIKELY, Finding
 from verify.layout import Layout
-from verify.record import NOT_RUN
 from verify.report.files import write_text
 from verify.report.table import known_state
+from verify.runner.record import NOT_RUN
 
 _AXES = ("cp", "dp", "pp", "ep")
 _AXIS_NAMES = {

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from verify.console import WIDTH
-from verify.record import total
+from verify.runner.record import total
 
 STYLES = {
     "passed": "green",

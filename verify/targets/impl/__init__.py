@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from impl.groups import Groups, build_groups
 from verify.case import HARNESS_OPTIONS, Case
+from verify.checks.stream_laws import Draw
 from verify.errors import BadArgument
 from verify.layout import Layout
-from verify.stream_laws import Draw
 from verify.target import RankState, Subject
 from verify.targets.impl import dropout, pipeline
 from verify.targets.impl.subjects import BUILDERS, OPTIONS

@@ -22,8 +22,8 @@ from impl.random import (
     stream_of,
 )
 from verify.case import Case
+from verify.checks.stream_laws import Draw
 from verify.layout import Layout
-from verify.stream_laws import Draw
 from verify.targets.impl.subject import Builder, OperationSubject, Tensors
 
 SEED = 1234

@@ -25,7 +25,7 @@ from verify.layout import Layout
 from verify.targets.megatron_core import stand_ins
 
 if TYPE_CHECKING:
-    from verify.stream_laws import Draw
+    from verify.checks.stream_laws import Draw
     from verify.target import RankState, Subject
     from verify.targets.megatron_core.rank_state import Found, GlobalState
 

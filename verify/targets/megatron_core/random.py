@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 
 from verify.case import Case
+from verify.checks.stream_laws import Draw
 from verify.oracle.initialise import STD
 from verify.oracle.recompute import Plan, plan_of
-from verify.stream_laws import Draw
 from verify.targets.megatron_core.subjects import (
     ModuleSubject,
     OperationSubject,

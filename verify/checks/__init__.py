@@ -1,0 +1,1 @@
+"""What checks are made of, beside the ones in `verify.property`."""

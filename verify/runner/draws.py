@@ -1,0 +1,66 @@
+"""Hypothesis' settings of a run: how many examples, from which seed, and nothing else that could
+make two runs draw differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis.core
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.database import DirectoryBasedExampleDatabase
+from hypothesis.internal.conjecture import providers
+
+from verify.runner.options import RunOptions
+
+# Running a case takes as long as it takes: that is no sign of an unhealthy strategy.
+_SUPPRESSED = (HealthCheck.too_slow, HealthCheck.data_too_large)
+# What is kept of other runs must not change what this one draws: it is run on demand only.
+_AGAIN = (Phase.reuse,)
+_PHASES = (Phase.explicit, Phase.generate, Phase.target, Phase.shrink)
+
+
+def name_examples(test: Any, name: str) -> None:
+    """Have the database keep a property's failing examples by its name. Hypothesis keeps none where
+    a seed is forced, and elsewhere by the path of the file, which another machine may not have."""
+    test._hypothesis_internal_database_key = name.encode()
+
+
+def _database(folder: Path) -> DirectoryBasedExampleDatabase:
+    folder.mkdir(parents=True, exist_ok=True)
+    return DirectoryBasedExampleDatabase(folder)
+
+
+def use_profile(options: RunOptions) -> Callable[[], None]:
+    """Draw as `options` say in every property that is imported from now on; how to undo that.
+
+    Hypothesis also draws constants that it finds in the modules that happen to be imported, which
+    depend on the cluster, the target and where the package is installed. Here it draws none.
+    """
+    before = settings.get_current_profile_name()
+    seed, constants = hypothesis.core.global_force_seed, providers._get_local_constants
+    name = f"shardproof-{options.profile}"
+    settings.register_profile(
+        name,
+        settings(
+            max_examples=options.max_examples,
+            deadline=None,
+            database=None if options.database is None else _database(options.database),
+            derandomize=False,
+            print_blob=False,
+            phases=_AGAIN if options.again else _PHASES,
+            suppress_health_check=_SUPPRESSED,
+        ),
+    )
+    settings.load_profile(name)
+    hypothesis.core.global_force_seed = options.seed  # type: ignore[assignment]
+    providers._get_local_constants = providers.Constants
+
+    def undo() -> None:
+        settings.load_profile(before)
+        hypothesis.core.global_force_seed = seed
+        providers._get_local_constants = constants
+
+    return undo

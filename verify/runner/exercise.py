@@ -1,0 +1,78 @@
+"""How a property's function is run: what `check` does with a case, and what is noted of every
+example."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from hypothesis import is_hypothesis_test, reject
+
+from verify.case import Case
+from verify.cluster.base import Cluster
+from verify.errors import BadArgument, Mismatch, NotSupported
+from verify.property import CHECKS
+from verify.runner.interrupts import DeferredInterrupt
+from verify.runner.limits import Limits
+from verify.runner.recorder import Recorder, Undecided
+
+
+class HasFunction(Protocol):
+    """Whatever holds the function of a property as `obj`, such as pytest's items do."""
+
+    obj: Callable[..., Any]
+
+
+def check_case(
+    name: str, case: Case, *, target: str, cluster: Cluster, limits: Limits, recorder: Recorder
+) -> None:
+    """Run one check on a case and tell the recorder. Raises Mismatch where it fails, Undecided
+    where nothing can be said, and rejects the example where it is none for this run."""
+    if reason := limits.excludes(case):
+        recorder.left_out(reason)
+        reject()
+    began = time.monotonic()
+    try:
+        if name not in CHECKS:
+            raise BadArgument(f"check: {name!r} is not one of {', '.join(CHECKS)}")
+        CHECKS[name](case, target_name=target, cluster=cluster)
+    except NotSupported as error:
+        recorder.not_supported(case, error)
+    except Mismatch as mismatch:
+        recorder.failed(mismatch)
+        raise
+    except Exception as error:
+        if recorder.skips_undecided(time.monotonic() - began):
+            reject()
+        raise Undecided(error) from error
+    else:
+        recorder.checked(case)
+
+
+class Recorded:
+    """While open, every run of the function that `item` holds is an example of the recorder."""
+
+    def __init__(self, item: HasFunction, recorder: Recorder, interrupt: DeferredInterrupt) -> None:
+        self._interrupt = interrupt
+        self._holder: Any = item
+        self._name = "obj"
+        if is_hypothesis_test(item.obj):
+            self._holder, self._name = item.obj.hypothesis, "inner_test"  # type: ignore[attr-defined]
+        self._inner = getattr(self._holder, self._name)
+        self._recorder = recorder
+
+    def __enter__(self) -> None:
+        inner, recorder, interrupt = self._inner, self._recorder, self._interrupt
+
+        @functools.wraps(inner)
+        def example(*args: Any, **kwargs: Any) -> Any:
+            interrupt.check()
+            with recorder.example(kwargs):
+                return inner(*args, **kwargs)
+
+        setattr(self._holder, self._name, example)
+
+    def __exit__(self, *error: object) -> None:
+        setattr(self._holder, self._name, self._inner)

@@ -1,0 +1,190 @@
+"""Writes down what happens while the examples of one property run, and concludes a `Record`."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from traceback import format_exception
+
+from hypothesis.errors import Flaky, UnsatisfiedAssumption
+
+from verify.case import Case
+from verify.errors import Mismatch, NotSupported
+from verify.finding import Finding
+from verify.layout import Layout
+from verify.runner.record import Record, Unsupported, layout_key
+from verify.verdict import Verdict, worst
+
+_REASONS = 20
+_UNDECIDED_SECONDS = 60.0
+
+
+class Undecided(BaseException):
+    """A check could not decide, `error` says why. It is no Exception, so that Hypothesis ends the
+    property at once: there is nothing to shrink."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class Recorder:
+    """What happens to one property. After its first failure only its findings are noted, because
+    the examples that follow are Hypothesis' search for a smaller one."""
+
+    def __init__(
+        self, name: str, *, must_check: bool, on_example: Callable[[str, int], None]
+    ) -> None:
+        self.name, self.must_check, self.on_example = name, must_check, on_example
+        self.examples = 0
+        self.found: Finding | None = None
+        self._failed = False
+        self._undecided_seconds = 0.0
+        self._verdicts: set[Verdict] = set()
+        self._layouts: Counter[str] = Counter()
+        self._arithmetic: Counter[str] = Counter()
+        self._options: Counter[str] = Counter()
+        self._left_out: Counter[str] = Counter()
+        self._not_supported: dict[str, Unsupported] = {}
+        self._started = time.monotonic()
+        self._in_example: list[Verdict] = []
+
+    @contextmanager
+    def example(self, drawn: Mapping[str, object]) -> Iterator[None]:
+        """One example with what was drawn for it; an example that is rejected is none."""
+        self._in_example = []
+        try:
+            yield
+        except UnsatisfiedAssumption:
+            raise
+        except (Exception, Undecided):
+            self._count()
+            self._failed = True
+            raise
+        if not self._failed:
+            if not self._in_example and not self.must_check:
+                self._cover(drawn.values())
+                self._in_example = [Verdict.PASSED]
+            self._verdicts.update(self._in_example)
+        self._count()
+
+    def checked(self, case: Case) -> None:
+        """The case passed."""
+        self._in_example.append(Verdict.PASSED)
+        if not self._failed:
+            self._cover((case,))
+
+    def failed(self, mismatch: Mismatch) -> None:
+        """The case failed."""
+        self.found = mismatch.finding or self.found
+
+    def not_supported(self, case: Case, error: NotSupported) -> None:
+        """The target declares that it cannot do the case."""
+        self._in_example.append(Verdict.NOT_SUPPORTED)
+        reason = str(error).rpartition("]: ")[2]
+        known = self._not_supported.get(reason)
+        if known is None and len(self._not_supported) >= _REASONS:
+            reason = "other reasons"
+            known = self._not_supported.get(reason)
+        if not self._failed:
+            count, example = (known.count, known.example) if known else (0, str(case))
+            self._not_supported[reason] = Unsupported(reason, count + 1, example)
+
+    def skips_undecided(self, seconds: float) -> bool:
+        """Whether an example that took `seconds` and could not be decided is passed over: in the
+        search for a smaller example, which it need not end, for a while."""
+        self._undecided_seconds += seconds
+        return self._failed and self._undecided_seconds < _UNDECIDED_SECONDS
+
+    def left_out(self, reason: str) -> None:
+        """A case was drawn that this run cannot check."""
+        self._left_out[reason] += 1
+
+    def conclude(self, error: BaseException | None = None) -> Record:
+        """What is known now; `error` is what the property raised in the end."""
+        verdict, reason, findings = self._verdict(error)
+        return Record(
+            property=self.name,
+            verdict=verdict,
+            reason=reason,
+            examples=self.examples,
+            seconds=time.monotonic() - self._started,
+            layouts=dict(self._layouts),
+            arithmetic=dict(self._arithmetic),
+            options=dict(self._options),
+            not_supported=tuple(self._not_supported.values()),
+            left_out=dict(self._left_out),
+            findings=findings,
+            traceback=_traceback(error) if error is not None and not findings else "",
+        )
+
+    def interrupted(self) -> Record:
+        """What is known of a property that did not finish: `failed` where it failed already."""
+        if self.found is None:
+            return self.conclude().worsened(Verdict.UNKNOWN, "interrupted")
+        return self.conclude(Mismatch("interrupted while shrinking", self.found))
+
+    def _verdict(self, error: BaseException | None) -> tuple[Verdict, str, tuple[Finding, ...]]:
+        if error is not None:
+            return self._of_error(error)
+        if self._failed:
+            return Verdict.FAILED, "it failed, and passed when it was run again", self._last()
+        if not self._verdicts:
+            what = "no example was checked" if self.examples else "no example ran"
+            return Verdict.UNKNOWN, what, ()
+        return worst(self._verdicts), "", ()
+
+    def _of_error(self, error: BaseException) -> tuple[Verdict, str, tuple[Finding, ...]]:
+        leaves = list(_leaves(error))
+        findings = [e.finding for e in leaves if isinstance(e, Mismatch) and e.finding]
+        if not findings and self.found:
+            why = "; ".join(map(told, leaves))
+            reason = f"it failed, and the search for a smaller example ended: {why}"
+            return Verdict.FAILED, reason, self._last()
+        unclear = [e for e in leaves if not (isinstance(e, Mismatch) and e.finding)]
+        reasons = ["it does not fail every time that it is run"] * isinstance(error, Flaky)
+        reason = "\n".join([*reasons, *map(told, unclear)])
+        false = any(isinstance(e, AssertionError) for e in leaves)
+        return Verdict.FAILED if false else Verdict.UNKNOWN, reason, tuple(findings)
+
+    def _last(self) -> tuple[Finding, ...]:
+        return () if self.found is None else (self.found,)
+
+    def _count(self) -> None:
+        if not self._failed:
+            self.examples += 1
+            self.on_example(self.name, self.examples)
+
+    def _cover(self, values: Iterable[object]) -> None:
+        for value in values:
+            if isinstance(value, Layout):
+                self._layouts[layout_key(value.to_json())] += 1
+            elif isinstance(value, Case):
+                self._layouts[layout_key(value.layout.to_json())] += 1
+                self._arithmetic[f"{value.lens} {value.dtype}"] += 1
+                self._options.update(
+                    f"{value.concept} {name}={given}" for name, given in value.options.items()
+                )
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, Undecided):
+        yield error.error
+    elif isinstance(error, BaseExceptionGroup):
+        for each in error.exceptions:
+            yield from _leaves(each)
+    else:
+        yield error
+
+
+def _traceback(error: BaseException) -> str:
+    return "".join("".join(format_exception(leaf)) for leaf in _leaves(error))
+
+
+def told(error: BaseException) -> str:
+    """What an error without a finding says, and Hypothesis' notes of the example, if any."""
+    said = str(error) if isinstance(error, AssertionError) else ""
+    said = said or f"{type(error).__name__}: {error}"
+    return "\n".join([said, *getattr(error, "__notes__", [])])

@@ -1,0 +1,1 @@
+"""Pipeline schedules: tables read from targets, their laws, and pictures of them."""

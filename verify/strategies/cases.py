@@ -1,0 +1,299 @@
+"""Hypothesis strategies of cases: valid ones, and ones that must be refused.
+
+They describe validity and nothing else, draw sizes that are awkward on purpose (one, primes, barely
+divisible by tp, one token a rank), and shrink towards one rank, sizes of one, default options, the
+first lens, seed 0 and no adversary. An option at its default is left out of the case. What this run
+cannot check (`verify.runner.limits`) is not drawn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from verify.adversary import NONE, Adversary
+from verify.case import LENSES, Case, Lens, Option
+from verify.errors import BadArgument
+from verify.layout import DEFAULT_ORDER, Layout
+from verify.oracle.contract import Contract
+from verify.rank_program import contract_of
+from verify.runner.limits import limits
+
+# For some options, the values to draw from.
+Choices = Mapping[str, Sequence[Option]]
+
+MAX_WORLD_SIZE = 16
+MAX_SEED = 999
+NATIVE_DTYPES = ("float32", "bfloat16", "float16")
+STRIDES = ("contiguous", "transposed")
+
+FREE, SPLIT, SEQUENCE = "any size", "a multiple of tp", "a multiple under sequence parallelism"
+_TENSOR = {"sequence": FREE, "batch": FREE, "hidden": FREE}
+_LINEAR = {"sequence": SEQUENCE, "batch": FREE, "in_features": FREE, "out_features": FREE}
+_MAPPING_SPLITS: dict[str, tuple[str, ...]] = {
+    "copy_to_tp": (),
+    "reduce_from_tp": (),
+    "scatter_to_tp": ("hidden",),
+    "gather_from_tp": ("hidden",),
+    "scatter_to_sp": ("sequence",),
+    "gather_from_sp": ("sequence",),
+    "reduce_scatter_to_sp": ("sequence",),
+    "all_gather_last_dim": ("hidden",),
+    "reduce_scatter_last_dim": ("hidden",),
+    "all_to_all_sp_to_hp": ("sequence", "hidden"),
+    "all_to_all_hp_to_sp": ("sequence", "hidden"),
+}
+MAPPINGS = tuple(_MAPPING_SPLITS)
+SHAPES: Mapping[str, Mapping[str, str]] = {
+    **{c: {**_TENSOR, **dict.fromkeys(split, SPLIT)} for c, split in _MAPPING_SPLITS.items()},
+    "column_linear": {**_LINEAR, "out_features": SPLIT},
+    "row_linear": {**_LINEAR, "in_features": SPLIT},
+    "vocab_embedding": {"sequence": SEQUENCE, "batch": FREE, "vocabulary": SPLIT, "hidden": FREE},
+    "vocab_cross_entropy": {"sequence": FREE, "batch": FREE, "vocabulary": SPLIT},
+    "tp_mlp": {"sequence": SEQUENCE, "batch": FREE, "hidden": FREE, "ffn": SPLIT},
+}
+# The default of an option comes first, and an option after those that its validity depends on.
+_ANY: Choices = {}
+_SWITCH = (False, True)
+_WEIGHTED: Choices = {
+    "bias": (True, False),
+    **dict.fromkeys(("skip_bias_add", "frozen_weight", "flat"), _SWITCH),
+}
+OPTIONS: Mapping[str, Choices] = {
+    "gather_from_sp": {"tensor_parallel_output_grad": (True, False)},
+    "column_linear": {**_WEIGHTED, "gather_output": (False, True)},
+    "row_linear": {**_WEIGHTED, "input_is_parallel": (True, False)},
+    "vocab_embedding": {"scatter": (False, True)},
+    "vocab_cross_entropy": {
+        "mask_padding": (False, True),
+        "label_smoothing": (0.0, 0.1, 0.5),
+        "z_loss": (0.0, 0.25),
+        "ignored": (False, True),
+        "magnitude": (1, 16, 1024),
+    },
+    "tp_mlp": {
+        "bias": (True, False),
+        "activation": ("gelu", "swiglu", "geglu", "squared_relu"),
+        "packed": (True, False),
+    },
+}
+_BY_THE_HARNESS: Choices = {"strides": STRIDES, "zeros": ("",)}
+
+
+@st.composite
+def layouts(
+    draw: st.DrawFn,
+    *,
+    min_tp: int = 1,
+    sequence_parallel: Sequence[bool] = (False, True),
+    max_world_size: int = MAX_WORLD_SIZE,
+) -> Layout:
+    """Layouts of a tensor-parallel concept: tp mostly awkward, replicas along dp, cp and pp more
+    often than not, in any order of axes."""
+    world = limits().world_size(max_world_size)
+    tp = draw(st.sampled_from(_up_to(world, (1, 2, 2, 3, 3, 4, 5, 6, 7, 8), min_tp)))
+    sizes: dict[str, Any] = {"tp": tp}
+    left = world // tp
+    for axis in draw(st.permutations(("dp", "cp", "pp"))):
+        # Drawn where nothing fits too: shrinking prefers few draws to small values.
+        wanted = draw(st.sampled_from((1, 2, 2, 3)))
+        sizes[axis] = wanted if wanted <= left else 1
+        left //= sizes[axis]
+    order = DEFAULT_ORDER
+    if sum(size > 1 for size in sizes.values()) > 1:
+        order = draw(st.just(DEFAULT_ORDER) | _orders(pp_last=sizes["pp"] > 1 and sizes["cp"] > 1))
+    flag = draw(st.sampled_from(list(sequence_parallel)))
+    return Layout(**sizes, order=order, sequence_parallel=flag)
+
+
+def _up_to(most: int, sizes: Sequence[int], least: int = 1) -> list[int]:
+    return [size for size in sizes if least <= size <= most]
+
+
+def _orders(*, pp_last: bool) -> st.SearchStrategy[str]:
+    """Permutations of the axes. Where cp and pp are both split, a layout wants pp at its end."""
+    moved = ("tp", "cp", "ep", "dp") if pp_last else ("tp", "cp", "ep", "dp", "pp")
+    last = ["pp"] if pp_last else []
+    return st.permutations(moved).map(lambda axes: "-".join([*axes, *last]))
+
+
+def adversaries() -> st.SearchStrategy[Adversary]:
+    """What a run may be made hard by and still be right; nothing on a cluster that cannot."""
+    if not limits().adversaries:
+        return st.just(NONE)
+    schedules = st.none() | st.integers(0, MAX_SEED)
+    return st.just(NONE) | st.builds(Adversary, late=st.just(True), schedule=schedules)
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    *concepts: str,
+    lenses: Sequence[Lens] = LENSES,
+    min_tp: int = 1,
+    sequence_parallel: Sequence[bool] = (False, True),
+    options: Choices = _ANY,
+) -> Case:
+    """Valid cases of these concepts.
+
+    `options` names some and the values to draw from instead of all that they have; `lenses` and
+    `sequence_parallel` restrict likewise. An option that does not go with what was drawn before it
+    (gather_output with sequence parallelism) takes a value that does.
+    """
+    concept = draw(st.sampled_from(concepts))
+    flags = sequence_parallel if SEQUENCE in SHAPES[concept].values() else (False,)
+    layout = draw(layouts(min_tp=min_tp, sequence_parallel=flags))
+    case = Case(concept=concept, layout=layout, shape=draw(_shapes(concept, layout)))
+    for option, values in {**OPTIONS.get(concept, {}), **_BY_THE_HARNESS}.items():
+        wanted = options.get(option, values)
+        changes = [with_option(case, option, value, default=values[0]) for value in wanted]
+        valid = [changed for changed in changes if contract_or_none(changed) is not None]
+        assume(valid)
+        # As many to choose from whatever is valid, or a case would shrink to where the choice ends.
+        case = draw(st.sampled_from([each if each in valid else valid[0] for each in changes]))
+    return draw(completed(case, lenses))
+
+
+@st.composite
+def completed(draw: st.DrawFn, case: Case, lenses: Sequence[Lens] = LENSES) -> Case:
+    """The case, its concept, layout, sizes and options, with all else that a case has."""
+    lens, dtype = draw(_arithmetic(case, lenses))
+    return dataclasses.replace(
+        case,
+        lens=lens,
+        dtype=dtype,
+        seed=draw(st.integers(0, MAX_SEED)),
+        adversary=draw(adversaries()),
+    )
+
+
+def with_option(case: Case, option: str, value: Option, *, default: Option) -> Case:
+    """The case with an option, which is left out where it is at its default."""
+    if value == default:
+        return case
+    return dataclasses.replace(case, options={**case.options, option: value})
+
+
+def contract_or_none(case: Case) -> Contract | None:
+    """The contract of a case, None where there is none for its options and sizes."""
+    try:
+        return contract_of(case)
+    except BadArgument:
+        return None
+
+
+@st.composite
+def _shapes(draw: st.DrawFn, concept: str, layout: Layout) -> dict[str, int]:
+    shape = {name: draw(_sizes(name, kind, layout)) for name, kind in SHAPES[concept].items()}
+    if concept == "vocab_cross_entropy":
+        padding = draw(st.integers(0, shape["vocabulary"] - 1))
+        shape |= {"real_vocabulary": shape["vocabulary"] - padding} if padding else {}
+    return shape
+
+
+def _sizes(name: str, kind: str, layout: Layout) -> st.SearchStrategy[int]:
+    most = 3 if name in ("sequence", "batch") else 5
+    if kind == SPLIT or (kind == SEQUENCE and layout.sequence_parallel):
+        return st.integers(1, most).map(lambda parts: parts * layout.tp)
+    return st.integers(1, 3 if name == "batch" else 7)
+
+
+def _arithmetic(case: Case, lenses: Sequence[Lens]) -> st.SearchStrategy[tuple[Lens, str]]:
+    """Lens and dtype; where this run wants none of `lenses`, one that it will leave out."""
+    wanted = [lens for lens in lenses if lens in limits().lenses] or lenses
+    applicable = [lens for lens in wanted if lens != "exact" or contract_of(case).linear]
+    assume(applicable)
+
+    def dtypes(lens: Lens) -> st.SearchStrategy[tuple[Lens, str]]:
+        names = NATIVE_DTYPES if lens == "native" else ("float64",)
+        return st.tuples(st.just(lens), st.sampled_from(names))
+
+    # Three dtypes to one.
+    weighted = [*applicable, "native"] if "native" in applicable else applicable
+    return st.sampled_from(weighted).flatmap(dtypes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What makes a valid case one to refuse: a size that does not divide by tp, the values of an
+    option, or sequence parallelism turned the other way. `sequence_parallel` and `given` are what
+    the valid case must have for that."""
+
+    size: str = ""
+    option: str = ""
+    values: tuple[Option, ...] = ()
+    turned: bool = False
+    sequence_parallel: tuple[bool, ...] = (False, True)
+    given: Choices = dataclasses.field(default_factory=dict)
+
+
+_ON = (True,)
+# Only what a rank can see of itself: it is given its part of a sequence, and of the logits, and
+# cannot tell whether another rank's part is as long.
+FAULTS: Mapping[str, tuple[Fault, ...]] = {
+    "scatter_to_tp": (Fault("hidden"),),
+    "scatter_to_sp": (Fault("sequence"),),
+    "reduce_scatter_to_sp": (Fault("sequence"),),
+    "reduce_scatter_last_dim": (Fault("hidden"),),
+    "all_to_all_sp_to_hp": (Fault("hidden"),),
+    "all_to_all_hp_to_sp": (Fault("sequence"),),
+    "column_linear": (
+        Fault("out_features"),
+        Fault(option="gather_output", values=(True,), sequence_parallel=_ON),
+    ),
+    "row_linear": (
+        Fault("in_features"),
+        Fault("sequence", sequence_parallel=_ON),
+        Fault(option="input_is_parallel", values=(False,), sequence_parallel=_ON),
+    ),
+    "vocab_embedding": (
+        Fault("vocabulary"),
+        Fault("sequence", sequence_parallel=_ON, given={"scatter": (True,)}),
+        Fault(turned=True, sequence_parallel=_ON, given={"scatter": (True,)}),
+    ),
+    "vocab_cross_entropy": (
+        Fault(option="label_smoothing", values=(1.0, 1.5, -0.5)),
+        Fault(option="z_loss", values=(-0.25,)),
+    ),
+    "tp_mlp": (
+        Fault("ffn"),
+        Fault(option="activation", values=("relu", "reglu")),
+        Fault(option="packed", values=(False,), given={"activation": ("squared_relu",)}),
+    ),
+}
+
+
+@st.composite
+def refusable_cases(draw: st.DrawFn, *concepts: str, faults: str = "") -> Case:
+    """Cases that are valid but for one size or one option, on at least two tensor-parallel ranks,
+    and must be refused by every rank. `faults` is "size" or "option" to draw only those; sequence
+    parallelism counts as an option here."""
+    found = [
+        (concept, fault)
+        for concept in concepts
+        for fault in FAULTS[concept]
+        if faults in ("", "size" if fault.size else "option")
+    ]
+    concept, fault = draw(st.sampled_from(found))
+    case = draw(
+        cases(
+            concept,
+            min_tp=2,
+            sequence_parallel=fault.sequence_parallel,
+            options={"strides": STRIDES[:1], **fault.given},
+        )
+    )
+    if fault.size:
+        tp = case.layout.tp
+        wrong = draw(st.integers(0, 2)) * tp + draw(st.integers(1, tp - 1))
+        return dataclasses.replace(case, shape={**case.shape, fault.size: wrong})
+    if fault.turned:
+        flag = not case.layout.sequence_parallel
+        layout = dataclasses.replace(case.layout, sequence_parallel=flag)
+        return dataclasses.replace(case, layout=layout)
+    value = draw(st.sampled_from(fault.values))
+    return dataclasses.replace(case, options={**case.options, fault.option: value})

@@ -1,0 +1,299 @@
+"""Hypothesis strategies of the layer's other parts: norms, positions, the loss, the whole layer.
+
+What every concept's strategies have in common is in `verify.strategies.cases`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from math import gcd
+
+from hypothesis import strategies as st
+
+from verify.case import LENSES, Case, Lens, Option
+from verify.layout import Layout
+from verify.oracle.mlp import ACTIVATIONS
+from verify.oracle.norm import KINDS
+from verify.strategies.cases import STRIDES, completed, with_option
+from verify.strategies.cases import layouts as layouts_over_tp
+from verify.strategies.context import ALGORITHMS, MASKS, layouts, shared_by
+from verify.strategies.layouts import divisors
+
+PLACEMENTS = ("zigzag", "contiguous")
+
+_FLAGS = (False, True)
+
+
+@st.composite
+def norm_cases(
+    draw: st.DrawFn,
+    *concepts: str,
+    lenses: Sequence[Lens] = LENSES,
+    strides: Sequence[str] = STRIDES[:1],
+) -> Case:
+    """Cases of norms of hidden states, or of queries and keys, over tp and cp. A layer norm has at
+    least two features: of one, nothing is left."""
+    concept = draw(st.sampled_from(concepts))
+    layout = draw(layouts(sequence_parallel=_FLAGS))
+    kind = draw(st.sampled_from(KINDS))
+    features = draw(st.integers(2 if kind == "layer" else 1, 6))
+    split = layout.tp if layout.sequence_parallel else 1
+    shape = {
+        "sequence": draw(st.integers(1, 2)) * layout.cp * split,
+        "batch": draw(st.integers(1, 3)),
+    }
+    if concept == "norm":
+        shape["hidden"] = features
+    else:
+        groups = layout.tp * draw(st.integers(1, 2))
+        shape |= {"heads": groups * draw(st.integers(1, 2)), "head_size": features}
+        shape["groups"] = draw(st.sampled_from((groups, 1)))
+    case = Case(concept=concept, layout=layout, shape=shape)
+    case = with_option(case, "kind", kind, default=KINDS[0])
+    bias = draw(st.sampled_from((True, False))) if kind == "layer" else True
+    case = with_option(case, "bias", bias, default=True)
+    case = with_option(case, "zero_centered", draw(st.sampled_from(_FLAGS)), default=False)
+    case = with_option(case, "magnitude", draw(st.sampled_from((1, 1, 1024))), default=1)
+    case = with_option(case, "strides", draw(st.sampled_from(strides)), default=STRIDES[0])
+    return draw(completed(case, lenses))
+
+
+@st.composite
+def position_cases(
+    draw: st.DrawFn,
+    *concepts: str,
+    packed: Sequence[int] = (0, 0, 1, 2, 3),
+    min_cp: int = 1,
+    lenses: Sequence[Lens] = LENSES,
+    strides: Sequence[str] = STRIDES[:1],
+) -> Case:
+    """Cases of rotary and of learned positions; `packed` are the numbers of packed sequences to
+    draw from, 0 for none."""
+    concept = draw(st.sampled_from(concepts))
+    rotary = concept == "rotary"
+    layout = draw(layouts(min_cp=min_cp, sequence_parallel=_FLAGS))
+    case = Case(concept=concept, layout=layout)
+    case = with_option(case, "placement", draw(st.sampled_from(PLACEMENTS)), default=PLACEMENTS[0])
+    chunks = layout.cp * (1 if "placement" in case.options else 2)
+    count = draw(st.sampled_from(packed))
+    split = layout.tp if layout.sequence_parallel and not rotary else 1
+    # Chunks of all packed sequences together are cut once more over tp.
+    sequence = chunks * split * draw(st.integers(max(count, 1), count + 2))
+    case = with_option(case, "packed", count, default=0)
+    shape = {"sequence": sequence, "batch": draw(st.integers(1, 2))}
+    if rotary:
+        pairs = draw(st.integers(1, 3))
+        rest = draw(st.integers(0, 2))
+        shape |= {"heads": layout.tp * draw(st.integers(1, 2)), "head_size": 2 * pairs + rest}
+        case = with_option(case, "rotary_dim", 2 * pairs if rest else None, default=None)
+        bases = (10000.0, 2.0, 500000.0)
+        case = with_option(case, "base", draw(st.sampled_from(bases)), default=bases[0])
+        case = with_option(case, "interleaved", draw(st.sampled_from(_FLAGS)), default=False)
+    else:
+        more = draw(st.integers(0, 2))
+        shape |= {"hidden": draw(st.integers(1, 4)), "max_positions": sequence + more}
+    case = dataclasses.replace(case, shape=shape)
+    case = with_option(case, "strides", draw(st.sampled_from(strides)), default=STRIDES[0])
+    return draw(completed(case, lenses))
+
+
+@st.composite
+def refusable_position_cases(draw: st.DrawFn) -> Case:
+    """Cases with features that are not pairs or not there, a base that is none, or a sequence that
+    is longer than there are positions."""
+    case = draw(position_cases("rotary", "position_embedding", packed=(0,), lenses=("fp64",)))
+    if case.concept == "position_embedding":
+        fewer = draw(st.integers(1, max(case.shape["sequence"] - 1, 1)))
+        longer = max(case.shape["sequence"], 2 * case.layout.world_size)
+        shape = {**case.shape, "sequence": longer, "max_positions": min(fewer, longer - 1)}
+        return dataclasses.replace(case, shape=shape)
+    size = case.shape["head_size"]
+    wrong = draw(
+        st.sampled_from(
+            (("rotary_dim", 2 * size + 2), ("rotary_dim", 3), ("base", -1.0), ("base", -1e4))
+        )
+    )
+    return dataclasses.replace(case, options={**case.options, wrong[0]: wrong[1]})
+
+
+@st.composite
+def layer_cases(
+    draw: st.DrawFn,
+    *,
+    algorithms: Sequence[str] = ALGORITHMS,
+    dropout: Sequence[float] = (0.0,),
+    attention_dropout: Sequence[float] = (0.0,),
+    recompute: Sequence[str] = ("",),
+    packed: Sequence[int] = (0,),
+    min_tp: int = 1,
+    min_cp: int = 1,
+    sequence_parallel: Sequence[bool] = _FLAGS,
+    lenses: Sequence[Lens] = LENSES,
+    strides: Sequence[str] = STRIDES[:1],
+) -> Case:
+    """Cases of a whole layer, by any algorithm of context parallelism; with dropout of attention
+    not split over cp. Groups of heads are any that tp divides or that divide tp."""
+    shares = draw(st.sampled_from(attention_dropout))
+    algorithm = draw(st.sampled_from(list(algorithms)))
+    layout = draw(
+        layouts(
+            min_tp=min_tp,
+            min_cp=min_cp,
+            levels=algorithm == "hierarchical",
+            sequence_parallel=sequence_parallel,
+        )
+    )
+    if shares:
+        layout = dataclasses.replace(layout, cp=1, hierarchical_cp=None)
+    case = Case(concept="transformer_layer", layout=layout)
+    placement = draw(st.sampled_from(PLACEMENTS))
+    count = 0 if shares else draw(st.sampled_from(packed))
+    shape = draw(_layer_sizes(layout, algorithm, placement, count))
+    pairs = shape["head_size"] // 2
+    mask = draw(st.sampled_from(MASKS))
+    window = draw(st.integers(2, shape["sequence"] + 1)) if mask == "sliding_window" else None
+    kind, activation = draw(st.sampled_from(KINDS)), draw(st.sampled_from(ACTIVATIONS))
+    given: list[tuple[str, Option, Option]] = [
+        ("algorithm", algorithm, ALGORITHMS[0]),
+        ("placement", placement, PLACEMENTS[0]),
+        ("mask", mask, MASKS[0]),
+        ("window", window, None),
+        ("packed", count, 0),
+        ("norm", kind, KINDS[0]),
+        ("activation", activation, ACTIVATIONS[0]),
+        ("rotary_dim", draw(st.sampled_from((None, *(2 * n for n in range(1, pairs + 1))))), None),
+        ("hidden_dropout", draw(st.sampled_from(dropout)), 0.0),
+        ("attention_dropout", shares, 0.0),
+        ("recompute", draw(st.sampled_from(recompute)), ""),
+        ("strides", draw(st.sampled_from(strides)), STRIDES[0]),
+    ]
+    given += [(name, draw(st.sampled_from(_FLAGS)), False) for name in ("zero_centered", "qk_norm")]
+    given += [("bias", draw(st.sampled_from((True, False))), True)]
+    given += [("interleaved", draw(st.sampled_from(_FLAGS)), False)]
+    case = dataclasses.replace(case, shape=shape)
+    for option, value, default in given:
+        case = with_option(case, option, value, default=default)
+    case = draw(completed(case, lenses))
+    if not case.adversary:
+        return case
+    hard = dataclasses.replace(case.adversary, rendezvous=draw(st.booleans()))
+    return dataclasses.replace(case, adversary=hard)
+
+
+@st.composite
+def _layer_sizes(
+    draw: st.DrawFn, layout: Layout, algorithm: str, placement: str, packed: int
+) -> dict[str, int]:
+    """Sizes with room for so many packed sequences."""
+    tp, shared = layout.tp, shared_by(layout, algorithm)
+    # Of a group that ranks of tp share each has a copy, as an algorithm's ranks have of one.
+    groups = draw(st.sampled_from([tp * shared, tp, *divisors(tp)]))
+    size = draw(st.integers(2, 5))
+    chunks = layout.cp * (2 if placement == "zigzag" else 1)
+    chunks *= tp if layout.sequence_parallel else 1
+    return {
+        "sequence": max(chunks * draw(st.integers(max(packed, 1), packed + 1)), 2),
+        "batch": draw(st.integers(1, 2)),
+        "hidden": draw(st.integers(3, 5)),
+        "heads": tp * shared * draw(st.integers(1, 2)),
+        "groups": groups,
+        "head_size": size * (tp // gcd(tp, 2 * groups * size)),
+        "ffn": tp * draw(st.integers(1, 2)),
+    }
+
+
+@st.composite
+def refusable_layer_cases(draw: st.DrawFn) -> Case:
+    """Cases on at least two ranks of tp and cp each, with one thing wrong: heads or an ffn that do
+    not divide, a probability that is none, dropout of shares that no rank has all of, an option
+    that names nothing, features that are not pairs."""
+    case = draw(layer_cases(algorithms=("all_gather",), min_tp=2, min_cp=2, lenses=("fp64",)))
+    tp = case.layout.tp
+    sizes: tuple[dict[str, int], ...] = (
+        {"heads": tp + 1, "groups": tp + 1},
+        {"ffn": tp + 1},
+        {"heads": tp * (tp + 1), "groups": tp + 1},
+    )
+    options: tuple[tuple[str, Option], ...] = (
+        ("hidden_dropout", 1.0),
+        ("hidden_dropout", -0.5),
+        ("attention_dropout", 0.5),
+        ("attention_dropout", 1.5),
+        ("recompute", "some"),
+        ("norm", "batch"),
+        ("activation", "relu"),
+        ("algorithm", "striped"),
+        ("rotary_dim", 3),
+    )
+    if draw(st.booleans()):
+        return dataclasses.replace(case, shape={**case.shape, **draw(st.sampled_from(sizes))})
+    option, value = draw(st.sampled_from(options))
+    return dataclasses.replace(case, options={**case.options, option: value})
+
+
+@st.composite
+def fused_loss_cases(
+    draw: st.DrawFn,
+    *,
+    min_tp: int = 1,
+    lenses: Sequence[Lens] = LENSES,
+    strides: Sequence[str] = STRIDES[:1],
+    rest: bool = False,
+) -> Case:
+    """Cases of the output linear with its cross entropy, in chunks that need not divide; with
+    `rest` they do not, and every token counts."""
+    layout = draw(layouts_over_tp(min_tp=min_tp, max_world_size=8))
+    least = 3 if rest else 1
+    sequence = draw(st.integers(least, least + 2 if layout.sequence_parallel else 6))
+    vocabulary = layout.tp * draw(st.integers(1, 4))
+    shape = {
+        "sequence": sequence * (layout.tp if layout.sequence_parallel else 1),
+        "batch": draw(st.integers(1, 2)),
+        "hidden": draw(st.integers(1, 5)),
+        "vocabulary": vocabulary,
+    }
+    real = vocabulary - draw(st.integers(0, vocabulary - 1))
+    shape |= {"real_vocabulary": real} if real < vocabulary else {}
+    masked = draw(st.sampled_from(_FLAGS))
+    smooth = (real if masked else vocabulary) > 1
+    case = Case(concept="linear_cross_entropy", layout=layout, shape=shape)
+    given: dict[str, tuple[Option, ...]] = {
+        "chunk": (1, 2, 3, 7),
+        "label_smoothing": (0.0, 0.1, 0.5) if smooth else (0.0,),
+        "z_loss": (0.0, 0.0625),
+        "ignored": _FLAGS,
+        "loss_mask": _FLAGS,
+        "magnitude": (1, 1, 4),
+        "strides": tuple(strides),
+    }
+    if rest:
+        full = shape["sequence"]
+        given["chunk"] = tuple(n for n in range(2, full) if full % n)
+        given |= dict.fromkeys(("ignored", "loss_mask"), (False,))
+    case = with_option(case, "mask_padding", masked, default=False)
+    for option, values in given.items():
+        default = 1 if option == "chunk" else values[0]
+        case = with_option(case, option, draw(st.sampled_from(values)), default=default)
+    return draw(completed(case, lenses))
+
+
+@st.composite
+def refusable_fused_loss_cases(draw: st.DrawFn) -> Case:
+    """Cases with a vocabulary that does not divide by tp, or an option out of range."""
+    case = draw(fused_loss_cases(min_tp=2, lenses=("fp64",)))
+    options: tuple[tuple[str, Option], ...] = (
+        ("chunk", -1),
+        ("label_smoothing", 1.0),
+        ("label_smoothing", -0.5),
+        ("z_loss", -0.25),
+    )
+    if draw(st.booleans()):
+        shape = {n: s for n, s in case.shape.items() if n != "real_vocabulary"}
+        vocabulary = case.layout.tp * draw(st.integers(0, 2)) + 1
+        options_left = {n: v for n, v in case.options.items() if n != "label_smoothing"}
+        return dataclasses.replace(
+            case, shape={**shape, "vocabulary": vocabulary}, options=options_left
+        )
+    option, value = draw(st.sampled_from(options))
+    return dataclasses.replace(case, options={**case.options, option: value})
