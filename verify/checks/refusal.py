@@ -133,8 +133,9 @@ def _names_something(message: str, case: Case) -> bool:
     layout = case.layout
     numbers = {*case.shape.values(), *layout.sizes.values(), *layout.expert_sizes.values()} - {1}
     words = " ".join(message.lower().replace("_", " ").split())
-    options = {name for name, value in case.options.items() if value is not None}
-    options -= {name for name, value in case.options.items() if value is False}
+    options = {
+        name for name, value in case.options.items() if value is not None and value is not False
+    }
     options |= {"sequence_parallel"} if layout.sequence_parallel else set()
     named = any(name.replace("_", " ") in words for name in options)
     return named or bool(numbers & {int(found) for found in re.findall(r"\d+", message)})
