@@ -13,7 +13,7 @@ come, because ranks that start collectives in different orders wait for each oth
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -158,9 +158,10 @@ class DataParallel:
         first = next(module.parameters())
         main = torch.promote_types(first.dtype, torch.float32)
         self.zero = torch.zeros((), dtype=main, device=first.device)
-        by_place: dict[tuple[torch.dtype, bool], list[Parameter]] = {}
+        by_place: dict[tuple[torch.dtype, bool, bool], list[Parameter]] = {}
         for parameter in self.parameters:
-            by_place.setdefault((parameter.dtype, of_expert(parameter)), []).append(parameter)
+            place = parameter.dtype, of_expert(parameter), of_tied_embedding(parameter)
+            by_place.setdefault(place, []).append(parameter)
         self.buffers = [
             GradientBuffer(
                 parameters,
@@ -168,7 +169,7 @@ class DataParallel:
                 bucket_size=bucket_size,
                 scatter=distributed,
             )
-            for (_, expert), parameters in by_place.items()
+            for (_, expert, _), parameters in by_place.items()
         ]
         for buffer in self.buffers:
             for index, parameter in enumerate(buffer.parameters):
@@ -178,10 +179,17 @@ class DataParallel:
             for each in module.modules():
                 each.register_forward_pre_hook(self._wait_for_parameters)
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Inside, backward only accumulates: for every backward of a step but the last."""
-        before, self._synchronizes = self._synchronizes, False
+        return self._synchronizing(False)
+
+    def sync(self) -> AbstractContextManager[None]:
+        """Inside, also within `no_sync`, backward is a parameter's last of the step."""
+        return self._synchronizing(True)
+
+    @contextmanager
+    def _synchronizing(self, whether: bool) -> Iterator[None]:
+        before, self._synchronizes = self._synchronizes, whether
         try:
             yield
         finally:
@@ -239,6 +247,12 @@ class DataParallel:
 def of_expert(parameter: Parameter) -> bool:
     """Whether a parameter is an expert's, whose copies are on the ranks of `edp`."""
     return not getattr(parameter, "allreduce", True)
+
+
+def of_tied_embedding(parameter: Parameter) -> bool:
+    """Whether a parameter has a copy on another stage. Both are alone in a buffer, so that their
+    shards are of the same elements, and their sum over the two stages is one of finished shards."""
+    return getattr(parameter, "shared_embedding", False)
 
 
 def sum_over_tokens(loss: Tensor, tokens: Tensor, *, group: ProcessGroup) -> tuple[Tensor, Tensor]:

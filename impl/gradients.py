@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from impl.collectives import all_reduce
-from impl.data_parallel import DataParallel
+from impl.data_parallel import DataParallel, of_tied_embedding
 
 
 def finish_sequence_parallel_gradients(
@@ -55,16 +55,34 @@ def gradient_of(parameter: Parameter) -> torch.Tensor | None:
     return found
 
 
+def finish_tied_gradients(parameters: Iterable[Parameter], *, group: ProcessGroup | None) -> None:
+    """Sum the gradients of both copies of a tied embedding, on the first and on the last stage.
+
+    The first has that of the look-up, the last that of the logits. A parameter is a copy if it is
+    marked `shared_embedding`. `group` is `groups.embedding`, None on the stages between, which have
+    none. Collective over it where there is a copy: one all-reduce. Once a step.
+    """
+    copies = [each for each in parameters if of_tied_embedding(each)]
+    if copies and group is not None:
+        sum_gradients(copies, group=group)
+
+
 def finalise_gradients(
-    data_parallel: DataParallel, *, tp_group: ProcessGroup, tokens: torch.Tensor
+    data_parallel: DataParallel,
+    *,
+    tp_group: ProcessGroup,
+    tokens: torch.Tensor,
+    embedding_group: ProcessGroup | None = None,
 ) -> None:
     """Make the main gradients of a step those of the mean over all `tokens` that count.
 
     After the last backward of a step, each of a sum over this rank's tokens. Where no token counts
-    on any rank, all gradients are zero already. Collective: data parallelism's reductions, and then
-    one all-reduce over tp of what is Partial there. With a distributed optimizer only this rank's
-    shards are final; they lie alike on all ranks of a tp group.
+    on any rank, all gradients are zero already. Collective: data parallelism's reductions, then one
+    all-reduce over tp of what is Partial there, and one of tied embeddings over their group. With a
+    distributed optimizer only this rank's shards are final; they lie alike on all ranks of a tp
+    group.
     """
     data_parallel.finish()
     finish_sequence_parallel_gradients(data_parallel.parameters, group=tp_group)
+    finish_tied_gradients(data_parallel.parameters, group=embedding_group)
     data_parallel.scale(1.0 / tokens.clamp_min(1))

@@ -42,6 +42,7 @@ from impl.context_parallel.zigzag import PackedSequences, Placement, positions
 from impl.dropout import bias_dropout_add, check_probability
 from impl.groups import Groups
 from impl.mlp import MLP
+from impl.moe.layer import ExpertsConfig, RoutedExperts
 from impl.norm import NORMS
 from impl.parameters import Initialiser
 from impl.random import RandomTracker, stream_of
@@ -58,7 +59,8 @@ class LayerConfig:
 
     `groups` of heads share keys and values, as many as heads unless given. `norm` is layer or rms;
     `qk_norm` normalises queries and keys head by head too. `bias` is of the linear layers.
-    `activation` is one of `impl.mlp`'s, the gate packed. Over cp the sequence lies as `placement`
+    `activation` is one of `impl.mlp`'s, the gate packed; with `experts` it is theirs, in the
+    perceptron's place. Over cp the sequence lies as `placement`
     says, and attention is by `algorithm`, of `mask`. `recompute`: `full` keeps the input only,
     `selective` all but what core attention keeps.
     """
@@ -73,6 +75,7 @@ class LayerConfig:
     qk_norm: bool = False
     bias: bool = True
     activation: str = "gelu"
+    experts: ExpertsConfig | None = None
     rotary: RotaryEmbedding | None = None
     algorithm: str = "all_gather"
     placement: Placement = "zigzag"
@@ -137,14 +140,7 @@ class TransformerLayer(Module):
             **made,
         )
         self.mlp_norm = norm(config.hidden, sequence_parallel=parallel)
-        self.mlp = MLP(
-            config.hidden,
-            ffn=config.ffn,
-            activation=config.activation,
-            bias=config.bias,
-            **split,
-            **made,
-        )
+        self.mlp = _feed_forward(config, groups, init, made)
         self._stream = tracker.stream(stream_of(*["tp"] * parallel, "cp"))
 
     def forward(self, x: Tensor, *, packed: PackedSequences | None = None) -> Tensor:
@@ -175,6 +171,17 @@ class TransformerLayer(Module):
         return bias_dropout_add(
             y, bias=None, residual=residual, p=p, stream=self._stream, training=training
         )
+
+
+def _feed_forward(
+    config: LayerConfig, groups: Groups, init: Initialiser, made: dict[str, Any]
+) -> Module:
+    """The perceptron, or the experts in its place."""
+    made = {**made, "init": init, "sequence_parallel": groups.layout.sequence_parallel}
+    made |= {"activation": config.activation}
+    if config.experts is not None:
+        return RoutedExperts(config.hidden, config=config.experts, groups=groups, **made)
+    return MLP(config.hidden, ffn=config.ffn, bias=config.bias, group=groups.tp, **made)
 
 
 class _Core(Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -118,6 +119,48 @@ class MoELayer(Module):
                 y, group=self.groups.tp, tensor_parallel_output_grad=False
             )
         return y.view(x.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """Experts in the place of a transformer layer's perceptron: how many, the ffn features of each,
+    how tokens choose and how they travel. ValueError for a bias of the choice, which has to be
+    updated between steps."""
+
+    number: int
+    ffn: int
+    choice: Choice
+    dispatcher: str = "all_to_all"
+    bias: bool = False
+    shared_ffn: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.choice.expert_bias:
+            raise ValueError("expert_bias: True is not allowed here; nothing would update it")
+
+
+class RoutedExperts(MoELayer):
+    """`MoELayer` as a part of a transformer layer: without auxiliary losses, and `y` alone."""
+
+    def __init__(
+        self, hidden: int, *, config: ExpertsConfig, groups: Groups, **arguments: Any
+    ) -> None:
+        super().__init__(
+            hidden,
+            ffn=config.ffn,
+            num_experts=config.number,
+            choice=config.choice,
+            groups=groups,
+            dispatcher=config.dispatcher,
+            bias=config.bias,
+            shared_ffn=config.shared_ffn,
+            **arguments,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """`y` of `x`."""
+        y, _ = super().forward(x)
+        return y
 
 
 def make_dispatcher(name: str, *, top_k: int, groups: Groups) -> Dispatcher:

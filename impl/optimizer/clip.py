@@ -23,7 +23,8 @@ def gradient_norm(
     """The p-norm of the gradients of the whole model, of no dimension, the same on every rank.
 
     `order` is p, math.inf for the largest absolute value. A parameter that is replicated over tp,
-    or an expert's over etp, counts on the first rank only. With `distributed` the `shares` of ranks
+    or an expert's over etp, counts on the first rank only, and a tied embedding on the first stage
+    only (`shared` marks its copy). With `distributed` the `shares` of ranks
     that hold copies of a parameter are parts of it, which add up; else they are alike, and one
     counts. Collective over the whole world, in two or four all-reduces of one number, also of a
     rank that has no gradients: `zero` says in which dtype and on which device. ValueError for an
@@ -55,6 +56,8 @@ def clip_gradients(gradients: Iterable[Tensor], *, norm: Tensor, max_norm: float
 
 
 def _counts(share: Share, groups: Groups) -> bool:
+    if getattr(share.parameter, "shared", False):
+        return False
     if getattr(share.parameter, "tensor_model_parallel", False):
         return True
     return groups.rank("etp" if of_expert(share.parameter) else "tp") == 0

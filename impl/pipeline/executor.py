@@ -14,6 +14,7 @@ weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -68,7 +69,8 @@ class Executor:
     None if they differ and have to be announced. With `overlap` the stage goes on computing while
     tensors travel, until it needs one or has others to exchange; the results are the same.
     `finished` is called once for each chunk, when its parameters' gradients are complete: a
-    reduction over replicas may begin then.
+    reduction over replicas may begin then. The backward pass that completes them runs in the
+    context of `completing`, so that a reduction may begin within it.
     """
 
     def __init__(
@@ -82,10 +84,12 @@ class Executor:
         shape: tuple[int, ...] | None = None,
         overlap: bool = True,
         finished: Callable[[int], None] | None = None,
+        completing: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         _check(schedule, stage, link, inputs)
         self.schedule, self.stage, self.link, self.inputs = schedule, stage, link, inputs
         self.scale, self.shape, self.overlap, self.finished = scale, shape, overlap, finished
+        self.completing = completing
         self.outcome = Outcome()
         self._kept: dict[tuple[int, int], _Kept] = {}
         self._ready: dict[_Key, Tensor] = {}
@@ -96,13 +100,14 @@ class Executor:
         """Go through the stage's table to its end."""
         index, chunks = self.link.stage, range(self.schedule.vpp)
         last = {}
-        if self.finished is not None and self.schedule.kind != "forward":
+        if self.schedule.kind != "forward":
             last = {self.schedule.last_backward(index, chunk): chunk for chunk in chunks}
         for step in self.schedule.stages[index]:
             if isinstance(step, Exchange):
                 self._exchange(step.transfers)
                 continue
-            self._act(step)
+            with self.completing() if step in last else nullcontext():
+                self._act(step)
             if self.finished is not None and step in last:
                 self.finished(last[step])
         self._arrived()

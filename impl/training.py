@@ -1,0 +1,171 @@
+"""One training step of a whole model: pipeline, data parallelism, optimizer, on any layout.
+
+A step is given the microbatches of this rank's replica, the same on all its stages. The loss is the
+mean over all tokens that count, of all microbatches and all ranks of dp and cp; so each microbatch
+contributes the sum over its own, and what is accumulated is divided once, by the number of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import ModuleList
+
+from impl.collectives import all_reduce
+from impl.data_parallel import DataParallel, sum_over_tokens
+from impl.gradients import finalise_gradients
+from impl.groups import Groups
+from impl.model import GPTModel
+from impl.optimizer.mixed import Optimizer, StepResult
+from impl.pipeline.executor import Executor, Stage
+from impl.pipeline.p2p import Link
+from impl.pipeline.schedules import Schedule, build_schedule, forward_only
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """`tokens` and the `targets` that should follow them, int [batch, sequence], and how much each
+    target counts, 0 or 1 in `mask`: of this rank of dp and cp, the same on all of tp and pp."""
+
+    tokens: Tensor
+    targets: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a step did, on every rank: the mean `loss` over `tokens` that counted, both float64 of
+    no dimension, before the update; and what the optimizer says."""
+
+    loss: Tensor
+    tokens: Tensor
+    step: StepResult
+
+
+class Trainer:
+    """Trains the chunks of one stage, which `data_parallel` and `optimizer` were made of.
+
+    `schedule` is a kind of `impl.pipeline.schedules.KINDS`, by default interleaved for several
+    chunks a stage, else 1f1b. With `overlap` a stage computes while tensors travel. Where
+    `data_parallel` overlaps, a bucket is reduced from a chunk's last backward pass on.
+    """
+
+    def __init__(
+        self,
+        chunks: ModuleList,
+        *,
+        groups: Groups,
+        data_parallel: DataParallel,
+        optimizer: Optimizer,
+        schedule: str | None = None,
+        overlap: bool = True,
+    ) -> None:
+        self.chunks, self.groups = chunks, groups
+        self.data_parallel, self.optimizer = data_parallel, optimizer
+        self.kind = schedule or ("interleaved" if groups.layout.vpp > 1 else "1f1b")
+        self.overlap = overlap
+        self.link = _link(chunks, groups)
+
+    def train_step(
+        self, microbatches: Sequence[Microbatch], *, finalised: Callable[[], None] | None = None
+    ) -> TrainResult:
+        """All microbatches forward and backward, and one update. Collective over the world.
+
+        `finalised` is called before the optimizer sees the gradients: these are then of the mean
+        loss times the loss scale. ValueError where the schedule does not take so many microbatches,
+        and as the model raises it.
+        """
+        layout = self.groups.layout
+        table = build_schedule(
+            self.kind, pp=layout.pp, vpp=layout.vpp, microbatches=len(microbatches)
+        )
+        self.chunks.train()
+        self.data_parallel.zero_gradients()
+        scale = self.optimizer.loss_scale
+        with self.data_parallel.no_sync():
+            loss, tokens = self._run(
+                table,
+                microbatches,
+                scale=1.0 if scale is None else scale.value,
+                completing=self.data_parallel.sync,
+            )
+        finalise_gradients(
+            self.data_parallel,
+            tp_group=self.groups.tp,
+            tokens=tokens,
+            embedding_group=self.groups.embedding,
+        )
+        if finalised is not None:
+            finalised()
+        return TrainResult(loss / tokens.clamp_min(1), tokens, self.optimizer.step())
+
+    def evaluate(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        """The mean loss over all tokens that count, float64 of no dimension, on every rank: forward
+        only, without dropout. Leaves gradients and random streams as they are. Collective."""
+        layout = self.groups.layout
+        table = forward_only(pp=layout.pp, vpp=layout.vpp, microbatches=len(microbatches))
+        self.chunks.eval()
+        loss, tokens = self._run(table, microbatches, scale=1.0)
+        self.chunks.train()
+        return loss / tokens.clamp_min(1)
+
+    def _run(
+        self,
+        table: Schedule,
+        microbatches: Sequence[Microbatch],
+        *,
+        scale: float,
+        completing: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of the losses and the number of tokens that count, of the whole step."""
+        outcome = Executor(
+            table,
+            stage=self._stage(microbatches),
+            link=self.link,
+            inputs=[each.tokens for each in microbatches],
+            scale=scale,
+            shape=self._shape(microbatches),
+            overlap=self.overlap,
+            completing=completing,
+        ).run()
+        total, count = self.data_parallel.zero, self.data_parallel.zero.long()
+        for m, loss in outcome.losses.items():
+            total, count = total + loss, count + microbatches[m].mask.sum()
+        both = torch.stack(sum_over_tokens(total, count, group=self.groups.dp_cp))
+        # Only the last stage has losses.
+        loss, tokens = all_reduce(both, group=self.groups.pp)
+        return loss, tokens
+
+    def _stage(self, microbatches: Sequence[Microbatch]) -> Stage:
+        last = self.chunks[-1]
+
+        def loss(logits: Tensor, m: int) -> Tensor:
+            assert isinstance(last, GPTModel)
+            return (last.losses(logits, microbatches[m].targets) * microbatches[m].mask).sum()
+
+        return Stage(
+            chunks=list(self.chunks),
+            parameters=[list(chunk.parameters()) for chunk in self.chunks],
+            loss=loss,
+        )
+
+    def _shape(self, microbatches: Sequence[Microbatch]) -> tuple[int, ...] | None:
+        """That of all activations, None if microbatches differ."""
+        shapes = {tuple(each.tokens.shape) for each in microbatches}
+        if len(shapes) > 1:
+            return None
+        ((batch, sequence),) = shapes
+        model = self.chunks[0]
+        assert isinstance(model, GPTModel)
+        split = dist.get_world_size(self.groups.tp) if self.groups.layout.sequence_parallel else 1
+        return sequence // split, batch, model.config.layer.hidden
+
+
+def _link(chunks: ModuleList, groups: Groups) -> Link:
+    first = next(chunks.parameters())
+    return Link(groups.pp, dtype=first.dtype, device=first.device)
