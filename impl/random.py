@@ -203,6 +203,11 @@ def stream_seeds(seed: int, *, layout: Layout, rank: int) -> dict[str, int]:
     return found
 
 
+def axes_of(stream: str) -> tuple[str, ...]:
+    """The axes that a stream differs over, pp among them. KeyError for a name that is none."""
+    return _DIFFERS[stream]
+
+
 def stream_of(*axes: str) -> str:
     """The name of the stream for an activation that is split over these axes, of tp and cp.
 

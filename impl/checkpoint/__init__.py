@@ -1,0 +1,1 @@
+"""Checkpoints that are saved at one layout and loaded at any other."""
