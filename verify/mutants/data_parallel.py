@@ -13,6 +13,7 @@ _finish = partial(_of, module="impl.gradients")
 
 _FINISH = """    data_parallel.finish()
     finish_sequence_parallel_gradients(data_parallel.parameters, group=tp_group)
+    finish_tied_gradients(data_parallel.parameters, group=embedding_group)
     data_parallel.scale(1.0 / tokens.clamp_min(1))
 """
 
@@ -118,6 +119,7 @@ _REDUCTIONS = (
         replacement="""    data_parallel.scale(1.0 / tokens.clamp_min(1))
     data_parallel.finish()
     finish_sequence_parallel_gradients(data_parallel.parameters, group=tp_group)
+    finish_tied_gradients(data_parallel.parameters, group=embedding_group)
 """,
         seen="DP-02",
     ),
