@@ -56,11 +56,8 @@ class Pieces:
     saved: bool = True
 
 
-def whole(values: Tensor, *, row: int | None = None, rows: int = 1) -> Pieces:
-    """A tensor that this rank has all of; or, with `row`, one that is row number `row` of `rows`,
-    the others being other ranks'."""
-    if row is None:
-        return Pieces(tuple(values.shape), values.dtype, {(0,) * values.dim(): values})
+def row_of_many(values: Tensor, *, row: int, rows: int) -> Pieces:
+    """A tensor as row number `row` of `rows`, of which the others are other ranks'."""
     offsets = (row, *(0 for _ in values.shape))
     return Pieces((rows, *values.shape), values.dtype, {offsets: values.unsqueeze(0)})
 

@@ -6,7 +6,7 @@ offsets in the full tensor. Whoever loads takes what lies in its own pieces.
 
 | key | is |
 |---|---|
-| `model.NAME` | a parameter, without rows of padding, or a buffer |
+| `model.NAME` | a parameter, without rows of padding |
 | `optimizer.main.NAME` | its main values, where the model has rounded copies of them |
 | `optimizer.STATE.NAME` | what the update rule keeps: exp_avg, exp_avg_sq, momentum |
 | `random.STREAM` | the state of a stream, a row for each rank |
@@ -31,7 +31,7 @@ from torch.nn import Parameter
 
 from impl.checkpoint.errors import CheckpointError
 from impl.checkpoint.folder import METADATA, Draft, begin_draft, find
-from impl.checkpoint.pieces import Pieces, pieces_of, whole
+from impl.checkpoint.pieces import Pieces, pieces_of, row_of_many
 from impl.checkpoint.planner import LoadPieces, SavePieces
 from impl.checkpoint.storage import Contents, Reader, Writer
 from impl.checkpoint.streams import reseeded, row_of
@@ -46,17 +46,15 @@ from verify.layout import Layout
 class Training:
     """What a rank has of a training run.
 
-    `parameters` are its own, trained or not, by their names in the whole model; `buffers` likewise,
-    which all ranks that have them hold alike. `rows` says how many rows of a parameter, of
-    dimension 0, are no padding. `copies` names the parameters that are another's copy on another
-    stage, such as a tied embedding, and the other.
+    `parameters` are its own, trained or not, by their names in the whole model. `rows` says how
+    many rows of a parameter, of dimension 0, are no padding. `copies` names the parameters that are
+    another's copy on another stage, such as a tied embedding, and the other.
     """
 
     parameters: Mapping[str, Parameter]
     optimizer: Optimizer
     tracker: RandomTracker
     groups: Groups
-    buffers: Mapping[str, Tensor] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
 
@@ -81,7 +79,7 @@ def save_checkpoint(folder: Path, training: Training, progress: Progress) -> Pat
     states = training.tracker.states()
     row, rows = dist.get_rank(), dist.get_world_size()
     pieces = _pieces(training) | {
-        f"random.{name}": whole(state, row=row, rows=rows) for name, state in states.items()
+        f"random.{name}": row_of_many(state, row=row, rows=rows) for name, state in states.items()
     }
     writer = Writer(draft, rank=dist.get_rank(), values=_values(training, progress))
     try:
@@ -151,8 +149,6 @@ def _pieces(training: Training) -> dict[str, Pieces]:
             kept["main"] = slot.main
         for name, values in kept.items():
             add(f"optimizer.{name}", share.parameter, values=values, start=share.start)
-    for name, buffer in training.buffers.items():
-        found[f"model.{name}"] = whole(buffer)
     return found
 
 
@@ -170,7 +166,7 @@ def _random_states(
         if there is None or row is None or there.size[1:] != state.shape:
             found[name] = fresh[name], Pieces((), state.dtype, {})
         else:
-            found[name] = state, whole(state, row=row, rows=there.size[0])
+            found[name] = state, row_of_many(state, row=row, rows=there.size[0])
     return found
 
 
