@@ -130,7 +130,7 @@ class Local:
             with self._mode(frozenset(range(self._size))):
                 workloads.parallel(x, work.blocks(weights))
             gradients = x.grad._local_tensors
-            return [gradients[rank].sum().item() for rank in range(self._size)]
+            return [gradients[rank].square().sum().item() for rank in range(self._size)]
         finally:
             dist.destroy_process_group()
 

@@ -110,13 +110,13 @@ def parallel(x: Tensor, blocks: list[Callable[[Tensor], Tensor]]) -> Tensor:
 
 
 def train(name: str) -> float:
-    """A rank program: one step; the sum of the gradient of the input."""
+    """A rank program: one step; the squares of the gradient of the input, summed."""
     work = WORKLOADS[name]
     weights = work.weights(dist.get_rank(), dist.get_world_size())
     x = work.inputs().requires_grad_()
     parallel(x, work.blocks(weights))
     assert x.grad is not None
-    return x.grad.sum().item()
+    return x.grad.square().sum().item()
 
 
 class _Passed(torch.autograd.Function):
@@ -131,30 +131,45 @@ class _Passed(torch.autograd.Function):
         return upstream
 
 
-def bare(name: str, size: int, functions: bool = False) -> list[float]:
-    """The arithmetic of `train` on all ranks, in one thread: every rank's products, in turn, and
-    the sums over ranks, in rank order. `functions`: with the autograd functions around each block
-    that the rank program has, which the arithmetic alone does not need."""
+def bare(name: str, size: int, functions: bool = True) -> list[float]:
+    """What the ranks of `train` compute, in one thread and in the order in which ranks that take
+    turns compute it: from one sum to the next one rank after another, and the sums in rank order.
+    `functions`: with the autograd functions around each block that the rank program has, which the
+    arithmetic alone does not need."""
     work = WORKLOADS[name]
-    weights = [work.weights(rank, size) for rank in range(size)]
-    blocks = [work.blocks(each) for each in weights]
     wrap = _Passed.apply if functions else (lambda x: x)
-    xs = [work.inputs() for _ in range(size)]
-    leaves, outputs = [], []
-    for number in range(len(blocks[0])):
-        leaf = [x.requires_grad_() for x in xs]
-        output = [wrap(blocks[rank][number](wrap(leaf[rank]))) for rank in range(size)]
-        total = _sum([each.detach() for each in output])
-        xs = [total.clone() for _ in range(size)]
-        leaves.append(leaf)
-        outputs.append(output)
-    upstream = [torch.ones_like(x) for x in xs]
+    blocks: list[list[Callable[[Tensor], Tensor]]] = []
+    leaves: list[list[Tensor]] = []
+    outputs: list[list[Tensor]] = []
+    xs: list[Tensor] = []
+    for rank in range(size):
+        blocks.append(work.blocks(work.weights(rank, size)))
+        xs.append(work.inputs())
+        if rank == 0:
+            leaves, outputs = ([[] for _ in blocks[0]] for _ in range(2))
+        _block(blocks[rank][0], xs[rank], wrap, leaves[0], outputs[0])
+    for number in range(1, len(leaves)):
+        total = _sum([each.detach() for each in outputs[number - 1]])
+        for rank in range(size):
+            _block(blocks[rank][number], total.clone(), wrap, leaves[number], outputs[number])
+    upstream = [torch.ones_like(_sum([each.detach() for each in outputs[-1]])) for _ in range(size)]
     for leaf, output in zip(reversed(leaves), reversed(outputs), strict=True):
         for rank in range(size):
             output[rank].backward(upstream[rank])
         total = _sum([each.grad for each in leaf])  # type: ignore[misc]
         upstream = [total.clone() for _ in range(size)]
-    return [each.sum().item() for each in upstream]
+    return [each.square().sum().item() for each in upstream]
+
+
+def _block(
+    block: Callable[[Tensor], Tensor],
+    x: Tensor,
+    wrap: Callable[[Tensor], Tensor],
+    leaves: list[Tensor],
+    outputs: list[Tensor],
+) -> None:
+    leaves.append(x.requires_grad_())
+    outputs.append(wrap(block(wrap(x))))
 
 
 def _sum(tensors: list[Tensor]) -> Tensor:

@@ -23,7 +23,15 @@ from verify.replica import RankMap
 from verify.tolerance import Excess, Tolerance
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_FIRST: tuple[Kind, ...] = ("missing", "unexpected", "shape", "dtype", "value", "copies")
+_FIRST: tuple[Kind, ...] = (
+    "missing",
+    "unexpected",
+    "shape",
+    "dtype",
+    "contract",
+    "value",
+    "copies",
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,8 @@ class Comparison:
     """Compares the observations of all ranks with the expectation of each replica.
 
     `divergences` are the wrong tensors in the order of execution; `evidence` is of the first of
-    them, where its values are wrong. Raises HarnessError if it did not see every tensor.
+    them, where its values are wrong; `elements` is how many were compared. Raises HarnessError if
+    it did not see every tensor.
     """
 
     contract: Contract
@@ -58,6 +67,7 @@ class Comparison:
     observations: Sequence[Observation]
     divergences: list[Divergence] = field(default_factory=list)
     evidence: Evidence | None = None
+    elements: int = 0
     _seen: int = 0
 
     def __post_init__(self) -> None:
@@ -123,6 +133,10 @@ class Comparison:
         if found.dtype is not dtype:
             text = f"is {_short(found.dtype)} and should be {_short(dtype)}"
             return [_Wrong(rank, "dtype", text)]
+        if _shares(found, expectation.full[name]):
+            text = "is the reference's own tensor: it would be compared with itself"
+            return [_Wrong(rank, "contract", text)]
+        self.elements += found.numel()
         return []
 
     def _copies(
@@ -243,6 +257,12 @@ def difference(mine: Tensor, other: Tensor) -> Excess:
     index = tuple(int(i) for i in torch.unravel_index(apart.argmax(), apart.shape))
     value, wanted = float(mine[index]), float(other[index])
     return Excess(index, wanted, value, float(apart[index]), 0.0, "element")
+
+
+def _shares(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors that are not empty lie in the same memory."""
+    places = [each.untyped_storage().data_ptr() for each in (one, other)]
+    return bool(one.numel()) and places[0] == places[1]
 
 
 def _apart(rank: int, mine: Tensor, other: Tensor, detail: str) -> _Wrong:

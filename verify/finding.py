@@ -48,7 +48,8 @@ class Divergence:
     """A tensor that is wrong, on the rank where it is most wrong.
 
     `index` is that of the worst element in the local tensor; `error` and `bound` are in the norm
-    named by `norm` (`element`, `row`, `tensor`). `ranks` are all ranks on which it is wrong.
+    named by `norm` (`element`, `row`, `tensor`, `factor`). `ranks` are all ranks on which it is
+    wrong.
     Without an index the tensor as such is wrong, and `detail` says how.
     """
 
@@ -151,7 +152,7 @@ class Finding:
         )
         if not math.isfinite(first.candidate or 0.0):
             return text
-        where = {"row": " over its row", "tensor": " over the tensor"}.get(first.norm, "")
+        where = _WHERE.get(first.norm, "")
         return f"{text}; the error{where} is {first.error:.3g}, {allowed}"
 
     def to_json(self) -> dict[str, Any]:
@@ -194,6 +195,11 @@ class Finding:
             raise BadArgument(f"finding: {error}") from error
 
 
+_WHERE: Mapping[str, str] = {
+    "row": " over its row",
+    "tensor": " over the tensor",
+    "factor": " as a factor on the tensor",
+}
 _HEADLINES: Mapping[str, str] = {
     "crash": "the target raised on a case that it has to compute",
     "deadlock": "no rank can go on",

@@ -33,7 +33,7 @@ from torch import Tensor
 from verify.case import Case
 from verify.errors import BadArgument, HarnessError
 from verify.oracle.contract import IGNORED, Contract, TensorSpec
-from verify.placement import Partial, Placements, Shard, ZigzagShard, pieces, shard
+from verify.placement import Cut, Partial, Placements, pieces, shard
 from verify.replica import RankMap
 
 STRIDES = ("contiguous", "transposed")
@@ -173,7 +173,7 @@ def _check_cut(
     for axis, placement in placements.items():
         if axis not in ranks.sizes:
             raise BadArgument(f"case: {name} of {case.concept} is placed over {axis!r}, no axis")
-        if not isinstance(placement, Shard | ZigzagShard):
+        if not isinstance(placement, Cut):
             continue
         try:
             cut = pieces(lengths[placement.dim], placement, ranks.sizes[axis])[0]

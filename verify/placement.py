@@ -46,19 +46,32 @@ class ZigzagShard:
 
 
 @dataclass(frozen=True)
+class Listed:
+    """Rank i of n holds the elements `indices[i]` of dimension `dim`, in this order: none, or ones
+    that another rank holds too, as well as its own. So lie the layers of pipeline stages."""
+
+    dim: int
+    indices: tuple[tuple[int, ...], ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Partial:
     """The full tensor is the sum over the ranks of the axis."""
 
 
-Placement = Replicate | Shard | ZigzagShard | Partial
+Cut = Shard | ZigzagShard | Listed
+Placement = Replicate | Cut | Partial
 Placements = Mapping[str, Placement]
 
 
-def pieces(length: int, placement: Shard | ZigzagShard, size: int) -> list[list[slice]]:
+def pieces(length: int, placement: Cut, size: int) -> list[list[slice]]:
     """For each of `size` ranks, the slices of a dimension of `length` it holds, in local order.
 
-    Raises ValueError where the length, or that of a packed sequence, does not divide.
+    Raises ValueError where the length, or that of a packed sequence, does not divide, and where
+    what is listed is not there.
     """
+    if isinstance(placement, Listed):
+        return _listed_pieces(length, placement, size)
     if placement.lengths:
         return _packed_pieces(length, placement, size)
     if isinstance(placement, ZigzagShard):
@@ -74,6 +87,15 @@ def pieces(length: int, placement: Shard | ZigzagShard, size: int) -> list[list[
     if rest:
         raise ValueError(f"a dimension of {length} does not divide by {needed} ({placement})")
     return [[slice(i * chunk, (i + 1) * chunk) for i in indices] for indices in order]
+
+
+def _listed_pieces(length: int, placement: Listed, size: int) -> list[list[slice]]:
+    listed = {index for own in placement.indices for index in own}
+    if len(placement.indices) != size or listed != set(range(length)):
+        raise ValueError(
+            f"{placement.indices} does not list a dimension of {length} for {size} ranks"
+        )
+    return [[slice(index, index + 1) for index in own] for own in placement.indices]
 
 
 def _packed_pieces(length: int, placement: Shard | ZigzagShard, size: int) -> list[list[slice]]:
@@ -92,6 +114,8 @@ def _packed_pieces(length: int, placement: Shard | ZigzagShard, size: int) -> li
 
 def _take(full: Tensor, dim: int, slices: list[slice]) -> Tensor:
     parts = [full.narrow(dim, s.start, s.stop - s.start) for s in slices]
+    if not parts:
+        return full.narrow(dim, 0, 0)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
@@ -121,7 +145,7 @@ def shard(
     """
     local = full
     for axis, placement in placements.items():
-        if isinstance(placement, Shard | ZigzagShard):
+        if isinstance(placement, Cut):
             slices = pieces(local.shape[placement.dim], placement, sizes[axis])[coordinates[axis]]
             local = _take(local, placement.dim % full.dim(), slices)
     return local

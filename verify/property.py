@@ -1,8 +1,9 @@
 """The checks: what a property says of a case, by name in `CHECKS`.
 
-Each takes a case, a target's name and a cluster, returns when the case passes, and raises
-`Mismatch` with a `Finding` when the target is wrong, `NotSupported` when it does not declare the
-capability, `BadArgument` when the case is none, and `HarnessError` when nothing can be said.
+Each takes a case, a target's name and a cluster, returns how much it compared when the case
+passes (elements of tensors, or ranks where no tensors are compared), and raises `Mismatch` with a
+`Finding` when the target is wrong, `NotSupported` when it does not declare the capability,
+`BadArgument` when the case is none, and `HarnessError` when nothing can be said.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from verify.checks.masks import Masks
 from verify.checks.promises import kept_too_much, miscommunicated, promises_communication
 from verify.checks.refusal import refusal
 from verify.checks.stream_laws import streams
+from verify.checks.vacuity import must_not_vanish, unshown
 from verify.cluster.base import Cluster
 from verify.cluster.history import History
 from verify.compare import Comparison, Expectation, difference, same_bits
@@ -39,14 +41,14 @@ from verify.tolerance import Tolerance
 
 
 class Check(Protocol):
-    """A check by name: returns where the case passes."""
+    """A check by name: returns how much it compared, where the case passes."""
 
-    def __call__(self, case: Case, *, target_name: str, cluster: Cluster) -> None:
+    def __call__(self, case: Case, *, target_name: str, cluster: Cluster) -> int:
         """Raise Mismatch, NotSupported, BadArgument or HarnessError where it does not."""
         ...
 
 
-def equivalence(case: Case, *, target_name: str, cluster: Cluster) -> None:
+def equivalence(case: Case, *, target_name: str, cluster: Cluster) -> int:
     """Outputs, input gradients and parameter gradients of every rank are the reference's, and
     copies on several ranks hold the same bits. Of dropouts: copies of a tensor are dropped alike,
     different parts independently, at the right rate, and the reference is given the masks."""
@@ -61,10 +63,10 @@ def equivalence(case: Case, *, target_name: str, cluster: Cluster) -> None:
     for name, problem in problems.items() if contract.masks else ():
         given = problem.with_masks(masks.full(name))
         expectations[name] = _expect(Reference(case, contract, given))
-    _judge(bench, contract, ranks, expectations, observations)
+    return _judge(bench, contract, ranks, expectations, observations)
 
 
-def invariance(case: Case, *, target_name: str, cluster: Cluster) -> None:
+def invariance(case: Case, *, target_name: str, cluster: Cluster) -> int:
     """The target on the case's layout agrees with itself on one rank, given the same data. The
     reference only calibrates: each of the two may be as far from it as equivalence allows."""
     bench = Bench("invariance", case, target_name, cluster)
@@ -81,15 +83,15 @@ def invariance(case: Case, *, target_name: str, cluster: Cluster) -> None:
         (single,) = bench.run(observe, target_name, whole, Source(case, replica), world_size=1)
         expectations[replica] = _expect_same(bench, reference, single)
     observations = bench.run(observe, target_name, case, world_size=case.layout.world_size)
-    _judge(bench, contract, ranks, expectations, observations)
+    return _judge(bench, contract, ranks, expectations, observations)
 
 
-def determinism(case: Case, *, target_name: str, cluster: Cluster) -> None:
+def determinism(case: Case, *, target_name: str, cluster: Cluster) -> int:
     """Two runs of the case give every rank the same bits; in the `sim` cluster, which repeats
     itself, the ranks take turns in another order the second time, unless the run has no
     adversary."""
     bench = Bench("determinism", case, target_name, cluster)
-    _, ranks = _admit(bench)
+    contract, ranks = _admit(bench)
     adversaries = [case.adversary] * 2
     if cluster.name == "sim" and limits().adversaries:
         other = case.seed + 1 if case.adversary.schedule == case.seed else case.seed
@@ -104,15 +106,17 @@ def determinism(case: Case, *, target_name: str, cluster: Cluster) -> None:
         )
         for adversary in adversaries
     )
+    _require_shown(bench, contract, ranks, first)
     if divergences := _divergences(first, second, ranks, "in a second run of the same case"):
         raise bench.mismatch("bits", divergences=divergences)
+    return _elements(first)
 
 
-def recomputation(case: Case, *, target_name: str, cluster: Cluster) -> None:
+def recomputation(case: Case, *, target_name: str, cluster: Cluster) -> int:
     """The case gives every rank the bits that it gives without its option `recompute`: outputs,
     gradients, dropout masks, and the random generators' states afterwards."""
     bench = Bench("recomputation", case, target_name, cluster)
-    _, ranks = _admit(bench)
+    contract, ranks = _admit(bench)
     options = {name: value for name, value in case.options.items() if name != "recompute"}
     if len(options) == len(case.options):
         raise BadArgument(f"case.options: {case} has no recompute, so there is nothing to compare")
@@ -121,6 +125,7 @@ def recomputation(case: Case, *, target_name: str, cluster: Cluster) -> None:
         bench.run(observe, target_name, each, world_size=case.layout.world_size)
         for each in (plain, case)
     )
+    _require_shown(bench, contract, ranks, first)
     if divergences := _divergences(first, second, ranks, "without recomputation"):
         raise bench.mismatch("bits", divergences=divergences)
     details = []
@@ -133,41 +138,49 @@ def recomputation(case: Case, *, target_name: str, cluster: Cluster) -> None:
         ]
     if details:
         raise bench.mismatch("random state", details=tuple(details))
+    return _elements(first)
 
 
-def communication(case: Case, *, target_name: str, cluster: Cluster) -> None:
+def communication(case: Case, *, target_name: str, cluster: Cluster) -> int:
     """Every rank communicates what the contract promises, in forward, in backward and to complete
     gradients: these operations, over these groups, of this many elements, and nothing else."""
     bench = Bench("communication", case, target_name, cluster)
-    contract, _ = _admit(bench)
+    contract, ranks = _admit(bench)
     if not promises_communication(contract):
         raise BadArgument(f"case: {case} promises nothing about communication")
     if cluster.name != "sim":
         raise NotSupported(f"the cluster {cluster.name} keeps no history of communication")
     history = History()
-    bench.run(observe, target_name, case, world_size=case.layout.world_size, history=history)
+    observations = bench.run(
+        observe, target_name, case, world_size=case.layout.world_size, history=history
+    )
+    _require_shown(bench, contract, ranks, observations)
     if details := miscommunicated(contract, case.layout, history):
         raise bench.mismatch("communication", details=details)
+    return len(observations)
 
 
-def memory(case: Case, *, target_name: str, cluster: Cluster) -> None:
+def memory(case: Case, *, target_name: str, cluster: Cluster) -> int:
     """On every rank autograd keeps no more from forward to backward than the contract promises."""
     bench = Bench("memory", case, target_name, cluster)
-    contract, _ = _admit(bench)
+    contract, ranks = _admit(bench)
     if contract.kept is None:
         raise BadArgument(f"case: {case} promises nothing about memory")
     observations = bench.run(observe, target_name, case, world_size=case.layout.world_size)
+    _require_shown(bench, contract, ranks, observations)
     if not any(each.kept for each in observations) and contract.kept:
         raise HarnessError(f"memory of {case}: autograd kept nothing, so nothing was seen")
     if details := kept_too_much(contract, observations):
         raise bench.mismatch("memory", details=details)
+    return len(observations)
 
 
-def groups(case: Case, *, target_name: str, cluster: Cluster) -> None:
+def groups(case: Case, *, target_name: str, cluster: Cluster) -> int:
     """The target's process groups obey the laws of `verify.checks.group_laws`."""
     bench = Bench("groups", case, target_name, cluster)
     try:
         groups_check(case, target_name=target_name, cluster=bench)
+        return case.layout.world_size
     except Mismatch as error:
         if error.finding is not None:
             raise
@@ -211,6 +224,9 @@ def _expect_same(bench: Bench, reference: Reference, single: Observation) -> Exp
             what = "is missing" if found is None else f"has shape {list(found.shape)}"
             detail = f"one rank alone: {name} {what}; it should have {list(wanted.shape)}"
             raise bench.mismatch("contract", details=(detail,))
+        if not found.any() and must_not_vanish(reference, name):
+            detail = f"one rank alone: {name} is zero throughout; it should not be"
+            raise bench.mismatch("contract", details=(detail,))
         full[name] = found.double()
     return Expectation(full, Tolerance(reference, slack=2.0))
 
@@ -221,8 +237,9 @@ def _judge(
     ranks: RankMap,
     expectations: Mapping[str, Expectation],
     observations: Sequence[Observation],
-) -> None:
-    """Raise Mismatch with a diagnosis where an observation is not what is expected."""
+) -> int:
+    """How many elements were compared. Raises Mismatch with a diagnosis where an observation is not
+    what is expected."""
     for rank, each in enumerate(observations):
         if each.placements != observations[0].placements:
             detail = (
@@ -238,6 +255,20 @@ def _judge(
             divergences=tuple(comparison.divergences),
             explanations=() if evidence is None else diagnose(evidence),
         )
+    return comparison.elements
+
+
+def _require_shown(
+    bench: Bench, contract: Contract, ranks: RankMap, observations: Sequence[Observation]
+) -> None:
+    """Raise Mismatch where a run shows nothing of a result."""
+    if details := tuple(unshown(bench.case, contract, ranks, observations)):
+        raise bench.mismatch("contract", details=details)
+
+
+def _elements(observations: Sequence[Observation]) -> int:
+    found = [t for each in observations for t in each.tensors.values() if t is not None]
+    return sum(tensor.numel() for tensor in found)
 
 
 def _masks(

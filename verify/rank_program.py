@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from verify import oracle
+from verify.borrowed import Borrowed
 from verify.case import Case
 from verify.cluster.base import RankFailure
 from verify.cluster.history import mark
@@ -116,18 +117,22 @@ def observe(target_name: str, case: Case, source: Source | None = None) -> Obser
         theirs = contract_of(source.case)
         others = RankMap(source.case.layout, theirs.axes)
         given = generate(source.case, theirs, others, source.replica).whole()
+    # One rank speaks for all, another one in another case.
+    borrowed = Borrowed(contract, looks=rank == case.seed % case.layout.world_size)
     with session_of(target, case.layout) as session:
-        with target_code(f"building {case.concept}"):
+        with target_code(f"building {case.concept}"), borrowed.watching():
             subject = session.build(case)
         with target_code("naming its parameters"):
             parameters = dict(subject.parameters())
         _load(parameters, given, ranks, rank, case, contract)
-        watch = Watch(contract, [parameter for parameter, _ in parameters.values()])
+        watch = Watch(contract, [parameter for parameter, _ in parameters.values()], borrowed)
         tensors = _run(subject, contract, given, ranks, rank, case, watch)
         for name, (parameter, _) in parameters.items():
             tensors[f"grad {name}"] = parameter.grad
         placements: dict[str, Placements] = {n: dict(p) for n, (_, p) in parameters.items()}
         states = _random_states(subject)
+        with target_code("compared with its contract"):
+            borrowed.refuse()
     found = {n: None if t is None else t.detach().cpu() for n, t in tensors.items()}
     return Observation(found, placements, tuple(watch.masks), watch.kept, states)
 
@@ -208,7 +213,7 @@ def _run(
         with target_code("running backward"), watch.backward():
             torch.autograd.backward([outputs[n] for n in reached], [upstream[n] for n in reached])
     mark("finish")
-    with target_code("finishing its gradients"):
+    with target_code("finishing its gradients"), watch.borrowed.watching():
         subject.finish_gradients()
     mark("")
     gradients = {f"grad {name}": inputs[name].grad for name in differentiable}

@@ -6,7 +6,7 @@ own.
 
 A mixture of experts has tensors on both meshes: tokens on tp, cp and dp, experts on etp, ep and
 edp. These are the same ranks, those of a pipeline stage, in other arrangements, so a concept may
-name all six; its replicas are the stages.
+name all six, its replicas being the stages, or all of them and pp.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from math import prod
 
 from verify.errors import HarnessError
 from verify.layout import Layout
-from verify.placement import Partial, Placements, Shard, ZigzagShard
+from verify.placement import Cut, Partial, Placements
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class RankMap:
     """The ranks of `layout` as seen by a concept that is split over `axes`.
 
     `axes` are of the dense mesh (tp, cp, dp, pp), or of the expert mesh (etp, ep, edp, pp), or all
-    of both but pp, in any order.
+    of both, with pp or without, in any order.
     """
 
     layout: Layout
@@ -40,11 +40,10 @@ class RankMap:
             if set(self.axes) <= set(sizes):
                 return sizes
         both = {**dense, **expert}
-        if set(self.axes) == set(both) - {"pp"}:
+        if {*self.axes, "pp"} == set(both):
             return both
         raise HarnessError(
             f"contract: the axes {', '.join(self.axes)} are neither of one mesh nor all of both"
-            " but pp"
         )
 
     @cached_property
@@ -75,8 +74,8 @@ class RankMap:
 
     def alike(self, placements: Placements, ranks: Iterable[int]) -> list[tuple[int, ...]]:
         """The sets of ranks, of those given, whose local tensors are copies of each other."""
-        split = (Shard, ZigzagShard, Partial)
-        return self._together([a for a, p in placements.items() if isinstance(p, split)], ranks)
+        split = [axis for axis, p in placements.items() if isinstance(p, Cut | Partial)]
+        return self._together(split, ranks)
 
     def summed(self, placements: Placements, ranks: Iterable[int]) -> list[tuple[int, ...]]:
         """The sets of ranks, of those given, whose local tensors add up to the expected one: each

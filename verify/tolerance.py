@@ -18,6 +18,12 @@ difference of large numbers, such as log-sum-exp minus logit, is as uncertain as
 float64, of which there is no truth to measure from, it is measured in float32 and scaled by the
 ratio of the unit roundoffs.
 
+A factor on all of a tensor moves every row by less than its bound allows, and rounding errors do
+not: over many rows they cancel. Where the `native` reference has the weight of `MANY_ROWS` rows or
+more, its factor, the projection of the difference on the reference, may be at most
+`multiple * deviation` of the same projection, or `COHERENT` unit roundoffs: what a few factors that
+are rounded once each (a scale, the inverse of a count) do to everything.
+
 The multiples. `fp64` is for algebra, not for rounding: 1e3 unit roundoffs are 1e-13 of a tensor's
 scale, below any wrong term and above any order of summation at the sizes that are drawn. `native`:
 a sum over n ranks rounds n partial sums and n - 1 additions where the reference rounds once; these
@@ -42,12 +48,15 @@ Cut = Callable[[Tensor], Tensor]
 MULTIPLES = {"fp64": 1e3, "native": 8.0}
 # Disturbed runs behind a bound: none first, because most candidates are nearer than that.
 EFFORTS = (0, 4, 32)
+MANY_ROWS = 32
+COHERENT = 3.0
 
 
 @dataclass(frozen=True)
 class Excess:
     """A local tensor that is too far from the reference. `index` is its worst element; `error` and
-    `bound` are in the norm that `norm` names (`element`, `row`, `tensor`)."""
+    `bound` are in the norm that `norm` names: of the `element`, its `row` or the `tensor`, or as a
+    `factor` on all of the tensor."""
 
     index: tuple[int, ...]
     reference: float
@@ -74,6 +83,8 @@ class Tolerance:
         Both are float64 and of one shape; `cut` takes the full tensor to their part of it.
         """
         difference = candidate - expected
+        if not candidate.numel():
+            return None
         if not candidate.isfinite().all():
             return _at(
                 _first_not_finite(candidate), candidate, expected, difference, 0.0, "element"
@@ -85,6 +96,7 @@ class Tolerance:
         for runs in EFFORTS:
             deviations = [_rows(cut(each)) for each in self._deviations(name, runs)]
             found = self._beyond(name, candidate, expected, difference, deviations)
+            found = found or self._scaled(candidate, expected, difference, deviations)
             if found is None:
                 return None
         return found
@@ -123,6 +135,22 @@ class Tolerance:
             if not bool(off > allowed):
                 return None
         return _at(index, candidate, expected, difference, float(allowed), norm, float(off))
+
+    def _scaled(
+        self, candidate: Tensor, expected: Tensor, difference: Tensor, deviations: list[Tensor]
+    ) -> Excess | None:
+        """A factor on all of a tensor of many rows."""
+        right = _rows(expected)
+        if self.reference.case.lens != "native" or _weight(right) < MANY_ROWS:
+            return None
+        roundoff = torch.finfo(dtype_of(self.reference.case)).eps / 2
+        factor = abs(_projection(_rows(difference), right))
+        measured = max((abs(_projection(each, right)) for each in deviations), default=0.0)
+        allowed = self.slack * max(COHERENT * roundoff, MULTIPLES["native"] * measured)
+        if factor <= allowed:
+            return None
+        index = _largest(difference)
+        return _at(index, candidate, expected, difference, allowed, "factor", factor)
 
     def _rms_of(self, name: str) -> float:
         if name not in self._rms:
@@ -165,6 +193,17 @@ class Tolerance:
 
 def _norms(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1)
+
+
+def _projection(rows: Tensor, onto: Tensor) -> float:
+    """How much of one tensor is in another, as a factor of that."""
+    return float((rows * onto).sum() / onto.square().sum())
+
+
+def _weight(rows: Tensor) -> float:
+    """How many rows of equal norm a tensor is worth; 0 of zeros."""
+    squares = rows.square().sum(1)
+    return float(squares.sum() ** 2 / squares.square().sum().clamp_min(1e-300))
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.grad_mode import set_multithreading_enabled
 from torch.autograd.graph import saved_tensors_hooks
 
+from verify.borrowed import Borrowed
 from verify.checks.masks import applied_alike, recorded
 from verify.oracle.contract import Contract
 
@@ -19,11 +20,13 @@ class Watch:
     """Notes what the contract promises something about, and nothing else.
 
     `masks` are the dropouts in order; `kept` counts the elements of every storage that autograd
-    saved for backward, once each, but for those of `parameters`.
+    saved for backward, once each, but for those of `parameters`. `borrowed` is what the target has
+    the reference compute.
     """
 
     contract: Contract
     parameters: Iterable[Tensor]
+    borrowed: Borrowed
     masks: list[Tensor] = field(default_factory=list)
     _storages: dict[int, int] = field(default_factory=dict)
 
@@ -35,6 +38,7 @@ class Watch:
                 self.masks = stack.enter_context(recorded())
             if self.contract.kept is not None:
                 stack.enter_context(saved_tensors_hooks(self._keep, _unchanged))
+            stack.enter_context(self.borrowed.watching())
             yield
 
     @contextmanager
@@ -44,6 +48,7 @@ class Watch:
             if self.contract.masks:
                 stack.enter_context(applied_alike())
                 stack.enter_context(set_multithreading_enabled(False))
+            stack.enter_context(self.borrowed.watching())
             yield
 
     @property

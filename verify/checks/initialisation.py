@@ -35,7 +35,7 @@ _TELLING = 8
 _MOST_DETAILS = 6
 
 
-def initialisation_check(case: Case, *, target_name: str, cluster: Cluster) -> None:
+def initialisation_check(case: Case, *, target_name: str, cluster: Cluster) -> int:
     """The parameters of the case's model as the target builds it obey laws 1 to 4."""
     bench = Bench("initialisation", case, target_name, cluster)
     promised = initialisation(case)
@@ -51,6 +51,7 @@ def initialisation_check(case: Case, *, target_name: str, cluster: Cluster) -> N
         details += [*court.copies(found), *court.apart(found, case.layout)]
     if details:
         raise bench.mismatch("initialisation", details=tuple(details[:_MOST_DETAILS]))
+    return sum(part.numel() for local in found for part in local.values())
 
 
 def _built(target_name: str, case: Case) -> Local:

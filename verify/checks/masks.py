@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from verify.finding import Divergence
 from verify.oracle.contract import Contract, Mask
-from verify.placement import Placements, Shard, ZigzagShard, assemble, shard
+from verify.placement import Cut, Placements, assemble, shard
 from verify.replica import RankMap
 
 # Masks of different parts agree by chance once in 2**40 cases; a keep rate is this many standard
@@ -170,7 +170,7 @@ class Masks:
         )
 
     def _cut(self, full: Tensor, placements: Placements, rank: int) -> Tensor:
-        split = {a: p for a, p in placements.items() if isinstance(p, Shard | ZigzagShard)}
+        split = {a: p for a, p in placements.items() if isinstance(p, Cut)}
         return shard(full, split, self.ranks.sizes, self.ranks.coordinates[rank])
 
 

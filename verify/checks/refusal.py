@@ -61,7 +61,7 @@ class Answer:
     deliberate: bool = False
 
 
-def refusal(case: Case, *, target_name: str, cluster: Cluster) -> None:
+def refusal(case: Case, *, target_name: str, cluster: Cluster) -> int:
     """Every rank refuses the case with an error that names what is wrong with it."""
     bench = Bench("refusal", case, target_name, cluster)
     bench.require_support(case)
@@ -71,6 +71,7 @@ def refusal(case: Case, *, target_name: str, cluster: Cluster) -> None:
     ]
     if complaints:
         raise bench.mismatch("refusal", details=tuple(dict.fromkeys(complaints)))
+    return len(answers)
 
 
 def answer(target_name: str, case: Case) -> Answer:

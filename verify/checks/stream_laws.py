@@ -47,7 +47,7 @@ _COUNT = 3
 _MOST_DETAILS = 6
 
 
-def streams(case: Case, *, target_name: str, cluster: Cluster) -> None:
+def streams(case: Case, *, target_name: str, cluster: Cluster) -> int:
     """The target's random streams on `case.layout` obey laws 1 to 4. A region that it does not have
     is not judged, but it must have those of `REQUIRED`."""
     bench = Bench("streams", case, target_name, cluster)
@@ -56,6 +56,7 @@ def streams(case: Case, *, target_name: str, cluster: Cluster) -> None:
     details = [*_shared(apart, case.layout), *_disturbed(apart, mixed)]
     if details:
         raise bench.mismatch("random state", details=tuple(details[:_MOST_DETAILS]))
+    return len(apart)
 
 
 def _drawn(bench: Bench, *, mixed: bool) -> list[Drawn]:

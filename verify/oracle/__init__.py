@@ -14,6 +14,7 @@ from verify.oracle.contract import Contract
 from verify.oracle.cross_entropy import vocab_cross_entropy
 from verify.oracle.dropout import dropout
 from verify.oracle.embedding import vocab_embedding
+from verify.oracle.gpt import gpt_training
 from verify.oracle.latent_attention import latent_attention
 from verify.oracle.learning_rates import learning_rates
 from verify.oracle.linear import column_linear, row_linear
@@ -48,6 +49,7 @@ CONTRACTS: dict[str, Callable[[Case], Contract]] = {
     "core_attention": core_attention,
     "learning_rates": learning_rates,
     "training_steps": training_steps,
+    "gpt_training": gpt_training,
     "linear_cross_entropy": linear_cross_entropy,
     "norm": norm,
     "qk_norm": qk_norm,

@@ -198,13 +198,13 @@ def _reference(
 ) -> Tensors:
     x, p = inputs["x"], layer.hidden_dropout
     normal = layer.normalised(x, parameters, "input_norm.")
-    out = _attention(normal, inputs, parameters, layer, sequences, mask)
+    out = attention_of(normal, inputs, parameters, layer, sequences, mask)
     h = x + dropped(out, inputs.get("attended"), p)
     fed = mlp_of(layer.normalised(h, parameters, "mlp_norm."), parameters, "mlp.", layer.activation)
     return {"y": h + dropped(fed, inputs.get("fed"), p)}
 
 
-def _attention(
+def attention_of(
     x: Tensor,
     inputs: Tensors,
     parameters: Tensors,

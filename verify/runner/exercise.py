@@ -37,7 +37,7 @@ def check_case(
     try:
         if name not in CHECKS:
             raise BadArgument(f"check: {name!r} is not one of {', '.join(CHECKS)}")
-        CHECKS[name](case, target_name=target, cluster=cluster)
+        compared = CHECKS[name](case, target_name=target, cluster=cluster)
     except NotSupported as error:
         recorder.not_supported(case, error)
     except Mismatch as mismatch:
@@ -48,7 +48,7 @@ def check_case(
             reject()
         raise Undecided(error) from error
     else:
-        recorder.checked(case)
+        recorder.checked(case, compared)
 
 
 class Recorded:

@@ -42,8 +42,10 @@ class KnownOutcome:
 class Record:
     """A property, its verdict and why, and what its examples covered.
 
-    `examples` counts those up to the first failure; the rest are counts of those that were checked:
-    `layouts` by their JSON text, `arithmetic` by lens and dtype, `options` by concept and value.
+    `examples` counts those up to the first failure; `compared` is how much was compared in them, as
+    the checks tell, which is elements of tensors for most; the rest are counts of those that were
+    checked: `layouts` by their JSON text, `arithmetic` by lens and dtype, `options` by concept and
+    value.
     `left_out` counts what was drawn and could not be run here, by reason. `traceback` is that of an
     error that no finding describes. `known` is what came of the findings known of the property.
     """
@@ -52,6 +54,7 @@ class Record:
     verdict: Verdict
     reason: str = ""
     examples: int = 0
+    compared: int = 0
     seconds: float = 0.0
     layouts: Mapping[str, int] = field(default_factory=dict)
     arithmetic: Mapping[str, int] = field(default_factory=dict)
@@ -74,6 +77,7 @@ class Record:
             "verdict": self.verdict.value,
             "reason": self.reason,
             "examples": self.examples,
+            "compared": self.compared,
             "seconds": round(self.seconds, 3),
             "layouts": dict(self.layouts),
             "arithmetic": dict(self.arithmetic),

@@ -38,7 +38,7 @@ class Recorder:
         self, name: str, *, must_check: bool, on_example: Callable[[str, int], None]
     ) -> None:
         self.name, self.must_check, self.on_example = name, must_check, on_example
-        self.examples = 0
+        self.examples = self.compared = 0
         self.found: Finding | None = None
         self._failed = False
         self._undecided_seconds = 0.0
@@ -65,15 +65,17 @@ class Recorder:
             raise
         if not self._failed:
             if not self._in_example and not self.must_check:
+                self.compared += 1
                 self._cover(drawn.values())
                 self._in_example = [Verdict.PASSED]
             self._verdicts.update(self._in_example)
         self._count()
 
-    def checked(self, case: Case) -> None:
-        """The case passed."""
+    def checked(self, case: Case, compared: int) -> None:
+        """The case passed, and so much of it was compared."""
         self._in_example.append(Verdict.PASSED)
         if not self._failed:
+            self.compared += compared
             self._cover((case,))
 
     def failed(self, mismatch: Mismatch) -> None:
@@ -110,6 +112,7 @@ class Recorder:
             verdict=verdict,
             reason=reason,
             examples=self.examples,
+            compared=self.compared,
             seconds=time.monotonic() - self._started,
             layouts=dict(self._layouts),
             arithmetic=dict(self._arithmetic),
@@ -134,6 +137,8 @@ class Recorder:
         if not self._verdicts:
             what = "no example was checked" if self.examples else "no example ran"
             return Verdict.UNKNOWN, what, ()
+        if Verdict.PASSED in self._verdicts and not self.compared:
+            return Verdict.UNKNOWN, "no element was compared in any example", ()
         return worst(self._verdicts), "", ()
 
     def _of_error(self, error: BaseException) -> tuple[Verdict, str, tuple[Finding, ...]]:

@@ -20,7 +20,7 @@ CONCEPT = "pipeline_schedule"
 _MOST_DETAILS = 6
 
 
-def schedule_check(case: Case, *, target_name: str, cluster: Cluster) -> None:
+def schedule_check(case: Case, *, target_name: str, cluster: Cluster) -> int:
     """The table obeys all laws. Asks the target in this process: a table needs no ranks. One that
     there is no published schedule of may be refused."""
     bench = Bench("schedule", case, target_name, cluster)
@@ -36,6 +36,7 @@ def schedule_check(case: Case, *, target_name: str, cluster: Cluster) -> None:
         details = (str(error),)
     if details:
         raise bench.mismatch("schedule", details=details[:_MOST_DETAILS])
+    return plan.pp
 
 
 def plan_of(case: Case) -> Plan:

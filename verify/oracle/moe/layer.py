@@ -57,9 +57,9 @@ def moe_layer(case: Case) -> Contract:
         _, weights = route(logits, rule, inputs.get("expert_bias"))
         found = losses(logits, rule)
         weights = with_losses(weights, found, rule)
-        y = sum_of_products(weights, _experts(x, parameters, gated=gated), x)
+        y = sum_of_products(weights, experts_of(x, parameters, gated=gated), x)
         if "shared_ffn" in case.shape:
-            y = y + _shared(x, parameters, gated=gated)
+            y = y + shared_of(x, parameters, gated=gated)
         return {"y": y, **found}
 
     # Where one expert takes nearly all, gradients are what is left of terms like these.
@@ -114,7 +114,7 @@ def _shared_weights(hidden: int, ffn: int | None, *, gated: bool) -> Shapes:
     return {"shared.fc1.weight": (inner, hidden), "shared.fc2.weight": (hidden, ffn)}
 
 
-def _experts(x: Tensor, parameters: Tensors, *, gated: bool) -> Tensor:
+def experts_of(x: Tensor, parameters: Tensors, *, gated: bool) -> Tensor:
     """Every expert's output for every token, [sequence, batch, experts, hidden]."""
     inner = torch.einsum("sbh,efh->sbef", x, parameters["experts.fc1.weight"])
     if "experts.fc1.bias" in parameters:
@@ -124,7 +124,7 @@ def _experts(x: Tensor, parameters: Tensors, *, gated: bool) -> Tensor:
     return outputs + parameters["experts.fc2.bias"] if "experts.fc2.bias" in parameters else outputs
 
 
-def _shared(x: Tensor, parameters: Tensors, *, gated: bool) -> Tensor:
+def shared_of(x: Tensor, parameters: Tensors, *, gated: bool) -> Tensor:
     inner = F.linear(x, parameters["shared.fc1.weight"])
     return F.linear(_activated(inner, gated=gated), parameters["shared.fc2.weight"])
 

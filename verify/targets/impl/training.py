@@ -54,7 +54,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 MAXIMUM = 2.0**-8
-_FACTORS = {"one": ((1.0, 1.0),), "several": ((1.0, 1.0), (0.5, 2.0), (1.0, 0.0), (4.0, 1.0))}
+FACTORS = {"one": ((1.0, 1.0),), "several": ((1.0, 1.0), (0.5, 2.0), (1.0, 0.0), (4.0, 1.0))}
 
 
 class _Model(Module):
@@ -119,8 +119,8 @@ class TrainingSubject:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not frozen or not name.startswith(frozen))
         self.bucket = case.options.get("bucket")
-        self.loss_scale = _loss_scale(case)
-        self.schedule = _schedule(case)
+        self.loss_scale = loss_scale_of(case)
+        self.schedule = schedule_of(case)
 
     def parameters(self) -> Mapping[str, tuple[Parameter, Placements]]:
         """Every parameter by its name, with the placement that its attributes say."""
@@ -208,12 +208,13 @@ class TrainingSubject:
                 continue
             whole = parameter.main_grad.detach()  # type: ignore[attr-defined]
             if data_parallel.distributed:
-                whole = _shards_only(parameter, data_parallel)
+                whole = shards_only(parameter, data_parallel)
             found[f"gradient {name}"] = whole / scale
         return found
 
 
-def _shards_only(parameter: Parameter, data_parallel: DataParallel) -> Tensor:
+def shards_only(parameter: Parameter, data_parallel: DataParallel) -> Tensor:
+    """The main gradient of a parameter, with zeros where another rank has the sum."""
     whole = parameter.main_grad.detach()  # type: ignore[attr-defined]
     kept = torch.zeros_like(whole).view(-1)
     for share in data_parallel.shares():
@@ -236,25 +237,29 @@ def _optimizer(
     subject: TrainingSubject,
 ) -> Optimizer:
     options, clip = case.options, case.options.get("clip")
-    rule: Rule = SGD(momentum=_number(case, "momentum", 0.0))
-    if options.get("optimizer") == "adam":
-        rule = AdamW()
     return Optimizer(
         data_parallel,
         groups=groups,
         parameter_groups=_parameter_groups(model, str(options.get("groups", "one"))),
-        rule=rule,
+        rule=rule_of(case),
         schedule=subject.schedule,
-        weight_decay=_number(case, "weight_decay", 0.0),
+        weight_decay=number(case, "weight_decay", 0.0),
         max_norm=None if clip is None else float(clip),
-        norm_order=_number(case, "norm", 2.0),
+        norm_order=number(case, "norm", 2.0),
         loss_scale=subject.loss_scale,
     )
 
 
+def rule_of(case: Case) -> Rule:
+    """The update rule that the options of a case describe."""
+    if case.options.get("optimizer") == "adam":
+        return AdamW()
+    return SGD(momentum=number(case, "momentum", 0.0))
+
+
 def _parameter_groups(model: Module, kind: str) -> list[ParameterGroup]:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    members: list[list[Parameter]] = [[] for _ in _FACTORS.get(kind, _FACTORS["several"])]
+    members: list[list[Parameter]] = [[] for _ in FACTORS.get(kind, FACTORS["several"])]
     for name, parameter in trained.items():
         index = 0
         if len(members) > 1 and name.endswith("fc2.weight"):
@@ -268,39 +273,42 @@ def _parameter_groups(model: Module, kind: str) -> list[ParameterGroup]:
         members[0] = []
     return [
         ParameterGroup(parameters=each, lr_multiplier=lr, weight_decay_multiplier=decay)
-        for each, (lr, decay) in zip(members, _FACTORS.get(kind, _FACTORS["several"]), strict=True)
+        for each, (lr, decay) in zip(members, FACTORS.get(kind, FACTORS["several"]), strict=True)
     ]
 
 
-def _loss_scale(case: Case) -> LossScale | None:
+def loss_scale_of(case: Case) -> LossScale | None:
+    """The loss scale that the options of a case describe."""
     kind = case.options.get("loss_scale", "none")
     if kind == "static":
         return StaticLossScale(value=2.0)
     if kind == "dynamic":
-        hysteresis = int(_number(case, "hysteresis", 1))
+        hysteresis = int(number(case, "hysteresis", 1))
         return DynamicLossScale(value=4.0, growth_interval=2, hysteresis=hysteresis)
     return None
 
 
-def _schedule(case: Case) -> Schedule:
+def schedule_of(case: Case) -> Schedule:
+    """The learning rates that the options of a case describe."""
     return Schedule(
         style=str(case.options.get("schedule", "constant")),
         maximum=MAXIMUM,
-        minimum=MAXIMUM * _number(case, "minimum", 0.0),
-        warmup_steps=int(_number(case, "warmup", 0)),
-        decay_steps=int(_number(case, "decay", 0)),
-        annealing_steps=int(_number(case, "annealing", 0)),
+        minimum=MAXIMUM * number(case, "minimum", 0.0),
+        warmup_steps=int(number(case, "warmup", 0)),
+        decay_steps=int(number(case, "decay", 0)),
+        annealing_steps=int(number(case, "annealing", 0)),
     )
 
 
-def _number(case: Case, name: str, default: float) -> float:
+def number(case: Case, name: str, default: float) -> float:
+    """An option that is a number."""
     value = case.options.get(name)
     return default if value is None else float(value)
 
 
 def learning_rates(case: Case, groups: Groups) -> OperationSubject:
     """`Schedule`."""
-    schedule = _schedule(case)
+    schedule = schedule_of(case)
     rates = [schedule.rate(step) for step in range(case.shape["steps"])]
     return OperationSubject(lambda inputs: {"rates": torch.tensor(rates, dtype=torch.float64)})
 
