@@ -212,6 +212,7 @@ def attention_of(
     sequences: Sequences,
     mask: tuple[str, int | None],
 ) -> Tensor:
+    """Self-attention of normalised states."""
     groups, size = layer.case.shape["groups"], layer.case.shape["head_size"]
     weight, bias = parameters["attention.qkv.weight"], parameters.get("attention.qkv.bias")
     by_group = F.linear(x, weight, bias).unflatten(-1, (groups, -1, size))

@@ -125,6 +125,7 @@ def experts_of(x: Tensor, parameters: Tensors, *, gated: bool) -> Tensor:
 
 
 def shared_of(x: Tensor, parameters: Tensors, *, gated: bool) -> Tensor:
+    """The shared experts' output."""
     inner = F.linear(x, parameters["shared.fc1.weight"])
     return F.linear(_activated(inner, gated=gated), parameters["shared.fc2.weight"])
 

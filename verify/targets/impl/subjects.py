@@ -166,6 +166,7 @@ BUILDERS: Mapping[str, Builder] = {
     **{concept: partial(_mapping, operation) for concept, operation in _OPERATIONS.items()},
     **attention.BUILDERS,
     **dropout.BUILDERS,
+    **gpt.BUILDERS,
     **initialise.BUILDERS,
     **recompute.BUILDERS,
     **training.BUILDERS,

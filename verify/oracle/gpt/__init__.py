@@ -1,0 +1,114 @@
+"""The contract of a whole GPT that is trained: everything of the other contracts at once.
+
+Embeddings, transformer layers, a last norm, logits, cross entropy; on any layout; accumulated over
+microbatches through a pipeline, clipped, and applied by an optimizer, for several steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from verify.case import Case
+from verify.oracle.context import PLACEMENTS
+from verify.oracle.contract import Contract, TensorSpec
+from verify.oracle.gpt.model import OPTIONS, Model, training_case
+from verify.oracle.gpt.parameters import Stack, stacks_of
+from verify.oracle.gpt.reference import ModelPlan, Training
+from verify.oracle.learning_rates import rates_of
+from verify.oracle.terms import one_of
+from verify.oracle.training_plan import FACTORS, plan_of
+from verify.placement import Cut, Listed, Partial, Placement, Placements, Shard, ZigzagShard
+
+AXES = ("tp", "cp", "dp", "pp", "etp", "ep", "edp")
+
+
+def gpt_training(case: Case) -> Contract:
+    """tokens, targets [steps, microbatches, batch, sequence] of the vocabulary, and mask, which
+    says what counts: the sequence as `placement` says over cp, the batch Shard over dp, Replicate
+    over tp and pp.
+
+    Of every step: `loss`, the mean over all tokens that count; `norm` of all gradients before
+    clipping, each parameter counted once; the `scale` of the loss; the learning `rates`; with
+    `evaluated`, the loss of the same data afterwards, without dropout; on every rank. `gradient
+    NAME` after finalisation and `new NAME` after the step, of every stack of parameters (see
+    `verify.oracle.gpt.parameters`), the first dimension being the step; with `distributed`, a
+    gradient is the sum over dp and cp, of experts over edp, of shards with zeros around them.
+
+    A tied embedding is on the first stage and on the last, and starts with what the first one has.
+
+    Options: those of `transformer_layer`, of one sequence; of `training_steps`, the order of the
+    norm being `order`; `positions`, rotary (with a rotary_dim), learned or none; `tied`; the
+    vocabulary is padded to a `multiple` of tp; `every`, which layers have the case's `experts`;
+    `first`, `last` and `split`, how layers are shared out; the `pipeline` schedule; `dispatcher`.
+    """
+    model = Model.of(case)
+    stacks = stacks_of(model)
+    steps, shape = case.shape["steps"], case.shape
+    plan = ModelPlan(**vars(plan_of(training_case(case), steps)))
+    training = Training(model, stacks, plan, rates_of(training_case(case), steps))
+    zigzag = one_of(case, "placement", PLACEMENTS) == "zigzag"
+    placed: Placements = {"cp": ZigzagShard(3) if zigzag else Shard(3), "dp": Shard(2)}
+    size = (steps, shape["microbatches"], shape["batch"], shape["sequence"])
+    highs = {"tokens": shape["vocabulary"], "targets": shape["vocabulary"], "mask": 2}
+    divided, over = _divided(model)
+    return Contract(
+        axes=AXES,
+        inputs={name: TensorSpec(size, placed, None, high=high) for name, high in highs.items()},
+        parameters={name: stack.full for name, stack in stacks.items()},
+        outputs=_outputs(case, plan, stacks),
+        reference=training.run,
+        frozen=frozenset(stacks),
+        divided=divided,
+        over=over,
+    )
+
+
+def _divided(model: Model) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
+    """What ranks share out beside the tensors that are given: that of a layer, and tokens."""
+    case, layout = model.case, model.case.layout
+    divided, over = dict(model.inner.divided), dict(model.inner.over)
+    if layout.sequence_parallel:
+        divided["sequence"], over["sequence"] = case.shape["sequence"], ("cp", "tp")
+    if model.rule is None:
+        return divided, over
+    divided |= {"experts": model.rule.experts, "ffn of experts": case.shape["ffn"]}
+    over |= {"experts": ("ep",), "ffn of experts": ("etp",)}
+    if "shared_ffn" in case.shape:
+        divided["shared_ffn"], over["shared_ffn"] = case.shape["shared_ffn"], ("tp",)
+    if not layout.sequence_parallel:
+        tokens = case.shape["sequence"] // layout.cp * (case.shape["batch"] // layout.dp)
+        divided["tokens"], over["tokens"] = tokens, ("tp",)
+    return divided, over
+
+
+def _outputs(case: Case, plan: ModelPlan, stacks: Mapping[str, Stack]) -> dict[str, TensorSpec]:
+    """Causes first: the losses of all steps but the first depend on all the rest."""
+    steps = case.shape["steps"]
+    told = TensorSpec((steps,), grad_placements=None)
+    found = {"scale": told, "rates": TensorSpec((steps, len(FACTORS[plan.groups])), {}, None)}
+    for name, stack in stacks.items():
+        copies = ("edp",) if ".experts." in name else ("dp", "cp")
+        summed = {axis: Partial() for axis in copies} if plan.distributed else {}
+        placed = {**later(stack.placements), **summed}
+        found[f"gradient {name}"] = TensorSpec((steps, *stack.full), placed, None)
+    for name, stack in stacks.items():
+        found[f"new {name}"] = TensorSpec((steps, *stack.full), later(stack.placements), None)
+    found |= {"norm": told, "loss": told}
+    return found | ({"evaluation": told} if case.options.get("evaluated", False) else {})
+
+
+def later(placements: Placements) -> Placements:
+    """The placements of a tensor with one dimension more in front."""
+    found: dict[str, Placement] = {}
+    for axis, placement in placements.items():
+        if isinstance(placement, Listed):
+            found[axis] = Listed(placement.dim + 1, placement.indices)
+        elif isinstance(placement, Shard):
+            found[axis] = Shard(placement.dim + 1, placement.stride)
+        else:
+            assert not isinstance(placement, Cut)
+            found[axis] = placement
+    return found
+
+
+__all__ = ["OPTIONS", "gpt_training", "stacks_of"]
