@@ -1,0 +1,132 @@
+"""Targets that compute nothing of their own: impl's, with outputs, gradients or parameters undone,
+or replaced by what the reference computes."""
+
+import gc
+from contextlib import contextmanager
+
+import torch
+
+from verify import oracle
+from verify.reference import Reference
+from verify.targets.impl import Target as Right
+
+
+class Spoilt:
+    """A subject of impl's; a subclass undoes a part of it."""
+
+    def __init__(self, inner, case):
+        self.inner, self.case = inner, case
+
+    def parameters(self):
+        return self.inner.parameters()
+
+    def forward(self, inputs):
+        return self.inner.forward(inputs)
+
+    def finish_gradients(self):
+        self.inner.finish_gradients()
+
+
+class EmptySubject(Spoilt):
+    def forward(self, inputs):
+        return {name: y[:0] for name, y in super().forward(inputs).items()}
+
+
+class FrozenSubject(Spoilt):
+    """All parameters are frozen, and inputs with them."""
+
+    def parameters(self):
+        found = self.inner.parameters()
+        for parameter, _ in found.values():
+            parameter.requires_grad_(False)
+        return found
+
+    def finish_gradients(self):
+        pass
+
+
+class DetachedSubject(Spoilt):
+    def forward(self, inputs):
+        return {name: y.detach() for name, y in super().forward(inputs).items()}
+
+    def finish_gradients(self):
+        pass
+
+
+class ConstantSubject(Spoilt):
+    """Outputs are right and depend on nothing: every gradient is there, and zero."""
+
+    def forward(self, inputs):
+        found = super().forward(inputs)
+        return {name: y.detach() + 0.0 * y for name, y in found.items()}
+
+
+class ZeroSubject(Spoilt):
+    def forward(self, inputs):
+        return {name: 0.0 * y for name, y in super().forward(inputs).items()}
+
+
+class OracleSubject(Spoilt):
+    """Asks the oracle for its computation, which on one rank is right."""
+
+    def forward(self, inputs):
+        contract = oracle.CONTRACTS[self.case.concept](self.case)
+        weights = {name: parameter for name, (parameter, _) in self.parameters().items()}
+        return contract.reference(inputs, weights)
+
+
+class StolenSubject(Spoilt):
+    """Finds the references that the harness made, and hands back their results."""
+
+    def forward(self, inputs):
+        found = super().forward(inputs)
+        for each in gc.get_objects():
+            if isinstance(each, Reference) and each.case == self.case and "results" in vars(each):
+                found = {name: _in_place(found[name], each.results[name]) for name in found}
+        return found
+
+
+class _Replaced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, stolen):
+        return stolen
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def _in_place(y, stolen):
+    return _Replaced.apply(y, stolen) if y.shape == stolen.shape else y
+
+
+class _Target(Right):
+    subject = Spoilt
+
+    @contextmanager
+    def session(self, layout):
+        with super().session(layout) as session:
+            yield _Session(session, self.subject)
+
+
+class _Session:
+    def __init__(self, inner, subject):
+        self.inner, self.subject = inner, subject
+
+    def build(self, case):
+        return self.subject(self.inner.build(case), case)
+
+
+WAYS = {
+    each.__name__.removesuffix("Subject"): each
+    for each in (
+        EmptySubject, FrozenSubject, DetachedSubject, ConstantSubject, ZeroSubject, OracleSubject,
+        StolenSubject,
+    )
+}  # fmt: skip
+for _name, _subject in WAYS.items():
+    globals()[_name] = type(_name, (_Target,), {"subject": _subject})
+
+
+class Unspoilt(_Target):
+    """The same detour and nothing undone."""
