@@ -48,7 +48,8 @@ class Training:
 
     `parameters` are its own, trained or not, by their names in the whole model. `rows` says how
     many rows of a parameter, of dimension 0, are no padding. `copies` names the parameters that are
-    another's copy on another stage, such as a tied embedding, and the other.
+    another's copy on another stage, such as a tied embedding, and the other. `order` says what the
+    order of samples depends on: without it a number of consumed ones means nothing.
     """
 
     parameters: Mapping[str, Parameter]
@@ -57,6 +58,7 @@ class Training:
     groups: Groups
     rows: Mapping[str, int] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
+    order: Mapping[str, int | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ def _values(training: Training, progress: Progress) -> dict[str, Any]:
     return {
         "steps": progress.steps,
         "consumed": progress.consumed,
+        "order": dict(training.order),
         "updates": optimizer.updates,
         "schedule": dataclasses.asdict(optimizer.schedule),
         "loss_scale": _moving(optimizer.loss_scale),
@@ -193,6 +196,12 @@ def _check_values(
     values: Mapping[str, Any], training: Training, *, override_schedule: bool
 ) -> None:
     optimizer = training.optimizer
+    for name in sorted({*values["order"], *training.order}):
+        if values["order"].get(name) != training.order.get(name):
+            raise CheckpointError(
+                f"its order of samples has {name}={values['order'].get(name)} and this run's"
+                f" {training.order.get(name)}; give what was saved"
+            )
     saved, given = values["loss_scale"], _moving(optimizer.loss_scale)
     if (None if saved is None else set(saved)) != (None if given is None else set(given)):
         raise CheckpointError(

@@ -24,6 +24,7 @@ class Batches:
     microbatch_size: int
     groups: Groups
     placement: Placement = "zigzag"
+    device: torch.device | None = None
 
     def after(self, consumed: int) -> list[Microbatch]:
         """This rank's microbatches of the step after so many samples; alike on all ranks of tp and
@@ -44,4 +45,4 @@ class Batches:
     def _own(self, rows: Tensor) -> Tensor:
         """Of [samples, length] the tokens of this rank of cp."""
         parts = split_sequence(rows.t(), group=self.groups.cp, placement=self.placement)
-        return parts.t().contiguous()
+        return parts.t().contiguous().to(self.device)

@@ -1,0 +1,1 @@
+"""Pretraining from the command line: `python -m impl.pretrain --help`."""

@@ -1,0 +1,182 @@
+"""What a pretraining run is told, and the model, layout and schedule that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from impl.context_parallel.attention import ALGORITHMS
+from impl.data import CORPUS
+from impl.model import ModelConfig, layers_of
+from impl.moe.layer import ExpertsConfig
+from impl.moe.router import Choice
+from impl.optimizer.schedule import Schedule
+from impl.rotary import RotaryEmbedding
+from impl.transformer import LayerConfig
+from verify.layout import Layout
+
+POSITIONS = {"rope": "rotary", "learned_absolute": "learned", "none": "none"}
+NORMS = {"RMSNorm": "rms", "LayerNorm": "layer"}
+# Megatron-LM's names of the algorithms, beside ours.
+CP_ALGORITHMS = {**{name: name for name in ALGORITHMS if name != "hierarchical"}} | {
+    "p2p": "ring",
+    "a2a": "ulysses",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A run. Every field is an option of the command, whose help says what it is."""
+
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    dp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    etp: int | None = None
+    sequence_parallel: bool = False
+    pipeline: str | None = None
+    cp_algorithm: str = "all_gather"
+
+    layers: int = 4
+    hidden: int = 64
+    heads: int = 4
+    groups: int | None = None
+    ffn: int | None = None
+    sequence: int = 128
+    activation: str = "swiglu"
+    norm: str = "RMSNorm"
+    positions: str = "rope"
+    tied: bool = True
+    bias: bool = False
+    dropout: float = 0.0
+    experts: int | None = None
+    top_k: int = 2
+    recompute: str | None = None
+    init_std: float = 0.02
+    vocabulary_multiple: int = 128
+
+    steps: int = 200
+    global_batch_size: int = 8
+    microbatch_size: int = 2
+    lr: float = 1e-2
+    min_lr: float = 1e-3
+    warmup: int = 10
+    decay: int | None = None
+    decay_style: str = "cosine"
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    bf16: bool = False
+    distributed_optimizer: bool = False
+    overlap: bool = False
+    bucket: int | None = None
+    seed: int = 0
+
+    data: Path = CORPUS
+    cache: Path = Path(".shardproof-data")
+    save: Path | None = None
+    save_interval: int = 50
+    load: Path | None = None
+    resume: bool = False
+    override_schedule: bool = False
+    log: Path | None = None
+    log_interval: int = 10
+    plot: Path | None = None
+    cluster: str = "sim"
+    device: str = "cpu"
+
+    def layout(self) -> Layout:
+        """How the ranks share the work. ValueError where sizes do not fit."""
+        return Layout(
+            tp=self.tp,
+            cp=self.cp,
+            pp=self.pp,
+            dp=self.dp,
+            vpp=self.vpp,
+            ep=self.ep,
+            etp=self.etp,
+            sequence_parallel=self.sequence_parallel,
+        )
+
+    def model(self, *, vocabulary: int) -> ModelConfig:
+        """The model. ValueError where sizes do not fit."""
+        if self.heads < 1 or self.hidden % self.heads:
+            raise ValueError(
+                f"hidden: {self.hidden} does not divide by {self.heads} heads; give a multiple"
+            )
+        head_size, ffn = self.hidden // self.heads, self.ffn or self._default_ffn()
+        rotary = self.positions == "rope"
+        experts = None
+        if self.experts is not None:
+            choice = Choice(top_k=self.top_k)
+            experts = ExpertsConfig(number=self.experts, ffn=ffn, choice=choice)
+        layer = LayerConfig(
+            hidden=self.hidden,
+            heads=self.heads,
+            head_size=head_size,
+            groups=self.groups,
+            ffn=ffn,
+            norm=NORMS[self.norm],
+            bias=self.bias,
+            activation=self.activation,
+            experts=experts,
+            rotary=RotaryEmbedding(dim=head_size) if rotary else None,
+            algorithm=CP_ALGORITHMS[self.cp_algorithm],
+            hidden_dropout=self.dropout,
+            recompute=self.recompute,  # type: ignore[arg-type]
+        )
+        return ModelConfig(
+            layer=layer,
+            layers=self.layers,
+            vocabulary=vocabulary,
+            max_sequence=self.sequence,
+            positions=POSITIONS[self.positions],  # type: ignore[arg-type]
+            tied=self.tied,
+            vocabulary_multiple=self.vocabulary_multiple,
+        )
+
+    def schedule(self) -> Schedule:
+        """Learning rates. ValueError where steps do not fit."""
+        return Schedule(
+            style=self.decay_style,
+            maximum=self.lr,
+            minimum=self.min_lr,
+            warmup_steps=self.warmup,
+            decay_steps=self.decay or self.steps,
+        )
+
+    def source(self) -> Path | None:
+        """The folder to load from, None to begin anew."""
+        return self.save if self.resume else self.load
+
+    def check(self) -> None:
+        """Find what is wrong before any rank begins. ValueError, in one line."""
+        for name in ("steps", "save_interval", "log_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is below 1; give 1 or more")
+        if self.resume and self.save is None:
+            raise ValueError("resume: there is no --save to resume from; give the folder")
+        if self.resume and self.load is not None:
+            raise ValueError("resume: it loads from --save, and --load is given too; give one")
+        if self.plot is not None and self.log is None:
+            raise ValueError("plot: it is made from --log, which is not given; give a file")
+        layout, config = self.layout(), self.model(vocabulary=1)
+        for stage in range(layout.pp):
+            for chunk in range(layout.vpp):
+                layers_of(config, layout=layout, stage=stage, chunk=chunk)
+        self.schedule()
+        each = self.dp * self.microbatch_size
+        if self.microbatch_size < 1 or self.global_batch_size < 1 or self.global_batch_size % each:
+            raise ValueError(
+                f"global_batch_size: {self.global_batch_size} does not divide by dp={self.dp}"
+                f" ranks of micro_batch_size={self.microbatch_size}; give a multiple of {each}"
+            )
+
+    def _default_ffn(self) -> int:
+        """Four times the hidden size; with a gate, about as many weights in three matrices."""
+        if self.activation in ("swiglu", "geglu"):
+            return -(-self.hidden * 8 // 3 // 16) * 16
+        return 4 * self.hidden
