@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from math import log2
 from typing import Any
 
@@ -54,7 +55,9 @@ class _Recording(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         source = given["input"]
         noise = F.dropout(torch.ones_like(source, requires_grad=False), p)
-        self._masks.append(noise != 0)
+        # What is computed again in backward has been recorded already.
+        if torch._C._current_graph_task_id() == -1:
+            self._masks.append(noise != 0)
         return source.mul_(noise) if given.get("inplace", False) else source * noise
 
 
@@ -83,8 +86,8 @@ class Masks:
 
     def misshapen(self) -> str | None:
         """How the masks differ in number or shape from what the contract promises; else None."""
-        promised = self.contract.masks
         for rank, masks in enumerate(self.found):
+            promised = {name: self.contract.masks[name] for name in self._names(rank)}
             if len(masks) != len(promised):
                 names = ", ".join(promised) or "none"
                 return f"rank {rank} applies {len(masks)} dropouts; promised are {names}"
@@ -102,39 +105,50 @@ class Masks:
         dropouts that repeat another's mask."""
         found = [
             each
-            for index, (name, spec) in enumerate(self.contract.masks.items())
+            for name, spec in self.contract.masks.items()
             for members in self.ranks.replicas.values()
-            for each in self._of(index, name, spec, members)
+            for each in self._of(name, spec, [rank for rank in members if self._is_at(rank, spec)])
         ]
         return found or self._repeated()
 
     def full(self, replica: str) -> dict[str, Tensor]:
         """The masks of a replica as full tensors: the union of what its ranks drew."""
-        members = self.ranks.replicas[replica]
-        coordinates = {rank: self.ranks.coordinates[rank] for rank in members}
-        return {
-            name: assemble(
+        found = {}
+        for name, spec in self.contract.masks.items():
+            members = [r for r in self.ranks.replicas[replica] if self._is_at(r, spec)]
+            found[name] = assemble(
                 spec.shape,
-                {rank: self.found[rank][index] for rank in members},
+                {rank: self._by_name(rank)[name] for rank in members},
                 spec.placements,
                 self.ranks.sizes,
-                coordinates,
+                {rank: self.ranks.coordinates[rank] for rank in members},
             )
-            for index, (name, spec) in enumerate(self.contract.masks.items())
-        }
+        return found
 
-    def _of(self, index: int, name: str, spec: Mask, members: Sequence[int]) -> list[Divergence]:
+    def _by_name(self, rank: int) -> dict[str, Tensor]:
+        """The masks of a rank, where none is misshapen."""
+        return dict(zip(self._names(rank), self.found[rank], strict=True))
+
+    def _names(self, rank: int) -> list[str]:
+        """The dropouts that a rank applies."""
+        return [name for name, spec in self.contract.masks.items() if self._is_at(rank, spec)]
+
+    def _is_at(self, rank: int, spec: Mask) -> bool:
+        return all(self.ranks.coordinates[rank][axis] == at for axis, at in spec.at.items())
+
+    def _of(self, name: str, spec: Mask, members: Sequence[int]) -> list[Divergence]:
         together = self.ranks.alike(spec.placements, members)
         for ranks in together:
-            first = self.found[ranks[0]][index]
+            first = self._by_name(ranks[0])[name]
             for rank in ranks[1:]:
-                if not torch.equal(self.found[rank][index], first):
+                if not torch.equal(self._by_name(rank)[name], first):
                     text = f"drops other elements than on rank {ranks[0]}, which holds a copy"
                     return [self._divergence(name, rank, text)]
-        parts = [(ranks[0], self.found[ranks[0]][index]) for ranks in together]
+        parts = [(ranks[0], self._by_name(ranks[0])[name]) for ranks in together]
         for i, (rank, mask) in enumerate(parts):
             for other, theirs in parts[:i]:
-                if _telling(mask, spec.p) and torch.equal(mask, theirs):
+                apart = self._apart(rank, other, spec)
+                if apart and _telling(mask, spec.p) and torch.equal(mask, theirs):
                     text = f"drops the same elements as on rank {other}, which holds another part"
                     return [self._divergence(name, rank, text)]
         kept = sum(int(mask.sum()) for _, mask in parts)
@@ -148,15 +162,19 @@ class Masks:
     def _repeated(self) -> list[Divergence]:
         """Dropouts of one rank that drop the same elements as an earlier one."""
         found = []
-        specs = list(self.contract.masks.items())
-        for rank, masks in enumerate(self.found):
-            for index, (name, spec) in enumerate(specs):
-                for (earlier, other), mask in zip(specs[:index], masks, strict=False):
-                    same = other.p == spec.p and torch.equal(mask, masks[index])
-                    if same and _telling(mask, spec.p):
-                        text = f"drops the same elements as the dropout {earlier} before it"
-                        found.append(self._divergence(name, rank, text))
+        for rank in range(len(self.found)):
+            for (earlier, one), (name, other) in combinations(self._by_name(rank).items(), 2):
+                spec = self.contract.masks[name]
+                same = self.contract.masks[earlier].p == spec.p and torch.equal(one, other)
+                if same and _telling(one, spec.p):
+                    text = f"drops the same elements as the dropout {earlier} before it"
+                    found.append(self._divergence(name, rank, text))
         return found
+
+    def _apart(self, rank: int, other: int, spec: Mask) -> bool:
+        """Whether two ranks have parts that may not be dropped alike."""
+        one, two = self.ranks.coordinates[rank], self.ranks.coordinates[other]
+        return any(one[axis] != two[axis] for axis in spec.placements if axis not in spec.alike)
 
     def _divergence(self, name: str, rank: int, text: str) -> Divergence:
         sizes, coordinates = self.ranks.sizes, self.ranks.coordinates[rank]

@@ -41,11 +41,17 @@ class TensorSpec:
 @dataclass(frozen=True)
 class Mask:
     """A dropout of the forward pass: the full shape of what it is applied to, how that lies on the
-    ranks (copies are dropped alike, parts independently), and its probability of dropping."""
+    ranks (copies are dropped alike, parts independently), and its probability of dropping.
+
+    Only the ranks at the coordinates `at` apply it. Parts that differ along axes of `alike` only
+    may be dropped alike: replicas of a model draw the same numbers for other data.
+    """
 
     shape: tuple[int, ...]
     placements: Placements
     p: float
+    at: Mapping[str, int] = field(default_factory=dict)
+    alike: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,11 +85,11 @@ class Contract:
     otherwise neither a candidate nor the reference's own error could be told from a wrong result.
     `terms` says of parameters what `TensorSpec.terms` says of inputs.
 
-    `masks` are the dropouts of the forward pass in its order; `reference` gets what the candidate
-    kept of each, a bool tensor, among its inputs by the mask's name. `forward` and `backward` are
-    what every rank communicates, in any order, where that is promised (`finish` what completes
-    gradients); `kept` is the most elements that autograd keeps on a rank from forward to backward,
-    beside parameters.
+    `masks` are the dropouts of the forward pass, in the order in which each rank applies its own;
+    `reference` gets what the candidate kept of each, a bool tensor, among its inputs by the mask's
+    name. `forward` and `backward` are what every rank communicates, in any order, where that is
+    promised (`finish` what completes gradients); `kept` is the most elements that autograd keeps on
+    a rank from forward to backward, beside parameters.
     """
 
     inputs: Mapping[str, TensorSpec]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from verify.case import Case
 from verify.oracle.context import PLACEMENTS
 from verify.oracle.contract import Contract, TensorSpec
+from verify.oracle.gpt.dropouts import masks_of
 from verify.oracle.gpt.model import OPTIONS, Model, training_case
 from verify.oracle.gpt.parameters import Stack, stacks_of
 from verify.oracle.gpt.reference import ModelPlan, Training
@@ -58,6 +59,7 @@ def gpt_training(case: Case) -> Contract:
         outputs=_outputs(case, plan, stacks),
         reference=training.run,
         frozen=frozenset(stacks),
+        masks=masks_of(model),
         divided=divided,
         over=over,
     )

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from verify.oracle.context import attention_mask
 from verify.oracle.contract import Tensors
 from verify.oracle.dropout import dropped
+from verify.oracle.gpt.dropouts import kept_of
 from verify.oracle.gpt.model import Model, layer_case
 from verify.oracle.gpt.parameters import Stack
 from verify.oracle.mlp import mlp_of
@@ -101,24 +102,13 @@ class Training:
         self, at: tuple[int, int], inputs: Tensors, weights: Tensors, *, training: bool
     ) -> Tensor:
         """The sum of the losses of a microbatch's tokens that count."""
-        kept = {} if not training else masks_of(inputs, at)
+        kept = kept_of(inputs, at) if training else {}
         real = self.model.case.shape["vocabulary"]
         logits = _logits(inputs["tokens"][at], self.model, self.stacks, weights, kept)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = inputs["targets"][at].transpose(0, 1)
         losses = F.cross_entropy(wide[..., :real].movedim(-1, 1), targets, reduction="none")
         return (losses * inputs["mask"][at].transpose(0, 1)).sum()
-
-
-def mask_name(at: tuple[int, int], what: str) -> str:
-    """The name of the dropout of `what` in a step's microbatch."""
-    return f"{at[0]}.{at[1]}.{what}"
-
-
-def masks_of(inputs: Tensors, at: tuple[int, int]) -> dict[str, Tensor]:
-    """The masks of one microbatch by what they are of."""
-    prefix = mask_name(at, "")
-    return {n.removeprefix(prefix): each for n, each in inputs.items() if n.startswith(prefix)}
 
 
 def _count(inputs: Tensors, step: int) -> Tensor:
