@@ -68,7 +68,7 @@ _TABLE: tuple[tuple[str, str, Any, str], ...] = (
     ("microbatch_size", "--micro-batch --micro-batch-size", int, "Samples of a microbatch."),
     ("lr", "--lr", float, "Largest learning rate."),
     ("min_lr", "--min-lr", float, "Last learning rate."),
-    ("warmup", "--warmup --lr-warmup-iters", int, "Steps until the largest."),
+    ("warmup", "--warmup --lr-warmup-iters", int, "Steps until the largest. Default: a tenth."),
     ("decay", "--decay --lr-decay-iters", int, "Steps until the last. Default: as --steps."),
     ("decay_style", "--decay-style --lr-decay-style", _one_of(SCHEDULES), "How it falls."),
     ("weight_decay", "--weight-decay", float, "Of matrices."),

@@ -62,7 +62,7 @@ class Options:
     microbatch_size: int = 2
     lr: float = 1e-2
     min_lr: float = 1e-3
-    warmup: int = 10
+    warmup: int | None = None
     decay: int | None = None
     decay_style: str = "cosine"
     weight_decay: float = 0.1
@@ -140,11 +140,12 @@ class Options:
 
     def schedule(self) -> Schedule:
         """Learning rates. ValueError where steps do not fit."""
+        warmup = min(self.steps // 10, 10) if self.warmup is None else self.warmup
         return Schedule(
             style=self.decay_style,
             maximum=self.lr,
             minimum=self.min_lr,
-            warmup_steps=self.warmup,
+            warmup_steps=warmup,
             decay_steps=self.decay or self.steps,
         )
 

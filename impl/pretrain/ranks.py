@@ -67,6 +67,6 @@ def run_on_cluster(
             if not failures:
                 raise
             first = failures[0]
-            usage = first.kind in ("ValueError", "CheckpointError", "BadArgument")
+            usage = first.kind.rpartition(".")[2] in ("ValueError", "CheckpointError", "BadArgument")
             text = first.message if usage else f"rank {first.rank}: {first.kind}: {first.message}"
             raise RanksFailed(text, usage=usage) from error
