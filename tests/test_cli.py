@@ -322,7 +322,7 @@ def test_torchrun_runs_it_on_rank_0_and_all_end_with_its_code(tmp_path):
     assert "groups.every_rank_of_the_target_has_its_groups" in outputs[0][0]
     assert all(output == ("", "") for output in outputs[1:])
     document = read(tmp_path / "shardproof-report/report.json")
-    assert document["cluster"] == {"name": "torchrun", "max_world_size": 4}
+    assert document["cluster"] == {"name": "torchrun", "device": None, "max_world_size": 4}
     again = shardproof("repro", "shardproof-report/report.json", cwd=tmp_path)
     assert again.returncode == 1
     assert "note: recorded on cluster torchrun, run again on sim" in again.stdout

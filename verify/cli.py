@@ -92,6 +92,9 @@ _PROFILES = "; ".join(
 @click.option(
     "--cluster", metavar="NAME", help="What runs the ranks: sim (default), process, torchrun."
 )
+@click.option(
+    "--device", metavar="NAME", help="cpu or cuda: one GPU in sim, a GPU a rank elsewhere."
+)
 @click.option("--max-world-size", metavar="N", help="The most ranks of a case.")
 @click.option(
     "--lens", "lenses", metavar="NAME,...", help="Arithmetic: exact,fp64,native. Default: all."
@@ -265,8 +268,9 @@ def layout(world_size: int | None, kinds: str | None, **given: Any) -> None:
 @click.argument("report", type=click.Path(path_type=Path))
 @click.option("--target", metavar="NAME", help="Another target than the report's.")
 @click.option("--cluster", metavar="NAME", help="Another cluster than the report's.")
+@click.option("--device", metavar="NAME", help="Another device than the report's: cpu or cuda.")
 @_quietly_debug
-def repro(report: Path, target: str | None, cluster: str | None) -> int:
+def repro(report: Path, target: str | None, cluster: str | None, device: str | None) -> int:
     """Run the failing cases of REPORT again, each as it was shrunk, in this process.
 
     REPORT is a report.json, or one file of its folder failures. Exits with 1 if a case fails again
@@ -283,7 +287,7 @@ def repro(report: Path, target: str | None, cluster: str | None) -> int:
     from verify.replay import Replay
     from verify.replay_command import print_replay
 
-    return print_replay(Replay.of(report, target=target, cluster=cluster))
+    return print_replay(Replay.of(report, target=target, cluster=cluster, device=device))
 
 
 cli.add_command(mutants)

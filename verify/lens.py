@@ -38,6 +38,8 @@ from verify.replica import RankMap
 
 STRIDES = ("contiguous", "transposed")
 _LARGEST_INTEGER = 9
+# Where tensors are drawn, whatever the ranks' default device is: the same everywhere.
+_HERE = "cpu"
 _GRID = 2.0**-23
 _MOST_PRECISION = 24
 # In the `sim` cluster all ranks and the reference ask for the same.
@@ -233,7 +235,7 @@ class _Source:
         self, name: str, spec: TensorSpec, placements: Placements | None, ranks: RankMap
     ) -> Generated:
         if spec.values is not None:
-            return Generated(torch.tensor(spec.values).view(spec.shape))
+            return Generated(torch.tensor(spec.values, device=_HERE).view(spec.shape))
         if spec.high is not None:
             return Generated(self._integers(name, spec.shape, spec.high))
         partial = any(isinstance(p, Partial) for p in (placements or {}).values())
@@ -264,7 +266,7 @@ class _Source:
 
     def _integers(self, name: str, shape: tuple[int, ...], high: int) -> Tensor:
         if name in self.zeros:
-            return torch.zeros(shape, dtype=torch.int64)
+            return torch.zeros(shape, dtype=torch.int64, device=_HERE)
         drawn = _integers((self.case.seed, name, self.replica), 0, high, shape)
         if not self.case.options.get("ignored", False) or name != "targets":
             return drawn
@@ -280,7 +282,7 @@ class _Source:
 def _draw(key: tuple[int, str, str], kind: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """Cached because in the `sim` cluster all ranks and the reference ask for the same tensors."""
     if kind == "zeros":
-        return torch.zeros(shape, dtype=torch.float64)
+        return torch.zeros(shape, dtype=torch.float64, device=_HERE)
     if kind == "exact":
         drawn = _integers(key, -_LARGEST_INTEGER, _LARGEST_INTEGER, shape)
         return (drawn + (drawn >= 0)).double()
@@ -292,4 +294,5 @@ def _draw(key: tuple[int, str, str], kind: str, dtype: str, shape: tuple[int, ..
 def _integers(key: tuple[int, str, str], low: int, high: int, shape: tuple[int, ...]) -> Tensor:
     text = "/".join(map(str, key))
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
-    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator(_HERE).manual_seed(seed)
+    return torch.randint(low, high, shape, generator=generator, device=_HERE)

@@ -33,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         ("--max-examples", "max_examples", "examples a property, instead of the profile's"),
         ("--seed", "seed", "the seed of everything that is drawn"),
         ("--cluster", "cluster", "what runs the ranks: sim, process, torchrun"),
+        ("--device", "device", "where they compute: cpu, cuda"),
         ("--max-world-size", "max_world_size", "the most ranks that a case may have"),
         ("--lens", "lenses", "arithmetic, separated by commas: exact,fp64,native (default: all)"),
         ("--known", "known", "a file of findings that are known of the target and may fail"),

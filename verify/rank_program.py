@@ -134,7 +134,9 @@ def observe(target_name: str, case: Case, source: Source | None = None) -> Obser
         with target_code("compared with its contract"):
             borrowed.refuse()
     found = {n: None if t is None else t.detach().cpu() for n, t in tensors.items()}
-    return Observation(found, placements, tuple(watch.masks), watch.kept, states)
+    return Observation(
+        found, placements, tuple(mask.cpu() for mask in watch.masks), watch.kept, states
+    )
 
 
 def _random_states(subject: Subject) -> dict[str, Tensor]:
@@ -185,8 +187,9 @@ def _run(
     watch: Watch,
 ) -> Local:
     """Outputs and input gradients. A gradient that autograd does not reach is None."""
+    device = torch.get_default_device()
     inputs = {
-        name: local(given.inputs[name], spec.placements, ranks, rank, case)
+        name: local(given.inputs[name], spec.placements, ranks, rank, case).to(device)
         for name, spec in contract.inputs.items()
     }
     differentiable = [n for n, spec in contract.inputs.items() if spec.grad_placements is not None]
@@ -196,7 +199,9 @@ def _run(
     with target_code("running forward"), torch.enable_grad(), watch.forward():
         outputs = dict(subject.forward(dict(inputs)))
     upstream = {
-        name: local(generated, contract.outputs[name].grad_placements or {}, ranks, rank, case)
+        name: local(generated, contract.outputs[name].grad_placements or {}, ranks, rank, case).to(
+            device
+        )
         for name, generated in given.upstream.items()
     }
     with target_code("compared with its contract"):

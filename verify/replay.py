@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from verify import provenance
-from verify.cluster import CLUSTERS, open_cluster
+from verify.cluster import CLUSTERS, DEVICES, open_cluster
 from verify.errors import BadArgument
 from verify.finding import Finding
 from verify.report.files import read
@@ -46,12 +46,20 @@ class Replay:
     path: Path
     target: str
     cluster: str
+    device: str | None
     cases: tuple[Recorded, ...]
     remarks: tuple[str, ...]
 
     @staticmethod
-    def of(path: Path, *, target: str | None = None, cluster: str | None = None) -> Replay:
-        """Read a report or a failure file; `target` and `cluster` take the place of those in it.
+    def of(
+        path: Path,
+        *,
+        target: str | None = None,
+        cluster: str | None = None,
+        device: str | None = None,
+    ) -> Replay:
+        """Read a report or a failure file; `target`, `cluster` and `device` take the place of those
+        in it.
 
         Raises BadArgument for a file that is none, or has no case to run again.
         """
@@ -65,17 +73,21 @@ class Replay:
             raise BadArgument(f"report: {path} has no failing case to run again")
         if cluster is not None and cluster not in CLUSTERS:
             raise BadArgument(f"--cluster: {cluster!r} is not one of {', '.join(CLUSTERS)}")
+        if device is not None and device not in DEVICES:
+            raise BadArgument(f"--device: {device!r} is not one of {', '.join(DEVICES)}")
         was = document["cluster"]["name"]
         # torchrun's world ended with the run.
         chosen = cluster or ("sim" if was == "torchrun" else was)
         named = target or document["target"]["name"]
         load_target(named)
-        return Replay(path, named, chosen, cases, tuple(_remarks(document, named, chosen)))
+        where = device or document["cluster"].get("device")
+        remarks = tuple(_remarks(document, named, chosen))
+        return Replay(path, named, chosen, where, cases, remarks)
 
     def run(self) -> Iterator[Replayed]:
         """Each case, as it goes now."""
         size = max(case.finding.case.layout.world_size for case in self.cases)
-        with closing(open_cluster(self.cluster, world_size=size)) as cluster:
+        with closing(open_cluster(self.cluster, world_size=size, device=self.device)) as cluster:
             for recorded in self.cases:
                 finding = recorded.finding
                 now = judge(finding.check, finding.case, target_name=self.target, cluster=cluster)

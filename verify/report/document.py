@@ -69,7 +69,11 @@ def _head(kind: str, facts: RunFacts) -> dict[str, Any]:
             **target_facts(options.target),
             "rank_state": {name: list(lines) for name, lines in facts.rank_state.items()},
         },
-        "cluster": {"name": options.cluster, "max_world_size": facts.max_world_size},
+        "cluster": {
+            "name": options.cluster,
+            "device": options.device,
+            "max_world_size": facts.max_world_size,
+        },
         "profile": {"name": options.profile, "max_examples": options.max_examples},
         "seed": options.seed,
         "options": {

@@ -40,8 +40,9 @@ class Display(Listener):
         """Say what will run."""
         options = self.options
         if self._done == 0:
+            where = " on ".join(filter(None, (options.cluster, options.device)))
             self.console.print(
-                f"shardproof: {options.target} on {options.cluster}, {len(names)} properties,"
+                f"shardproof: {options.target} on {where}, {len(names)} properties,"
                 f" {options.max_examples} examples each, seed {options.seed}"
             )
         if self.console.is_terminal and self._progress is None:

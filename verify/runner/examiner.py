@@ -91,7 +91,9 @@ class Examiner:
     def checking(self) -> Iterator[CheckCase]:
         """What the fixture `check` is, on the run's cluster."""
         size = self.limits.max_world_size or 1
-        with open_cluster(self.options.cluster, world_size=size) as cluster:  # type: ignore[attr-defined]
+        with open_cluster(
+            self.options.cluster, world_size=size, device=self.options.device
+        ) as cluster:  # type: ignore[attr-defined]
 
             def check(name: str, case: Case) -> None:
                 self._check(name, case, cluster)

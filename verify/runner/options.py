@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from verify.case import LENSES, Lens
-from verify.cluster import CLUSTERS
+from verify.cluster import CLUSTERS, DEVICES
 from verify.errors import BadArgument
 
 DEFAULT_REPORT = "shardproof-report"
@@ -38,9 +38,9 @@ PROFILES: Mapping[str, Profile] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The options of one run. `max_world_size` None is the cluster's default; `adversary` says
-    whether a cluster that can have one draws it with the cases. `database` keeps failing examples,
-    and with `again` only those that it has are run."""
+    """The options of one run. `device` and `max_world_size` None are the cluster's defaults;
+    `adversary` says whether a cluster that can have one draws it with the cases. `database` keeps
+    failing examples, and with `again` only those that it has are run."""
 
     target: str = "impl"
     suites: tuple[str, ...] = ()
@@ -48,6 +48,7 @@ class RunOptions:
     max_examples: int = PROFILES["quick"].examples
     seed: int = 0
     cluster: str = "sim"
+    device: str | None = None
     max_world_size: int | None = None
     lenses: tuple[Lens, ...] = LENSES
     report: Path = Path(DEFAULT_REPORT)
@@ -84,6 +85,9 @@ class RunOptions:
             ),
             seed=whole_number("--seed", known.get("seed", fresh), least=0),
             cluster=_one_of("--cluster", known.get("cluster", "sim"), CLUSTERS),
+            device=None
+            if known.get("device") is None
+            else _one_of("--device", known["device"], DEVICES),
             max_world_size=None
             if world is None
             else whole_number("--max-world-size", world, least=1),
@@ -103,6 +107,8 @@ class RunOptions:
         given += ["--cluster", self.cluster, "--report", str(self.report)]
         if self.suites:
             given += ["--suite", ",".join(self.suites)]
+        if self.device is not None:
+            given += ["--device", self.device]
         if self.max_world_size is not None:
             given += ["--max-world-size", str(self.max_world_size)]
         if self.lenses != LENSES:

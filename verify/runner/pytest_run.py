@@ -8,6 +8,7 @@ from dataclasses import fields
 from functools import partial
 
 import pytest
+import torch
 
 from verify.errors import BadArgument, HarnessError
 from verify.known import KnownFindings
@@ -41,6 +42,7 @@ def set_up(config: pytest.Config) -> None:
         options = RunOptions.parse(given)
         names_package = PACKAGE in config.invocation_params.args
         check_names(options, names_package=names_package)
+        check_device(options)
         known = known_findings(options, names_package=names_package)
         world_size = _world_size(options, config)
     except (BadArgument, HarnessError) as error:
@@ -69,6 +71,20 @@ def check_names(options: RunOptions, *, names_package: bool) -> None:
     for name in options.suites:
         if names_package and name not in known:
             raise BadArgument(f"--suite: {name!r} is not one of {', '.join(known)}")
+
+
+def check_device(options: RunOptions) -> None:
+    """Raise BadArgument for GPUs that this machine lacks; in torchrun's world, ranks tell of theirs
+    when they join."""
+    if options.device != "cuda" or options.cluster == "torchrun":
+        return
+    needed = 1 if options.cluster == "sim" else options.max_world_size or DEFAULT_WORLD_SIZE
+    if (present := torch.cuda.device_count()) < needed:
+        fewer = f", or --max-world-size {present}" if present else ""
+        raise BadArgument(
+            f"--device: cuda needs a GPU{' a rank' * (needed > 1)}, {needed} in all; torch sees"
+            f" {present} here; take cpu{fewer}"
+        )
 
 
 def known_findings(options: RunOptions, *, names_package: bool) -> KnownFindings:

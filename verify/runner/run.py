@@ -11,7 +11,7 @@ from verify.console import console_of_stdout
 from verify.errors import BadArgument
 from verify.runner.display import Display
 from verify.runner.options import RunOptions
-from verify.runner.pytest_run import check_names, known_findings
+from verify.runner.pytest_run import check_device, check_names, known_findings
 from verify.runner.suites import PACKAGE
 
 PASSED, NOT_PASSED, BAD_USAGE = 0, 1, 2
@@ -39,6 +39,7 @@ def run(options: RunOptions, *, workers: str | None = None, debug: bool = False)
 def check(options: RunOptions, workers: str | None) -> None:
     """Raise BadArgument where a name is unknown or options exclude each other."""
     check_names(options, names_package=True)
+    check_device(options)
     if workers is not None and workers != "auto" and not workers.isdigit():
         raise BadArgument(f"-n: {workers!r} is not a number of workers, nor auto")
     if options.cluster == "torchrun":
