@@ -11,12 +11,13 @@ mean square would have, because a row whose terms cancel keeps the rounding erro
 what the contract says that these are at least, where all rows may cancel at once.
 
 `deviation` is what the reference itself does in the case's dtype: the largest distance from
-float64, in the same norm of the same part, of the plain run and of runs whose inputs, weights and
-upstream gradients were all moved by one unit roundoff. A few runs measure it; a candidate is
-rejected only by many, so that no lucky run decides. It also measures what `scale` cannot know: a
-difference of large numbers, such as log-sum-exp minus logit, is as uncertain as they are. For
-float64, of which there is no truth to measure from, it is measured in float32 and scaled by the
-ratio of the unit roundoffs.
+float64, in the same norm of the same part, of the plain run and of disturbed runs, in which inputs,
+weights, upstream gradients and the operands of all arithmetic were moved by one unit roundoff
+(`verify.disturbance`). A few runs measure it; a candidate is rejected only by many, so that no
+lucky run decides. It also measures what `scale` cannot know: a difference of large numbers, such as
+log-sum-exp minus logit, is as uncertain as they are, and so is a gradient through a softmax that is
+nearly one. For float64, of which there is no truth to measure from, it is measured in float32 and
+scaled by the ratio of the unit roundoffs. `docs/tolerances.md` derives all this and shows it.
 
 A factor on all of a tensor moves every row by less than its bound allows, and rounding errors do
 not: over many rows they cancel. Where the `native` reference has the weight of `MANY_ROWS` rows or

@@ -35,21 +35,24 @@ class Doubt:
     """Which tokens [sequence, batch] take part in a decision that rounding might turn.
 
     With u the unit roundoff of the case (float32's for float64, whose reference is calibrated in
-    float32): inputs and weights are moved by u and rounded, by 2 u each, and products summed in
-    float32, so a logit moves by at most d = (5 u + hidden 2**-23) sum |x w|. A softmax moves by a
-    factor within exp(+-2 d), a sigmoid by d / 4 plus its own rounding, a bias by 2 u of itself.
+    float32) and e that of float32, in which all is computed: inputs and weights are moved by u and
+    rounded, by 2 u each, and products are summed. A disturbed run moves every operand besides, by
+    2 e: of the product, of what is done with logits, of what is done with that. So a logit moves by
+    at most d = (5 u + (2 hidden + 12) e) sum |x w|, a softmax by a factor within exp(+-2 d), a
+    sigmoid by d / 4, each by its own rounding besides, and a bias by 2 u and 4 e of itself.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, rule: Rules) -> None:
         self.rule = rule
         self.logits, terms = logits_of(x, weight), logits_of(x.abs(), weight.abs())
-        error = (5 * rule.roundoff + x.shape[-1] * 2 * SINGLE) * terms
+        error = (5 * rule.roundoff + (2 * x.shape[-1] + 12) * SINGLE) * terms
         self.worst = error.amax(-1)
         self.relative = torch.expm1(2 * self.worst) + 8 * SINGLE
-        self.of_sigmoid = self.worst / 4 + 4 * SINGLE
+        self.of_sigmoid = self.worst / 4 + 8 * SINGLE
         self.scores = ranked_by(self.logits, rule, bias)
         if rule.score == "sigmoid":
-            of_bias = 0.0 if bias is None else float(2 * rule.roundoff * bias.abs().max())
+            of_itself = 2 * rule.roundoff + 4 * SINGLE
+            of_bias = 0.0 if bias is None else of_itself * float(bias.abs().max())
             self.doubt = self.of_sigmoid + of_bias
         elif rule.pre_softmax:
             self.doubt = self.relative * self.scores.amax(-1)
@@ -96,7 +99,7 @@ class Doubt:
             own = self.of_sigmoid.unsqueeze(-1) / torch.sigmoid(self.logits)
             return 2 * own.where(chosen, 0.0).amax(-1, keepdim=True)
         others = (1 - weights / self.rule.scaling).clamp(0, 1)
-        return torch.expm1(2 * self.worst).unsqueeze(-1) * others + 16 * SINGLE
+        return torch.expm1(2 * self.worst).unsqueeze(-1) * others + 24 * SINGLE
 
 
 def _near(scores: Tensor, count: int, doubt: Tensor) -> Tensor:

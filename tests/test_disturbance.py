@@ -1,0 +1,137 @@
+"""Disturbed runs of a reference: what they move, what they leave alone, and what they show."""
+
+import pytest
+import torch
+from observed import Scene
+from test_mutants import CASES
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from verify.case import Case
+from verify.disturbance import ARITHMETIC, Disturbing, moved
+from verify.errors import BadArgument
+from verify.layout import Layout
+from verify.lens import generate
+from verify.oracle.contract import Contract, TensorSpec
+from verify.rank_program import contract_of
+from verify.reference import Reference
+from verify.replica import RankMap
+from verify.tolerance import Tolerance
+
+# Operators of references that only move elements, make them, decide between them, or write them in
+# another dtype, which rounds at most once.
+_EXACT = """
+    _conj _local_scalar_dense _to_copy _unsafe_view abs alias amax amin any arange argmax argsort
+    as_strided bitwise_and bitwise_and_ bitwise_not bitwise_or cat clamp clamp_min clone
+    constant_pad_nd copy_ detach embedding empty_like eq expand fill_ flip full full_like gather ge
+    gt index index_select isfinite le lift_fresh lt masked_fill max maximum min minimum narrow ne
+    neg new_empty new_empty_strided new_zeros ones ones_like permute polar promote_types repeat
+    repeat_interleave roll scalar_tensor scatter select select_backward sign slice slice_backward
+    sort split split_with_sizes squeeze stack t topk transpose unbind unsqueeze unsqueeze_ view
+    view_as_complex view_as_real where zero_ zeros zeros_like
+"""
+EXACT = frozenset(_EXACT.split())
+
+
+def drawn(generator_seed=0):
+    return torch.Generator().manual_seed(generator_seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_what_is_moved_is_the_next_number_or_the_one_after(dtype):
+    values = torch.randn(1000, generator=drawn(1), dtype=torch.float64).to(dtype)
+    values[0] = 0.0
+    found = moved(values, drawn())
+    eps = torch.finfo(dtype).eps
+    assert found.dtype is dtype
+    assert found[0] == 0.0
+    off = ((found.double() - values.double()) / values.double())[1:]
+    assert float(off.abs().max()) <= eps
+    for direction in (off > 0, off < 0):
+        assert 0.4 < float(direction.double().mean()) < 0.6
+
+
+def test_only_arithmetic_is_disturbed_and_what_is_written_to_is_not():
+    x = torch.randn(50, generator=drawn(1))
+    with Disturbing(drawn()):
+        kept, ordered, least = x.view(5, 10).t(), x.sort().values, x > 0
+        product = x * 1.0
+        written = x.clone()
+        written += torch.zeros(50)
+    assert torch.equal(kept, x.view(5, 10).t())
+    assert torch.equal(ordered, x.sort().values)
+    assert torch.equal(least, x > 0)
+    assert torch.equal(written, x)
+    assert not torch.equal(product, x)
+    assert torch.allclose(product, x, rtol=torch.finfo().eps, atol=0.0)
+
+
+def test_backward_is_disturbed_and_complex_numbers_too():
+    x = torch.randn(50, generator=drawn(1)).requires_grad_()
+    with Disturbing(drawn()):
+        (x * 2.0).sum().backward()
+    assert not torch.equal(x.grad, torch.full((50,), 2.0))
+    turned = torch.view_as_complex(torch.randn(9, 2, generator=drawn(2)))
+    with Disturbing(drawn()):
+        assert not torch.equal(turned * 1.0, turned)
+
+
+def test_the_operators_of_all_references_are_known():
+    """An operator that rounds and is not among them would leave a bound too small."""
+    seen = set()
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(function.overloadpacket.__name__.removeprefix("_record"))
+            return function(*args, **(kwargs or {}))
+
+    for check, case in CASES:
+        if check != "equivalence":
+            continue
+        try:
+            contract = contract_of(case)
+        except BadArgument:
+            continue
+        ranks = RankMap(case.layout, contract.axes)
+        problem = generate(case, contract, ranks, next(iter(ranks.replicas)))
+        masks = {n: torch.ones(spec.shape, dtype=torch.bool) for n, spec in contract.masks.items()}
+        with Noting():
+            Reference(case, contract, problem.with_masks(masks)).evaluate(torch.float32)
+    assert seen & ARITHMETIC
+    unknown = {name for name in seen if not name.startswith("_function")} - ARITHMETIC - EXACT
+    assert not unknown, sorted(unknown)
+    assert not ARITHMETIC & EXACT
+
+
+def _sharp(seed: int) -> Reference:
+    """A softmax of which one share is nearly one; its gradient is what is left of large terms."""
+    case = Case(concept="sharp", layout=Layout(), lens="native", dtype="float32", seed=seed)
+    contract = Contract(
+        inputs={"x": TensorSpec((1, 2, 4))},
+        parameters={"weight": (3, 4)},
+        outputs={"y": TensorSpec((1, 2, 3))},
+        reference=lambda i, p: {"y": torch.softmax(8 * i["x"] @ p["weight"].t(), -1)},
+    )
+    return Scene(case, contract, {"weight": {}}).references[""]
+
+
+def test_what_is_left_of_a_sharp_softmax_may_be_rounded_as_its_terms_are():
+    """Its gradient as torch does not compute it, by differences of products; but not of products
+    that are rounded to bfloat16."""
+    for seed in range(25):
+        reference = _sharp(seed)
+        given = reference.problem
+        x, weight, upstream = (
+            each.full.float()
+            for each in (given.inputs["x"], given.parameters["weight"], given.upstream["y"])
+        )
+        shares = torch.softmax(8 * x @ weight.t(), -1)
+        found = []
+        for share in (shares / shares.sum(-1, keepdim=True), shares.bfloat16().float()):
+            terms = share * upstream
+            logits = terms - share * terms.sum(-1, keepdim=True)
+            found.append(8 * torch.einsum("sbe,sbh->eh", logits, x).double())
+        expected = reference.results["grad weight"]
+        tolerance = Tolerance(reference)
+        said = [tolerance.excess("grad weight", x, expected, lambda full: full) for x in found]
+        assert said[0] is None
+        assert said[1] is not None
