@@ -40,6 +40,11 @@ class Disturbing(TorchDispatchMode):
         super().__init__()
         self._generator = generator
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; to tell the compiler so would import it, for seconds."""
+        return False
+
     def __torch_dispatch__(
         self,
         function: Any,
