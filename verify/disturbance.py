@@ -69,9 +69,8 @@ class Disturbing(TorchDispatchMode):
 
 def moved(tensor: Tensor, generator: torch.Generator, dtype: torch.dtype | None = None) -> Tensor:
     """`tensor` times 1 plus or minus the unit roundoff of `dtype`, its own unless given: rounded to
-    that, a neighbour of what it was, if it is neither zero nor a power of two."""
+    that, which is narrower than float64, a neighbour of what it was, or a power of two itself."""
     roundoff = torch.finfo(dtype or tensor.dtype).eps / 2
+    # In float64 from the start: 1 + 2**-24 is 1 in float32.
     signs = torch.randint(0, 2, tensor.shape, generator=generator).double() * 2 - 1
-    wide = tensor.double()
-    # Not times 1 + roundoff, which is 1 wherever that is computed in the dtype itself.
-    return (wide + wide * (signs * roundoff)).to(tensor.dtype)
+    return (tensor.double() * (1 + roundoff * signs)).to(tensor.dtype)
