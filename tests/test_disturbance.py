@@ -36,15 +36,15 @@ def drawn(generator_seed=0):
     return torch.Generator().manual_seed(generator_seed)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_moved_is_the_next_number_or_the_one_after(dtype):
     values = torch.randn(1000, generator=drawn(1), dtype=torch.float64).to(dtype)
-    values[0] = 0.0
+    values[:3] = torch.tensor([0.0, torch.inf, -torch.inf])
     found = moved(values, drawn())
     eps = torch.finfo(dtype).eps
     assert found.dtype is dtype
-    assert found[0] == 0.0
-    off = ((found.double() - values.double()) / values.double())[1:]
+    assert torch.equal(found[:3], values[:3])
+    off = (found.double() / values.double() - 1)[3:]
     assert float(off.abs().max()) <= eps
     for direction in (off > 0, off < 0):
         assert 0.4 < float(direction.double().mean()) < 0.6

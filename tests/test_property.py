@@ -6,12 +6,14 @@ import fake_targets
 import pytest
 import torch.distributed as dist
 
+from verify import oracle
 from verify.case import Case
 from verify.checks.blame import Bench
 from verify.cluster import Cluster, open_cluster
 from verify.errors import BadArgument, HarnessError, Mismatch, NotSupported
 from verify.finding import KINDS, Divergence, Finding
 from verify.layout import Layout
+from verify.oracle.contract import Contract
 from verify.property import CHECKS
 from verify.verdict import Verdict, judge, opens_gate, worst
 
@@ -171,6 +173,17 @@ def test_refusal(cluster):
         assert any(words in detail for detail in found.details), found.details
     found = finding("refusal", case_of(), cluster, "vague")
     assert found.details == tuple(f"rank {rank} computed the case" for rank in range(4))
+
+
+def _none(case: Case) -> Contract:
+    raise BadArgument("case.shape.in_features: 8 is none")
+
+
+def test_what_the_contract_refuses_is_no_refusal_of_the_target(monkeypatch):
+    """The target would compute it; there is nothing to give it."""
+    monkeypatch.setitem(oracle.CONTRACTS, "fake_row", _none)
+    with open_cluster("sim", world_size=2) as sim, pytest.raises(HarnessError, match="8 is none"):
+        check("refusal", case_of(layout=Layout(tp=2)), sim)
 
 
 def test_a_refusal_by_some_ranks_is_a_deadlock(cluster):

@@ -76,13 +76,14 @@ def refusal(case: Case, *, target_name: str, cluster: Cluster) -> int:
 
 def answer(target_name: str, case: Case) -> Answer:
     """Rank program: what the target says to a case that it has to refuse."""
-    target, stage = load_target(target_name), "making its process groups"
+    target, given = load_target(target_name), _inputs(case)
+    stage = "making its process groups"
     try:
         with session_of(target, case.layout) as session:
             stage = "building"
             subject = session.build(case)
             stage = "running forward"
-            subject.forward(_inputs(case))
+            subject.forward(given)
             return Answer()
     except (NotSupported, HarnessError):
         raise
