@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 CLUSTERS = ("sim", "process")
 _CLUSTERS = "verify.cluster"
+_USAGE = ("ValueError", "CheckpointError", "BadArgument")
 # A deadlock is noticed at once, whatever the time; a long run is none.
 _TIMEOUT = 30.0 * 24 * 3600
 
@@ -67,6 +68,10 @@ def run_on_cluster(
             if not failures:
                 raise
             first = failures[0]
-            usage = first.kind.rpartition(".")[2] in ("ValueError", "CheckpointError", "BadArgument")
+            usage = first.kind.rpartition(".")[2] in (
+                "ValueError",
+                "CheckpointError",
+                "BadArgument",
+            )
             text = first.message if usage else f"rank {first.rank}: {first.kind}: {first.message}"
             raise RanksFailed(text, usage=usage) from error

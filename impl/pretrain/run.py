@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.nn import ModuleList
 
+from impl.checkpoint.model import training_of
 from impl.checkpoint.training import Progress, Training, load_checkpoint, save_checkpoint
 from impl.data.batches import Batches
 from impl.data.sampler import Sampler, Samples
@@ -18,7 +19,7 @@ from impl.data.tokens import open_tokens, token_file
 from impl.data_parallel import DataParallel
 from impl.groups import Groups, build_groups
 from impl.initialise import initialise_whole, transformer_rule
-from impl.model import ModelConfig, build_model, model_parameters, tie_embeddings
+from impl.model import ModelConfig, build_model, tie_embeddings
 from impl.optimizer.adam import AdamW
 from impl.optimizer.mixed import Optimizer, ParameterGroup
 from impl.parameters import defer
@@ -119,29 +120,6 @@ def build(options: Options, groups: Groups) -> Run:
     }
     training = training_of(chunks, config, optimizer, tracker, groups, order=order)
     return Run(options, groups, batches, trainer, training)
-
-
-def training_of(
-    chunks: ModuleList,
-    config: ModelConfig,
-    optimizer: Optimizer,
-    tracker: RandomTracker,
-    groups: Groups,
-    *,
-    order: Mapping[str, int | str],
-) -> Training:
-    """What a checkpoint of a GPT has: of embeddings the rows that are tokens, and of a tied one's
-    copy nothing."""
-    parameters, embedding = model_parameters(chunks), "embedding.tokens.weight"
-    return Training(
-        parameters=parameters,
-        optimizer=optimizer,
-        tracker=tracker,
-        groups=groups,
-        rows=dict.fromkeys((embedding, "output.weight"), config.vocabulary),
-        copies={n: embedding for n, p in parameters.items() if getattr(p, "shared", False)},
-        order=order,
-    )
 
 
 def _model(

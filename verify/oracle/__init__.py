@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from verify.case import Case
 from verify.oracle.attention import core_attention
+from verify.oracle.checkpoint import resumed_training, round_trip
 from verify.oracle.context import context_attention, context_split
 from verify.oracle.context_block import context_attention_block
 from verify.oracle.contract import Contract
@@ -50,6 +51,8 @@ CONTRACTS: dict[str, Callable[[Case], Contract]] = {
     "learning_rates": learning_rates,
     "training_steps": training_steps,
     "gpt_training": gpt_training,
+    "resumed_training": resumed_training,
+    "checkpoint": round_trip,
     "linear_cross_entropy": linear_cross_entropy,
     "norm": norm,
     "qk_norm": qk_norm,

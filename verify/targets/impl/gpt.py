@@ -118,11 +118,14 @@ class GPTSubject:
     def forward(self, inputs: Tensors) -> Tensors:
         """All steps; what is told of each, stacked."""
         self._fill()
-        trainer = self._trainer()
+        return self.train(self.trainer(), inputs, range(self.case.shape["steps"]))
+
+    def train(self, trainer: Trainer, inputs: Tensors, steps: range) -> Tensors:
+        """These steps; what is told of each, stacked."""
         told: dict[str, list[Tensor]] = {}
         after: list[dict[str, Tensor]] = []
-        for step in range(self.case.shape["steps"]):
-            data = [Microbatch(*each) for each in zip(*_of_step(inputs, step), strict=True)]
+        for step in steps:
+            data = microbatches_of(inputs, step)
             for name, value in self._step(trainer, data, after).items():
                 told.setdefault(name, []).append(value)
         trainer.data_parallel.finish_parameters()
@@ -147,7 +150,8 @@ class GPTSubject:
                         parameter.copy_(value)
         tie_embeddings(self.chunks, groups=self.groups)
 
-    def _trainer(self) -> Trainer:
+    def trainer(self) -> Trainer:
+        """What trains the modules, with their parameters as they are."""
         case, options = self.case, self.case.options
         parallel = DataParallel(
             self.chunks,
@@ -320,8 +324,10 @@ def _layers(layout: Layout, config: ModelConfig, stage: int) -> list[int]:
     return [layer for chunk in chunks for layer in chunk]
 
 
-def _of_step(inputs: Tensors, step: int) -> tuple[Tensor, ...]:
-    return tuple(inputs[name][step] for name in ("tokens", "targets", "mask"))
+def microbatches_of(inputs: Tensors, step: int) -> list[Microbatch]:
+    """Those of a step, of inputs that have all."""
+    given = (inputs[name][step] for name in ("tokens", "targets", "mask"))
+    return [Microbatch(*each) for each in zip(*given, strict=True)]
 
 
 BUILDERS: Mapping[str, Builder] = {"gpt_training": GPTSubject}

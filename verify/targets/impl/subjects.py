@@ -21,6 +21,7 @@ from impl.mlp import MLP
 from verify.case import Case
 from verify.targets.impl import (
     attention,
+    checkpoint,
     context,
     dropout,
     gpt,
@@ -59,6 +60,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     **moe.OPTIONS,
     **dropout.OPTIONS,
     **gpt.OPTIONS,
+    **checkpoint.OPTIONS,
     **initialise.OPTIONS,
     **recompute.OPTIONS,
     **training.OPTIONS,
@@ -167,6 +169,7 @@ BUILDERS: Mapping[str, Builder] = {
     **attention.BUILDERS,
     **dropout.BUILDERS,
     **gpt.BUILDERS,
+    **checkpoint.BUILDERS,
     **initialise.BUILDERS,
     **recompute.BUILDERS,
     **training.BUILDERS,

@@ -1,0 +1,38 @@
+"""What a checkpoint has of a GPT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch.nn import ModuleList
+
+from impl.checkpoint.training import Training
+from impl.groups import Groups
+from impl.model import ModelConfig, model_parameters
+from impl.optimizer.mixed import Optimizer
+from impl.random import RandomTracker
+
+_EMBEDDING, _OUTPUT = "embedding.tokens.weight", "output.weight"
+
+
+def training_of(
+    chunks: ModuleList,
+    config: ModelConfig,
+    optimizer: Optimizer,
+    tracker: RandomTracker,
+    groups: Groups,
+    *,
+    order: Mapping[str, int | str],
+) -> Training:
+    """The chunks of this stage and what trains them: of embeddings and logits the rows that are
+    tokens, and of a tied embedding's copy nothing of its own. `order` is what samples depend on."""
+    parameters = model_parameters(chunks)
+    return Training(
+        parameters=parameters,
+        optimizer=optimizer,
+        tracker=tracker,
+        groups=groups,
+        rows=dict.fromkeys((_EMBEDDING, _OUTPUT), config.vocabulary),
+        copies={n: _EMBEDDING for n, p in parameters.items() if getattr(p, "shared", False)},
+        order=order,
+    )
