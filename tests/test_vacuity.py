@@ -101,7 +101,7 @@ def _concluded(*compared: int, must_check: bool = True) -> Record:
     for count in compared:
         with recorder.example({}):
             if must_check:
-                recorder.checked(CASES[0], count)
+                recorder.checked("equivalence", CASES[0], count)
     return recorder.conclude()
 
 

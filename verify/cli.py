@@ -112,6 +112,12 @@ _PROFILES = "; ".join(
 )
 @click.option("--database", metavar="DIR", help="Keep failing examples in Hypothesis' form there.")
 @click.option("--again", is_flag=True, default=None, help="Run only the examples of --database.")
+@click.option(
+    "--require-pairs",
+    is_flag=True,
+    default=None,
+    help="Exit with 1 if a pair of values that could be is not exercised (docs/coverage.md).",
+)
 @click.option("--report", metavar="DIR", help="Where the report goes. Default: shardproof-report.")
 @click.option("-n", "workers", metavar="N|auto", help="Spread the properties over N processes.")
 @_debug

@@ -44,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     for name, dest, value, words in (
         ("--known-strict", "known_strict", True, "fail where a known finding no longer fails"),
         ("--again", "again", True, "run only the failing examples of --database"),
+        ("--require-pairs", "require_pairs", True, "fail where a pair of values is not exercised"),
         ("--no-adversary", "adversary", False, "run the ranks in sim without an adversary"),
     ):
         group.addoption(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from verify.coverage.space import pair_counts, spaces_of
 from verify.layout import Layout
 from verify.provenance import machine, shardproof_version, target_facts, versions
 from verify.runner.options import RunOptions
@@ -38,6 +39,8 @@ def describe_run(facts: RunFacts, records: Sequence[Record]) -> dict[str, Any]:
     verdicts = [record.verdict for record in records]
     gone = [e for r in records for e in r.known if e.state == "no longer fails"]
     overall = worst(verdicts) if facts.finished else worst([*verdicts, Verdict.UNKNOWN])
+    coverage = _coverage(records, finished=facts.finished)
+    lacking = facts.options.require_pairs and coverage["pairs"]["missed"] > 0
     return {
         **_head("report", facts),
         "seconds": round(facts.seconds, 3),
@@ -45,9 +48,10 @@ def describe_run(facts: RunFacts, records: Sequence[Record]) -> dict[str, Any]:
         "verdict": overall.value,
         "opens_gate": facts.finished
         and opens_gate(verdicts)
-        and not (gone and facts.options.known_strict),
+        and not (gone and facts.options.known_strict)
+        and not lacking,
         "properties": [_row(record) for record in records],
-        "coverage": _coverage(records),
+        "coverage": coverage,
         "failures": [_failure(record) for record in records if _is_failure(record)],
     }
 
@@ -83,6 +87,7 @@ def _head(kind: str, facts: RunFacts) -> dict[str, Any]:
             "adversary": options.adversary and options.cluster == "sim",
             "known": None if options.known is None else str(options.known),
             "known_strict": options.known_strict,
+            "require_pairs": options.require_pairs,
         },
         "started": facts.started,
     }
@@ -109,12 +114,14 @@ def _row(record: Record) -> dict[str, Any]:
     del known["findings"], known["traceback"]
     arithmetic = known.pop("arithmetic")
     layouts = known.pop("layouts")
-    del known["options"]
+    del known["options"], known["rows"], known["open"]
     return {**known, "suite": record.suite, "layouts": len(layouts), "lenses": list(arithmetic)}
 
 
-def _coverage(records: Sequence[Record]) -> dict[str, Any]:
+def _coverage(records: Sequence[Record], *, finished: bool) -> dict[str, Any]:
+    """What was covered; pairs only of a run that has finished, because they are many."""
     layouts = []
+    spaces = spaces_of(records) if finished else []
     for text, count in total([record.layouts for record in records]).items():
         layout = json.loads(text)
         layouts.append({"text": str(Layout.from_json(layout)), "count": count, "layout": layout})
@@ -123,4 +130,6 @@ def _coverage(records: Sequence[Record]) -> dict[str, Any]:
         "layouts": layouts,
         "arithmetic": total([record.arithmetic for record in records]),
         "options": total([record.options for record in records]),
+        "pairs": pair_counts(spaces),
+        "concepts": [space.to_json() for space in spaces],
     }

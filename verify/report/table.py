@@ -4,7 +4,7 @@ is."""
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.text import Text
 from verify.console import WIDTH
 from verify.runner.record import total
 
+_SHOWN = 5
 STYLES = {
     "passed": "green",
     "not supported": "dim",
@@ -55,7 +56,27 @@ def print_summary(console: Console, document: Mapping[str, Any], report: Path) -
             f" {examples} examples over {layouts} layouts in {document['seconds']:.1f} s",
         )
     )
+    console.print(Text(pairs_text(covered["pairs"])))
+    if document["options"]["require_pairs"] and covered["pairs"]["missed"]:
+        for line in _missed(covered["concepts"]):
+            console.print(Text(line, STYLES["failed"]), soft_wrap=False)
     console.print(Text(f"report: {report}/index.html"))
+
+
+def pairs_text(pairs: Mapping[str, int]) -> str:
+    """How many pairs of values were exercised, in one line."""
+    undecided = f", {pairs['undecided']} undecided" if pairs["undecided"] else ""
+    return f"pairs of values: {pairs['exercised']} exercised, {pairs['missed']} missed{undecided}"
+
+
+def _missed(concepts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What `--require-pairs` requires and no example had, a few of each concept."""
+    lines = []
+    for space in concepts:
+        shown, more = space["missed"][:_SHOWN], len(space["missed"]) - _SHOWN
+        lines += [f"pair missed: {space['concept']}: {pair}" for pair in shown]
+        lines += [f"pairs missed: {space['concept']}: {more} more, in report.json"] * (more > 0)
+    return lines
 
 
 def _table(document: Mapping[str, Any]) -> Table:

@@ -12,6 +12,7 @@ import hypothesis.core
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.internal.conjecture import providers
+from hypothesis.internal.conjecture.engine import ConjectureRunner
 
 from verify.runner.options import RunOptions
 
@@ -28,6 +29,10 @@ def name_examples(test: Any, name: str) -> None:
     test._hypothesis_internal_database_key = name.encode()
 
 
+def _no_mutations(runner: object, data: object) -> None:
+    """In the place of Hypothesis' mutations."""
+
+
 def _database(folder: Path) -> DirectoryBasedExampleDatabase:
     folder.mkdir(parents=True, exist_ok=True)
     return DirectoryBasedExampleDatabase(folder)
@@ -37,10 +42,12 @@ def use_profile(options: RunOptions) -> Callable[[], None]:
     """Draw as `options` say in every property that is imported from now on; how to undo that.
 
     Hypothesis also draws constants that it finds in the modules that happen to be imported, which
-    depend on the cluster, the target and where the package is installed. Here it draws none.
+    depend on the cluster, the target and where the package is installed. Here it draws none. Nor
+    does it follow an example by five that repeat most of it: each reaches for new pairs.
     """
     before = settings.get_current_profile_name()
     seed, constants = hypothesis.core.global_force_seed, providers._get_local_constants
+    mutations = ConjectureRunner.generate_mutations_from
     name = f"shardproof-{options.profile}"
     settings.register_profile(
         name,
@@ -57,10 +64,12 @@ def use_profile(options: RunOptions) -> Callable[[], None]:
     settings.load_profile(name)
     hypothesis.core.global_force_seed = options.seed  # type: ignore[assignment]
     providers._get_local_constants = providers.Constants
+    ConjectureRunner.generate_mutations_from = _no_mutations  # type: ignore[assignment,method-assign]
 
     def undo() -> None:
         settings.load_profile(before)
         hypothesis.core.global_force_seed = seed
         providers._get_local_constants = constants
+        ConjectureRunner.generate_mutations_from = mutations  # type: ignore[method-assign]
 
     return undo

@@ -12,6 +12,7 @@ from hypothesis import is_hypothesis_test, reject
 
 from verify.case import Case
 from verify.cluster.base import Cluster
+from verify.coverage.steering import steered
 from verify.errors import BadArgument, Mismatch, NotSupported
 from verify.property import CHECKS
 from verify.runner.interrupts import DeferredInterrupt
@@ -48,11 +49,12 @@ def check_case(
             reject()
         raise Undecided(error) from error
     else:
-        recorder.checked(case, compared)
+        recorder.checked(name, case, compared)
 
 
 class Recorded:
-    """While open, every run of the function that `item` holds is an example of the recorder."""
+    """While open, every run of the function that `item` holds is an example of the recorder, whose
+    steering its draws follow."""
 
     def __init__(self, item: HasFunction, recorder: Recorder, interrupt: DeferredInterrupt) -> None:
         self._interrupt = interrupt
@@ -62,6 +64,7 @@ class Recorded:
             self._holder, self._name = item.obj.hypothesis, "inner_test"  # type: ignore[attr-defined]
         self._inner = getattr(self._holder, self._name)
         self._recorder = recorder
+        self._steered = steered(recorder.steering)
 
     def __enter__(self) -> None:
         inner, recorder, interrupt = self._inner, self._recorder, self._interrupt
@@ -73,6 +76,8 @@ class Recorded:
                 return inner(*args, **kwargs)
 
         setattr(self._holder, self._name, example)
+        self._steered.__enter__()
 
     def __exit__(self, *error: object) -> None:
         setattr(self._holder, self._name, self._inner)
+        self._steered.__exit__(None, None, None)

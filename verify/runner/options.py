@@ -40,7 +40,8 @@ PROFILES: Mapping[str, Profile] = {
 class RunOptions:
     """The options of one run. `device` and `max_world_size` None are the cluster's defaults;
     `adversary` says whether a cluster that can have one draws it with the cases. `database` keeps
-    failing examples, and with `again` only those that it has are run."""
+    failing examples, and with `again` only those that it has are run. `require_pairs` fails a run
+    that misses a pair of values which it could have had."""
 
     target: str = "impl"
     suites: tuple[str, ...] = ()
@@ -57,6 +58,7 @@ class RunOptions:
     adversary: bool = True
     database: Path | None = None
     again: bool = False
+    require_pairs: bool = False
 
     @staticmethod
     def parse(given: Mapping[str, Any]) -> RunOptions:
@@ -98,6 +100,7 @@ class RunOptions:
             adversary=bool(known.get("adversary", True)),
             database=None if database is None else Path(database),
             again=bool(known.get("again", False)),
+            require_pairs=bool(known.get("require_pairs", False)),
         )
 
     def arguments(self) -> list[str]:
@@ -120,6 +123,7 @@ class RunOptions:
         if self.database is not None:
             given += ["--database", str(self.database)]
         given += ["--again"] * self.again
+        given += ["--require-pairs"] * self.require_pairs
         return given
 
 

@@ -12,11 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from verify.coverage.factors import Pair
 from verify.finding import Finding
 from verify.verdict import Verdict, worst
 
 # The reason of a verdict of which no more is known.
 NOT_RUN = "it did not run to its end"
+# A concept, a pair of its factors, and whether it was drawn and could never be checked.
+Open = tuple[str, Pair, bool]
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,11 @@ class Record:
     """A property, its verdict and why, and what its examples covered.
 
     `examples` counts those up to the first failure; `compared` is how much was compared in them, as
-    the checks tell, which is elements of tensors for most; the rest are counts of those that were
+    the checks tell, which is elements of tensors for most; `digest` is of all that was drawn for
+    them; the rest are counts of those that were
     checked: `layouts` by their JSON text, `arithmetic` by lens and dtype, `options` by concept and
-    value.
+    value, `rows` by all factors (`verify.coverage`). `open` are pairs that were on offer and in no
+    example.
     `left_out` counts what was drawn and could not be run here, by reason. `traceback` is that of an
     error that no finding describes. `known` is what came of the findings known of the property.
     """
@@ -55,10 +60,13 @@ class Record:
     reason: str = ""
     examples: int = 0
     compared: int = 0
+    digest: str = ""
     seconds: float = 0.0
     layouts: Mapping[str, int] = field(default_factory=dict)
     arithmetic: Mapping[str, int] = field(default_factory=dict)
     options: Mapping[str, int] = field(default_factory=dict)
+    rows: Mapping[str, int] = field(default_factory=dict)
+    open: tuple[Open, ...] = ()
     not_supported: tuple[Unsupported, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
     known: tuple[KnownOutcome, ...] = ()
@@ -78,10 +86,13 @@ class Record:
             "reason": self.reason,
             "examples": self.examples,
             "compared": self.compared,
+            "digest": self.digest,
             "seconds": round(self.seconds, 3),
             "layouts": dict(self.layouts),
             "arithmetic": dict(self.arithmetic),
             "options": dict(self.options),
+            "rows": dict(self.rows),
+            "open": [[concept, list(pair), tried] for concept, pair, tried in self.open],
             "not_supported": [vars(each) for each in self.not_supported],
             "left_out": dict(self.left_out),
             "known": [vars(each) for each in self.known],
@@ -97,6 +108,7 @@ class Record:
                 **data,
                 "verdict": Verdict(data["verdict"]),
                 "not_supported": tuple(Unsupported(**each) for each in data["not_supported"]),
+                "open": tuple((each, tuple(pair), tried) for each, pair, tried in data["open"]),
                 "known": tuple(KnownOutcome(**each) for each in data["known"]),
                 "findings": tuple(Finding.from_json(each) for each in data["findings"]),
             }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +13,8 @@ from traceback import format_exception
 from hypothesis.errors import Flaky, UnsatisfiedAssumption
 
 from verify.case import Case
+from verify.coverage.factors import row_key
+from verify.coverage.steering import Steering
 from verify.errors import Mismatch, NotSupported
 from verify.finding import Finding
 from verify.layout import Layout
@@ -18,6 +22,7 @@ from verify.runner.record import Record, Unsupported, layout_key
 from verify.verdict import Verdict, worst
 
 _REASONS = 20
+_DIGITS = 16
 _UNDECIDED_SECONDS = 60.0
 
 
@@ -46,6 +51,9 @@ class Recorder:
         self._layouts: Counter[str] = Counter()
         self._arithmetic: Counter[str] = Counter()
         self._options: Counter[str] = Counter()
+        self._rows: Counter[str] = Counter()
+        self._digest = hashlib.sha256()
+        self.steering = Steering()
         self._left_out: Counter[str] = Counter()
         self._not_supported: dict[str, Unsupported] = {}
         self._started = time.monotonic()
@@ -60,8 +68,8 @@ class Recorder:
         except UnsatisfiedAssumption:
             raise
         except (Exception, Undecided):
-            self._count()
-            self._failed = True
+            self._count(drawn)
+            self._failed, self.steering.active = True, False
             raise
         if not self._failed:
             if not self._in_example and not self.must_check:
@@ -69,14 +77,17 @@ class Recorder:
                 self._cover(drawn.values())
                 self._in_example = [Verdict.PASSED]
             self._verdicts.update(self._in_example)
-        self._count()
+        self._count(drawn)
 
-    def checked(self, case: Case, compared: int) -> None:
-        """The case passed, and so much of it was compared."""
+    def checked(self, check: str, case: Case, compared: int) -> None:
+        """The case passed a check, and so much of it was compared. One that had to be refused
+        covers nothing that can be computed."""
         self._in_example.append(Verdict.PASSED)
         if not self._failed:
             self.compared += compared
             self._cover((case,))
+            if check != "refusal":
+                self._rows[row_key(case.concept, self.steering.checked(case))] += 1
 
     def failed(self, mismatch: Mismatch) -> None:
         """The case failed."""
@@ -113,10 +124,13 @@ class Recorder:
             reason=reason,
             examples=self.examples,
             compared=self.compared,
+            digest=self._digest.hexdigest()[:_DIGITS],
             seconds=time.monotonic() - self._started,
             layouts=dict(self._layouts),
             arithmetic=dict(self._arithmetic),
             options=dict(self._options),
+            rows=dict(self._rows),
+            open=tuple(self.steering.open()),
             not_supported=tuple(self._not_supported.values()),
             left_out=dict(self._left_out),
             findings=findings,
@@ -157,9 +171,12 @@ class Recorder:
     def _last(self) -> tuple[Finding, ...]:
         return () if self.found is None else (self.found,)
 
-    def _count(self) -> None:
+    def _count(self, drawn: Mapping[str, object]) -> None:
         if not self._failed:
             self.examples += 1
+            for name, value in drawn.items():
+                plain = value.to_json() if isinstance(value, Case | Layout) else repr(value)
+                self._digest.update(json.dumps([name, plain], sort_keys=True).encode())
             self.on_example(self.name, self.examples)
 
     def _cover(self, values: Iterable[object]) -> None:

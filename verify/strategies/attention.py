@@ -14,6 +14,7 @@ from math import gcd, lcm
 from hypothesis import strategies as st
 
 from verify.case import LENSES, Case, Lens, Option
+from verify.coverage.steering import CONCEPT, chosen
 from verify.layout import Layout
 from verify.strategies.cases import STRIDES, Choices, completed, layouts, with_option
 
@@ -55,7 +56,7 @@ def attention_cases(
 ) -> Case:
     """Valid cases of these concepts. `options` names some and the values to draw from instead of
     all that they have."""
-    concept = draw(st.sampled_from(concepts))
+    concept = chosen(draw, CONCEPT, concepts)
     flags = sequence_parallel if concept in BLOCKS else (False,)
     layout = draw(layouts(min_tp=min_tp, sequence_parallel=flags, max_world_size=MAX_WORLD_SIZE))
     case = Case(concept=concept, layout=layout, shape=draw(_SHAPES[concept](layout)))
@@ -63,7 +64,7 @@ def attention_cases(
         wanted = options.get(option, values)
         if not _applies(option, case):
             wanted = values[:1]
-        case = with_option(case, option, draw(st.sampled_from(wanted)), default=values[0])
+        case = with_option(case, option, chosen(draw, option, wanted), default=values[0])
     return draw(completed(case, lenses))
 
 

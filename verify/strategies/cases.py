@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from verify.adversary import NONE, Adversary
 from verify.case import LENSES, Case, Lens, Option
+from verify.coverage.steering import CONCEPT, chosen, note_default
 from verify.errors import BadArgument
 from verify.layout import DEFAULT_ORDER, Layout
 from verify.oracle.contract import Contract
@@ -95,18 +96,17 @@ def layouts(
     """Layouts of a tensor-parallel concept: tp mostly awkward, replicas along dp, cp and pp more
     often than not, in any order of axes."""
     world = limits().world_size(max_world_size)
-    tp = draw(st.sampled_from(_up_to(world, (1, 2, 2, 3, 3, 4, 5, 6, 7, 8), min_tp)))
+    tp = chosen(draw, "tp", _up_to(world, (1, 2, 2, 3, 3, 4, 5, 6, 7, 8), min_tp))
     sizes: dict[str, Any] = {"tp": tp}
     left = world // tp
     for axis in draw(st.permutations(("dp", "cp", "pp"))):
         # Drawn where nothing fits too: shrinking prefers few draws to small values.
-        wanted = draw(st.sampled_from((1, 2, 2, 3)))
-        sizes[axis] = wanted if wanted <= left else 1
+        sizes[axis] = chosen(draw, axis, [size if size <= left else 1 for size in (1, 2, 2, 3)])
         left //= sizes[axis]
     order = DEFAULT_ORDER
     if sum(size > 1 for size in sizes.values()) > 1:
         order = draw(st.just(DEFAULT_ORDER) | _orders(pp_last=sizes["pp"] > 1 and sizes["cp"] > 1))
-    flag = draw(st.sampled_from(list(sequence_parallel)))
+    flag = chosen(draw, "sp", sequence_parallel)
     return Layout(**sizes, order=order, sequence_parallel=flag)
 
 
@@ -144,7 +144,7 @@ def cases(
     `sequence_parallel` restrict likewise. An option that does not go with what was drawn before it
     (gather_output with sequence parallelism) takes a value that does.
     """
-    concept = draw(st.sampled_from(concepts))
+    concept = chosen(draw, CONCEPT, concepts)
     flags = sequence_parallel if SEQUENCE in SHAPES[concept].values() else (False,)
     layout = draw(layouts(min_tp=min_tp, sequence_parallel=flags))
     case = Case(concept=concept, layout=layout, shape=draw(_shapes(concept, layout)))
@@ -154,14 +154,15 @@ def cases(
         valid = [changed for changed in changes if contract_or_none(changed) is not None]
         assume(valid)
         # As many to choose from whatever is valid, or a case would shrink to where the choice ends.
-        case = draw(st.sampled_from([each if each in valid else valid[0] for each in changes]))
+        changes = [each if each in valid else valid[0] for each in changes]
+        case = chosen_option(draw, option, changes, default=values[0])
     return draw(completed(case, lenses))
 
 
 @st.composite
 def completed(draw: st.DrawFn, case: Case, lenses: Sequence[Lens] = LENSES) -> Case:
     """The case, its concept, layout, sizes and options, with all else that a case has."""
-    lens, dtype = draw(_arithmetic(case, lenses))
+    lens, dtype = _arithmetic(draw, case, lenses)
     return dataclasses.replace(
         case,
         lens=lens,
@@ -171,8 +172,14 @@ def completed(draw: st.DrawFn, case: Case, lenses: Sequence[Lens] = LENSES) -> C
     )
 
 
+def chosen_option(draw: st.DrawFn, option: str, cases: Sequence[Case], *, default: Option) -> Case:
+    """One of these cases, which differ in an option."""
+    return chosen(draw, option, cases, key=lambda case: case.options.get(option, default))
+
+
 def with_option(case: Case, option: str, value: Option, *, default: Option) -> Case:
     """The case with an option, which is left out where it is at its default."""
+    note_default(case, option, default)
     if value == default:
         return case
     return dataclasses.replace(case, options={**case.options, option: value})
@@ -202,19 +209,15 @@ def _sizes(name: str, kind: str, layout: Layout) -> st.SearchStrategy[int]:
     return st.integers(1, 3 if name == "batch" else 7)
 
 
-def _arithmetic(case: Case, lenses: Sequence[Lens]) -> st.SearchStrategy[tuple[Lens, str]]:
+def _arithmetic(draw: st.DrawFn, case: Case, lenses: Sequence[Lens]) -> tuple[Lens, str]:
     """Lens and dtype; where this run wants none of `lenses`, one that it will leave out."""
     wanted = [lens for lens in lenses if lens in limits().lenses] or lenses
     applicable = [lens for lens in wanted if lens != "exact" or contract_of(case).linear]
     assume(applicable)
-
-    def dtypes(lens: Lens) -> st.SearchStrategy[tuple[Lens, str]]:
-        names = NATIVE_DTYPES if lens == "native" else ("float64",)
-        return st.tuples(st.just(lens), st.sampled_from(names))
-
     # Three dtypes to one.
     weighted = [*applicable, "native"] if "native" in applicable else applicable
-    return st.sampled_from(weighted).flatmap(dtypes)
+    lens: Lens = chosen(draw, "lens", weighted)
+    return lens, chosen(draw, "dtype", NATIVE_DTYPES if lens == "native" else ("float64",))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from verify.case import LENSES, Case, Lens
+from verify.coverage.steering import CONCEPT, chosen, note_default
 from verify.layout import DEFAULT_ORDER, Layout
 from verify.runner.limits import limits
 from verify.strategies.cases import STRIDES, completed
@@ -55,14 +56,14 @@ def layouts(
     wanted = {"cp": (1, 2, 2, 3, 4, 4) if levels else (1, 2, 2, 3, 4), "tp": (1, 1, 2, 3)}
     for axis, least, beside in (("cp", min_cp, min_tp), ("tp", min_tp, 1)):
         fit = [size for size in wanted[axis] if least <= size <= left // beside]
-        sizes[axis] = draw(st.sampled_from(fit))
+        sizes[axis] = chosen(draw, axis, fit)
         left //= sizes[axis]
     axis = draw(st.sampled_from(("dp", "dp", "pp")))
-    sizes[axis] = draw(st.sampled_from([size for size in (1, 2) if size <= left]))
+    sizes[axis] = chosen(draw, axis, [size for size in (1, 2) if size <= left])
     if levels:
         inner = draw(st.sampled_from([n for n in divisors(sizes["cp"]) if n >= min_inner]))
         sizes["hierarchical_cp"] = (inner, sizes["cp"] // inner)
-    flag = draw(st.sampled_from(list(sequence_parallel)))
+    flag = chosen(draw, "sp", sequence_parallel)
     return Layout(**sizes, order=draw(st.sampled_from(_ORDERS)), sequence_parallel=flag)
 
 
@@ -82,20 +83,21 @@ def attention_cases(
     """Cases of context attention: `packed` are the numbers of packed sequences to draw from, 0 for
     none; heads are shared out to at least `min_shared` ranks by an algorithm that does; options in
     `fixed` are as given."""
-    algorithm = draw(st.sampled_from(list(algorithms)))
+    concept = chosen(draw, CONCEPT, ("context_attention",))
+    algorithm = chosen(draw, "algorithm", algorithms)
     levels = algorithm == "hierarchical"
     layout = draw(layouts(min_cp=min_cp, min_inner=min_shared, levels=levels))
     options = {"algorithm": algorithm, **draw(_patterns(masks))}
     unit = layout.cp * (2 if options["placement"] == "zigzag" else 1)
-    count = draw(st.sampled_from(list(packed)))
+    count = chosen(draw, "packed", packed)
     # Packed sequences of one unit have no room for one that is longer than its padding.
     units = draw(st.integers(max(1, count + (unit < 2)), 3 + count))
     sequence = max(unit * units, 2)
     if options["mask"] == "sliding_window":
         options["window"] = draw(st.integers(2, sequence + 1))
     options |= {"packed": count} if count else {}
-    options |= {"scale": draw(st.sampled_from((None, 0.25, 1.0)))}
-    options |= {"strides": draw(st.sampled_from(list(strides))), **fixed}
+    options |= {"scale": chosen(draw, "scale", (None, 0.25, 1.0))}
+    options |= {"strides": chosen(draw, "strides", strides), **fixed}
     shape = {
         "sequence": sequence,
         "batch": draw(st.integers(1, 2)),
@@ -103,7 +105,7 @@ def attention_cases(
     }
     if draw(st.booleans()):
         shape["value_dim"] = draw(st.integers(1, 3))
-    return draw(_case("context_attention", layout, shape, options, lenses))
+    return draw(_case(concept, layout, shape, options, lenses))
 
 
 @st.composite
@@ -116,11 +118,12 @@ def block_cases(
     lenses: Sequence[Lens] = LENSES,
 ) -> Case:
     """Cases of a layer of attention."""
-    algorithm = draw(st.sampled_from(list(algorithms)))
+    concept = chosen(draw, CONCEPT, ("context_attention_block",))
+    algorithm = chosen(draw, "algorithm", algorithms)
     levels = algorithm == "hierarchical"
     layout = draw(layouts(min_tp=min_tp, levels=levels, sequence_parallel=sequence_parallel))
     options = {"algorithm": algorithm, **draw(_patterns(MASKS[:2]))}
-    options["bias"] = draw(st.sampled_from((True, False)))
+    options["bias"] = chosen(draw, "bias", (True, False))
     unit = 2 if options["placement"] == "zigzag" else 1
     unit = lcm(unit, layout.tp) if layout.sequence_parallel else unit
     shape = {
@@ -129,14 +132,15 @@ def block_cases(
         "hidden": draw(st.integers(1, 5)),
         **draw(_heads(layout, algorithm)),
     }
-    return draw(_case("context_attention_block", layout, shape, options, lenses))
+    return draw(_case(concept, layout, shape, options, lenses))
 
 
 @st.composite
 def split_cases(draw: st.DrawFn, *, min_cp: int = 1) -> Case:
     """Cases of a sequence that is cut into the chunks of the ranks."""
+    concept = chosen(draw, CONCEPT, ("context_split",))
     layout = draw(layouts(min_cp=min_cp))
-    options = {"placement": draw(st.sampled_from(("zigzag", "contiguous")))}
+    options = {"placement": chosen(draw, "placement", ("zigzag", "contiguous"))}
     count = draw(st.integers(0, 3))
     unit = layout.cp * (2 if options["placement"] == "zigzag" else 1)
     shape = {
@@ -145,7 +149,7 @@ def split_cases(draw: st.DrawFn, *, min_cp: int = 1) -> Case:
         "hidden": draw(st.integers(1, 3)),
     }
     packed = {"packed": count} if count else {}
-    return draw(_case("context_split", layout, shape, {**options, **packed}, LENSES))
+    return draw(_case(concept, layout, shape, {**options, **packed}, LENSES))
 
 
 def shared_by(layout: Layout, algorithm: str) -> int:
@@ -157,8 +161,8 @@ def shared_by(layout: Layout, algorithm: str) -> int:
 @st.composite
 def _patterns(draw: st.DrawFn, masks: Sequence[str]) -> dict[str, Any]:
     return {
-        "placement": draw(st.sampled_from(("zigzag", "zigzag", "contiguous"))),
-        "mask": draw(st.sampled_from(list(masks))),
+        "placement": chosen(draw, "placement", ("zigzag", "zigzag", "contiguous")),
+        "mask": chosen(draw, "mask", masks),
     }
 
 
@@ -188,7 +192,10 @@ def _case(
     """The case without the options that are at their defaults, and with all else that it has; where
     there is an adversary, also one of sends that wait for their receives."""
     given = {n: v for n, v in options.items() if n not in _DEFAULTS or v != _DEFAULTS[n]}
-    case = draw(completed(Case(concept=concept, layout=layout, shape=shape, options=given), lenses))
+    case = Case(concept=concept, layout=layout, shape=shape, options=given)
+    for name in {**_DEFAULTS, "packed": 0}.keys() & options:
+        note_default(case, name, _DEFAULTS.get(name, 0))
+    case = draw(completed(case, lenses))
     if not case.adversary:
         return case
     hard = dataclasses.replace(case.adversary, rendezvous=draw(st.booleans()))

@@ -12,6 +12,7 @@ from math import gcd
 from hypothesis import strategies as st
 
 from verify.case import LENSES, Case, Lens, Option
+from verify.coverage.steering import CONCEPT, chosen
 from verify.layout import Layout
 from verify.oracle.mlp import ACTIVATIONS
 from verify.oracle.norm import KINDS
@@ -34,9 +35,9 @@ def norm_cases(
 ) -> Case:
     """Cases of norms of hidden states, or of queries and keys, over tp and cp. A layer norm has at
     least two features: of one, nothing is left."""
-    concept = draw(st.sampled_from(concepts))
+    concept = chosen(draw, CONCEPT, concepts)
     layout = draw(layouts(sequence_parallel=_FLAGS))
-    kind = draw(st.sampled_from(KINDS))
+    kind = chosen(draw, "kind", KINDS)
     features = draw(st.integers(2 if kind == "layer" else 1, 6))
     split = layout.tp if layout.sequence_parallel else 1
     shape = {
@@ -51,11 +52,11 @@ def norm_cases(
         shape["groups"] = draw(st.sampled_from((groups, 1)))
     case = Case(concept=concept, layout=layout, shape=shape)
     case = with_option(case, "kind", kind, default=KINDS[0])
-    bias = draw(st.sampled_from((True, False))) if kind == "layer" else True
+    bias = chosen(draw, "bias", (True, False)) if kind == "layer" else True
     case = with_option(case, "bias", bias, default=True)
-    case = with_option(case, "zero_centered", draw(st.sampled_from(_FLAGS)), default=False)
-    case = with_option(case, "magnitude", draw(st.sampled_from((1, 1, 1024))), default=1)
-    case = with_option(case, "strides", draw(st.sampled_from(strides)), default=STRIDES[0])
+    case = with_option(case, "zero_centered", chosen(draw, "zero_centered", _FLAGS), default=False)
+    case = with_option(case, "magnitude", chosen(draw, "magnitude", (1, 1, 1024)), default=1)
+    case = with_option(case, "strides", chosen(draw, "strides", strides), default=STRIDES[0])
     return draw(completed(case, lenses))
 
 
@@ -70,13 +71,14 @@ def position_cases(
 ) -> Case:
     """Cases of rotary and of learned positions; `packed` are the numbers of packed sequences to
     draw from, 0 for none."""
-    concept = draw(st.sampled_from(concepts))
+    concept = chosen(draw, CONCEPT, concepts)
     rotary = concept == "rotary"
     layout = draw(layouts(min_cp=min_cp, sequence_parallel=_FLAGS))
     case = Case(concept=concept, layout=layout)
-    case = with_option(case, "placement", draw(st.sampled_from(PLACEMENTS)), default=PLACEMENTS[0])
+    placement = chosen(draw, "placement", PLACEMENTS)
+    case = with_option(case, "placement", placement, default=PLACEMENTS[0])
     chunks = layout.cp * (1 if "placement" in case.options else 2)
-    count = draw(st.sampled_from(packed))
+    count = chosen(draw, "packed", packed)
     split = layout.tp if layout.sequence_parallel and not rotary else 1
     # Chunks of all packed sequences together are cut once more over tp.
     sequence = chunks * split * draw(st.integers(max(count, 1), count + 2))
@@ -88,13 +90,13 @@ def position_cases(
         shape |= {"heads": layout.tp * draw(st.integers(1, 2)), "head_size": 2 * pairs + rest}
         case = with_option(case, "rotary_dim", 2 * pairs if rest else None, default=None)
         bases = (10000.0, 2.0, 500000.0)
-        case = with_option(case, "base", draw(st.sampled_from(bases)), default=bases[0])
-        case = with_option(case, "interleaved", draw(st.sampled_from(_FLAGS)), default=False)
+        case = with_option(case, "base", chosen(draw, "base", bases), default=bases[0])
+        case = with_option(case, "interleaved", chosen(draw, "interleaved", _FLAGS), default=False)
     else:
         more = draw(st.integers(0, 2))
         shape |= {"hidden": draw(st.integers(1, 4)), "max_positions": sequence + more}
     case = dataclasses.replace(case, shape=shape)
-    case = with_option(case, "strides", draw(st.sampled_from(strides)), default=STRIDES[0])
+    case = with_option(case, "strides", chosen(draw, "strides", strides), default=STRIDES[0])
     return draw(completed(case, lenses))
 
 
@@ -132,10 +134,11 @@ def layer_cases(
     lenses: Sequence[Lens] = LENSES,
     strides: Sequence[str] = STRIDES[:1],
 ) -> Case:
-    """Cases of a whole layer, by any algorithm of context parallelism; with dropout of attention
-    not split over cp. Groups of heads are any that tp divides or that divide tp."""
-    shares = draw(st.sampled_from(attention_dropout))
-    algorithm = draw(st.sampled_from(list(algorithms)))
+    """Cases of a whole layer, by any algorithm of context parallelism. Groups of heads are any that
+    tp divides or that divide tp."""
+    concept = chosen(draw, CONCEPT, ("transformer_layer",))
+    shares = chosen(draw, "attention_dropout", attention_dropout)
+    algorithm = chosen(draw, "algorithm", algorithms)
     layout = draw(
         layouts(
             min_tp=min_tp,
@@ -144,16 +147,14 @@ def layer_cases(
             sequence_parallel=sequence_parallel,
         )
     )
-    if shares:
-        layout = dataclasses.replace(layout, cp=1, hierarchical_cp=None)
-    case = Case(concept="transformer_layer", layout=layout)
-    placement = draw(st.sampled_from(PLACEMENTS))
-    count = 0 if shares else draw(st.sampled_from(packed))
+    case = Case(concept=concept, layout=layout)
+    placement = chosen(draw, "placement", PLACEMENTS)
+    count = chosen(draw, "packed", packed)
     shape = draw(_layer_sizes(layout, algorithm, placement, count))
     pairs = shape["head_size"] // 2
-    mask = draw(st.sampled_from(MASKS))
+    mask = chosen(draw, "mask", MASKS)
     window = draw(st.integers(2, shape["sequence"] + 1)) if mask == "sliding_window" else None
-    kind, activation = draw(st.sampled_from(KINDS)), draw(st.sampled_from(ACTIVATIONS))
+    kind, activation = chosen(draw, "norm", KINDS), chosen(draw, "activation", ACTIVATIONS)
     given: list[tuple[str, Option, Option]] = [
         ("algorithm", algorithm, ALGORITHMS[0]),
         ("placement", placement, PLACEMENTS[0]),
@@ -163,14 +164,14 @@ def layer_cases(
         ("norm", kind, KINDS[0]),
         ("activation", activation, ACTIVATIONS[0]),
         ("rotary_dim", draw(st.sampled_from((None, *(2 * n for n in range(1, pairs + 1))))), None),
-        ("hidden_dropout", draw(st.sampled_from(dropout)), 0.0),
+        ("hidden_dropout", chosen(draw, "hidden_dropout", dropout), 0.0),
         ("attention_dropout", shares, 0.0),
-        ("recompute", draw(st.sampled_from(recompute)), ""),
-        ("strides", draw(st.sampled_from(strides)), STRIDES[0]),
+        ("recompute", chosen(draw, "recompute", recompute), ""),
+        ("strides", chosen(draw, "strides", strides), STRIDES[0]),
     ]
-    given += [(name, draw(st.sampled_from(_FLAGS)), False) for name in ("zero_centered", "qk_norm")]
-    given += [("bias", draw(st.sampled_from((True, False))), True)]
-    given += [("interleaved", draw(st.sampled_from(_FLAGS)), False)]
+    given += [(name, chosen(draw, name, _FLAGS), False) for name in ("zero_centered", "qk_norm")]
+    given += [("bias", chosen(draw, "bias", (True, False)), True)]
+    given += [("interleaved", chosen(draw, "interleaved", _FLAGS), False)]
     case = dataclasses.replace(case, shape=shape)
     for option, value, default in given:
         case = with_option(case, option, value, default=default)
@@ -206,8 +207,8 @@ def _layer_sizes(
 @st.composite
 def refusable_layer_cases(draw: st.DrawFn) -> Case:
     """Cases on at least two ranks of tp and cp each, with one thing wrong: heads or an ffn that do
-    not divide, a probability that is none, dropout of shares that no rank has all of, an option
-    that names nothing, features that are not pairs."""
+    not divide, a probability that is none, an option that names nothing, features that are not
+    pairs."""
     case = draw(layer_cases(algorithms=("all_gather",), min_tp=2, min_cp=2, lenses=("fp64",)))
     tp = case.layout.tp
     sizes: tuple[dict[str, int], ...] = (
@@ -218,7 +219,6 @@ def refusable_layer_cases(draw: st.DrawFn) -> Case:
     options: tuple[tuple[str, Option], ...] = (
         ("hidden_dropout", 1.0),
         ("hidden_dropout", -0.5),
-        ("attention_dropout", 0.5),
         ("attention_dropout", 1.5),
         ("recompute", "some"),
         ("norm", "batch"),
@@ -243,6 +243,7 @@ def fused_loss_cases(
 ) -> Case:
     """Cases of the output linear with its cross entropy, in chunks that need not divide; with
     `rest` they do not, and every token counts."""
+    concept = chosen(draw, CONCEPT, ("linear_cross_entropy",))
     layout = draw(layouts_over_tp(min_tp=min_tp, max_world_size=8))
     least = 3 if rest else 1
     sequence = draw(st.integers(least, least + 2 if layout.sequence_parallel else 6))
@@ -255,9 +256,9 @@ def fused_loss_cases(
     }
     real = vocabulary - draw(st.integers(0, vocabulary - 1))
     shape |= {"real_vocabulary": real} if real < vocabulary else {}
-    masked = draw(st.sampled_from(_FLAGS))
+    masked = chosen(draw, "mask_padding", _FLAGS)
     smooth = (real if masked else vocabulary) > 1
-    case = Case(concept="linear_cross_entropy", layout=layout, shape=shape)
+    case = Case(concept=concept, layout=layout, shape=shape)
     given: dict[str, tuple[Option, ...]] = {
         "chunk": (1, 2, 3, 7),
         "label_smoothing": (0.0, 0.1, 0.5) if smooth else (0.0,),
@@ -274,7 +275,7 @@ def fused_loss_cases(
     case = with_option(case, "mask_padding", masked, default=False)
     for option, values in given.items():
         default = 1 if option == "chunk" else values[0]
-        case = with_option(case, option, draw(st.sampled_from(values)), default=default)
+        case = with_option(case, option, chosen(draw, option, values), default=default)
     return draw(completed(case, lenses))
 
 

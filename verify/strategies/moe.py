@@ -17,13 +17,21 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from verify.case import LENSES, Case, Lens, Option
+from verify.coverage.steering import CONCEPT, chosen
 from verify.errors import BadArgument
 from verify.layout import DEFAULT_ORDER, Layout
 from verify.lens import generate
 from verify.rank_program import contract_of
 from verify.replica import RankMap
 from verify.runner.limits import limits
-from verify.strategies.cases import STRIDES, Choices, completed, contract_or_none, with_option
+from verify.strategies.cases import (
+    STRIDES,
+    Choices,
+    chosen_option,
+    completed,
+    contract_or_none,
+    with_option,
+)
 from verify.strategies.layouts import divisors
 
 Shape = dict[str, int]
@@ -75,22 +83,22 @@ def stage_layouts(
 ) -> Layout:
     """Layouts of both meshes, with one or two pipeline stages as replicas."""
     left = limits().world_size(max_world_size)
-    sizes: dict[str, Any] = {"pp": draw(st.sampled_from([n for n in (1, 1, 2) if n <= left]))}
+    sizes: dict[str, Any] = {"pp": chosen(draw, "pp", [n for n in (1, 1, 2) if n <= left])}
     left //= sizes["pp"]
     for axis in draw(st.permutations(("tp", "dp", "cp"))):
         small = (1, 2, 2, 3, 4) if axis == "tp" else (1, 2, 2, 3)
-        sizes[axis] = draw(st.sampled_from([n for n in small if n <= left]))
+        sizes[axis] = chosen(draw, axis, [n for n in small if n <= left])
         left //= sizes[axis]
     stage = sizes["tp"] * sizes["dp"] * sizes["cp"]
-    etp = draw(st.sampled_from([n for n in (sizes["tp"], *divisors(stage)) if n <= 4]))
-    ep = draw(st.sampled_from([*divisors(stage // etp), stage // etp]))
+    etp = chosen(draw, "etp", [n for n in (sizes["tp"], *divisors(stage)) if n <= 4])
+    ep = chosen(draw, "ep", [*divisors(stage // etp), stage // etp])
     moved = st.permutations(("tp", "cp", "ep", "dp")).map(lambda axes: "-".join([*axes, "pp"]))
     return Layout(
         **sizes,
         ep=ep,
         etp=None if etp == sizes["tp"] else etp,
         order=draw(st.just(DEFAULT_ORDER) | moved),
-        sequence_parallel=draw(st.sampled_from(list(sequence_parallel))),
+        sequence_parallel=chosen(draw, "sp", sequence_parallel),
     )
 
 
@@ -105,7 +113,7 @@ def moe_cases(
 ) -> Case:
     """Valid cases of these concepts. `options` names some and the values to draw from instead of
     all that they have; `grouped` whether experts are in groups, of which a token admits some."""
-    concept = draw(st.sampled_from(concepts))
+    concept = chosen(draw, CONCEPT, concepts)
     layout = draw(stage_layouts() if layouts is None else layouts)
     shape = draw(_shapes(concept, layout, grouped=grouped))
     case = Case(concept=concept, layout=layout, shape=shape)
@@ -114,7 +122,8 @@ def moe_cases(
         changes = [with_option(case, option, value, default=values[0]) for value in wanted]
         valid = [changed for changed in changes if contract_or_none(changed) is not None]
         assume(valid)
-        case = draw(st.sampled_from([each if each in valid else valid[0] for each in changes]))
+        changes = [each if each in valid else valid[0] for each in changes]
+        case = chosen_option(draw, option, changes, default=values[0])
     case = draw(completed(case, lenses))
     assume(_can_be_generated(case))
     return case

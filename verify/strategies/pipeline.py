@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from verify.adversary import NONE, Adversary
 from verify.case import LENSES, Case, Lens
+from verify.coverage.steering import chosen
 from verify.layout import DEFAULT_ORDER, Layout
 from verify.oracle.pipeline import SCHEDULES, schedule_of
 from verify.runner.limits import limits
@@ -53,11 +54,12 @@ def pipeline_cases(
 ) -> Case:
     """Stacks of layers on pipelines of any schedule, beside replicas: often with fewer microbatches
     than stages, with several chunks a stage, with microbatches of different lengths."""
+    concept = chosen(draw, "concept", ("pipeline",))
     layout = draw(_layouts(min_pp=min_pp, chunks="interleaved" in schedules))
     allowed = [s for s in schedules if layout.vpp == 1 or s in ("default", "interleaved")]
-    case = Case(concept="pipeline", layout=layout)
-    case = with_option(case, "schedule", draw(st.sampled_from(allowed)), default=SCHEDULES[0])
-    count = draw(st.sampled_from(rounds))
+    case = Case(concept=concept, layout=layout)
+    case = with_option(case, "schedule", chosen(draw, "schedule", allowed), default=SCHEDULES[0])
+    count = chosen(draw, "rounds", rounds)
     case = with_option(case, "rounds", count, default=1)
     each = draw(st.integers(1, 2 if schedule_of(case) == "interleaved" else layout.pp + 1))
     each *= layout.pp if schedule_of(case) == "interleaved" else 1
@@ -70,10 +72,10 @@ def pipeline_cases(
         "layers": chunks * draw(st.integers(1, 2 if chunks <= 6 else 1)),
     }
     case = dataclasses.replace(case, shape=shape)
-    case = with_option(case, "variable", draw(st.sampled_from(variable)), default=False)
-    case = with_option(case, "overlap", draw(st.sampled_from((True, False))), default=True)
-    case = with_option(case, "evaluated", draw(st.sampled_from(_FLAGS)), default=False)
-    case = with_option(case, "strides", draw(st.sampled_from(strides)), default=STRIDES[0])
+    case = with_option(case, "variable", chosen(draw, "variable", variable), default=False)
+    case = with_option(case, "overlap", chosen(draw, "overlap", (True, False)), default=True)
+    case = with_option(case, "evaluated", chosen(draw, "evaluated", _FLAGS), default=False)
+    case = with_option(case, "strides", chosen(draw, "strides", strides), default=STRIDES[0])
     case = draw(completed(case, lenses))
     return dataclasses.replace(case, adversary=draw(_adversaries()))
 
@@ -89,13 +91,13 @@ def _adversaries() -> st.SearchStrategy[Adversary]:
 @st.composite
 def _layouts(draw: st.DrawFn, *, min_pp: int, chunks: bool) -> Layout:
     world = limits().world_size(MAX_WORLD_SIZE)
-    pp = draw(st.sampled_from([n for n in (1, 2, 2, 3, 3, 4) if min_pp <= n <= world]))
+    pp = chosen(draw, "pp", [n for n in (1, 2, 2, 3, 3, 4) if min_pp <= n <= world])
     sizes: dict[str, Any] = {"pp": pp}
     left = min(world // pp, 2)
     for axis in draw(st.permutations(("dp", "tp"))):
-        sizes[axis] = draw(st.sampled_from([n for n in (1, 1, 2) if n <= left]))
+        sizes[axis] = chosen(draw, axis, [n for n in (1, 1, 2) if n <= left])
         left //= sizes[axis]
-    vpp = draw(st.sampled_from((1, 2, 3))) if chunks and pp > 1 else 1
+    vpp = chosen(draw, "vpp", (1, 2, 3)) if chunks and pp > 1 else 1
     order = draw(st.sampled_from(_ORDERS)) if pp > 1 else DEFAULT_ORDER
     return Layout(**sizes, vpp=vpp, order=order)
 

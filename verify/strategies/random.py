@@ -12,6 +12,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from verify.case import LENSES, Case, Lens, Option
+from verify.coverage.steering import CONCEPT, chosen
 from verify.layout import Layout
 from verify.oracle.dropout import PROBABILITY, REGIONS
 from verify.oracle.initialise import RULES
@@ -36,21 +37,23 @@ def dropout_cases(
     strides: Sequence[str] = STRIDES[:1],
 ) -> Case:
     """Cases of `dropout` in both regions, over tp and cp."""
+    concept = chosen(draw, CONCEPT, ("dropout",))
     layout = draw(layouts())
-    region = draw(st.sampled_from(REGIONS))
+    region = chosen(draw, "region", REGIONS)
     split = layout.tp if layout.sequence_parallel and region == REGIONS[0] else 1
     shape = {
         "sequence": draw(st.integers(1, 4)) * layout.cp * split,
         "batch": draw(st.integers(1, 3)),
         "hidden": draw(_WIDTHS) * (layout.tp if region == REGIONS[1] else 1),
     }
-    case = Case(concept="dropout", layout=layout, shape=shape)
+    case = Case(concept=concept, layout=layout, shape=shape)
     probabilities: Sequence[Option] = (*_LIKELY, 0.75, 0.0)
     case = with_option(case, "region", region, default=REGIONS[0])
-    case = with_option(case, "dropout", draw(st.sampled_from(probabilities)), default=PROBABILITY)
-    case = with_option(case, "bias", draw(st.sampled_from((True, False))), default=True)
+    dropped = chosen(draw, "dropout", probabilities)
+    case = with_option(case, "dropout", dropped, default=PROBABILITY)
+    case = with_option(case, "bias", chosen(draw, "bias", (True, False)), default=True)
     case = with_option(case, "training", training, default=True)
-    case = with_option(case, "strides", draw(st.sampled_from(strides)), default=STRIDES[0])
+    case = with_option(case, "strides", chosen(draw, "strides", strides), default=STRIDES[0])
     return draw(completed(case, lenses))
 
 
@@ -66,6 +69,7 @@ def recomputed_cases(
     """Cases of `recomputed_block` that recompute by one of these methods, with dropout inside and
     outside of tensor-parallel regions more often than not. `every_layer` leaves out blocks of some
     layers only."""
+    concept = chosen(draw, CONCEPT, ("recomputed_block",))
     layout = draw(layouts(max_world_size=8))
     layers = draw(st.integers(1, 3))
     split = layout.tp if layout.sequence_parallel else 1
@@ -85,16 +89,16 @@ def recomputed_cases(
             words.append("distributed")
             shape["hidden"] *= layout.tp
     case = Case(
-        concept="recomputed_block",
+        concept=concept,
         layout=layout,
         shape=shape,
         options={"recompute": "-".join(words)},
     )
-    case = with_option(case, "dropout", draw(st.sampled_from((*_LIKELY, 0.0))), default=PROBABILITY)
-    case = with_option(
-        case, "inner_dropout", draw(st.sampled_from((0.0, 0.25, 0.0, 0.5))), default=0.0
-    )
-    case = with_option(case, "strides", draw(st.sampled_from(strides)), default=STRIDES[0])
+    outer = chosen(draw, "dropout", (*_LIKELY, 0.0))
+    case = with_option(case, "dropout", outer, default=PROBABILITY)
+    inner = chosen(draw, "inner_dropout", (0.0, 0.25, 0.0, 0.5))
+    case = with_option(case, "inner_dropout", inner, default=0.0)
+    case = with_option(case, "strides", chosen(draw, "strides", strides), default=STRIDES[0])
     return draw(completed(case, lenses))
 
 

@@ -14,6 +14,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from verify.case import LENSES, Case, Lens, Option
+from verify.coverage.steering import CONCEPT, chosen
 from verify.layout import DEFAULT_ORDER, Layout
 from verify.oracle.learning_rates import STYLES
 from verify.runner.limits import limits
@@ -72,20 +73,17 @@ def training_layouts(draw: st.DrawFn, *, experts: bool, max_world_size: int = 8)
     left = limits().world_size(max_world_size)
     sizes: dict[str, Any] = {}
     for axis, wanted in (("dp", (1, 2, 2, 3, 3, 4)), ("tp", (1, 1, 2, 3)), ("cp", (1, 1, 2, 3))):
-        sizes[axis] = draw(st.sampled_from([n for n in wanted if n <= left]))
+        sizes[axis] = chosen(draw, axis, [n for n in wanted if n <= left])
         left //= sizes[axis]
     if experts:
         stage = sizes["tp"] * sizes["cp"] * sizes["dp"]
-        etp = draw(
-            st.sampled_from(
-                [n for n in (sizes["tp"], *divisors(stage)) if n <= 2 or n == sizes["tp"]]
-            )
-        )
-        sizes["ep"] = draw(st.sampled_from([n for n in divisors(stage // etp) if n <= 4]))
+        tp = sizes["tp"]
+        etp = chosen(draw, "etp", [n for n in (tp, *divisors(stage)) if n <= 2 or n == tp])
+        sizes["ep"] = chosen(draw, "ep", [n for n in divisors(stage // etp) if n <= 4])
         sizes["etp"] = None if etp == sizes["tp"] else etp
     moved = st.permutations(("tp", "cp", "ep", "dp")).map(lambda axes: "-".join([*axes, "pp"]))
     order = draw(st.just(DEFAULT_ORDER) | moved)
-    return Layout(**sizes, order=order, sequence_parallel=draw(st.booleans()))
+    return Layout(**sizes, order=order, sequence_parallel=chosen(draw, "sp", (False, True)))
 
 
 @st.composite
@@ -98,6 +96,7 @@ def training_cases(
 ) -> Case:
     """Cases of `training_steps`. `options` names some and the values to draw; the others have their
     defaults."""
+    concept = chosen(draw, CONCEPT, ("training_steps",))
     routed = draw(st.sampled_from(list(experts)))
     layout = draw(training_layouts(experts=routed))
     cut = layout.cp * layout.tp
@@ -112,7 +111,7 @@ def training_cases(
     if routed:
         shape["experts"] = layout.ep * draw(st.integers(1, 2))
         shape["ffn"] *= layout.expert_tp
-    case = Case(concept="training_steps", layout=layout, shape=shape)
+    case = Case(concept=concept, layout=layout, shape=shape)
     case = draw(_with_options(case, options))
     return draw(completed(case, lenses))
 
@@ -120,8 +119,9 @@ def training_cases(
 @st.composite
 def rate_cases(draw: st.DrawFn) -> Case:
     """Cases of `learning_rates`, beyond their end."""
+    concept = chosen(draw, CONCEPT, ("learning_rates",))
     shape = {"steps": draw(st.integers(2, 10))}
-    case = Case(concept="learning_rates", layout=Layout(), shape=shape)
+    case = Case(concept=concept, layout=Layout(), shape=shape)
     return draw(completed(draw(_with_options(case, OPTIONS["learning_rates"])), ("fp64",)))
 
 
@@ -130,7 +130,7 @@ def _with_options(draw: st.DrawFn, case: Case, options: Choices) -> Case:
     """The case with options, which are checked together: a schedule alone has no end."""
     known = OPTIONS[case.concept]
     for name, values in options.items():
-        value = draw(st.sampled_from(list(values)))
+        value = chosen(draw, name, values)
         case = with_option(case, name, value, default=known[name][0])
     assume(contract_or_none(case) is not None)
     return case
