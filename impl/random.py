@@ -73,7 +73,7 @@ class RandomTracker:
         self, *, seed: int | None = None, device: torch.device | str | None = None
     ) -> None:
         self.device = torch.device("cpu" if device is None else device)
-        self._generator = _default_generator(self.device)
+        self._generator = default_generator(self.device)
         self._seeds: dict[str, int] = {}
         self._states: dict[str, Tensor] = {}
         self._current = DEFAULT
@@ -219,7 +219,8 @@ def stream_of(*axes: str) -> str:
     raise ValueError(f"axes: {', '.join(axes)}: activations are split over tp and cp only")
 
 
-def _default_generator(device: torch.device) -> torch.Generator:
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that torch's functions draw from on a device."""
     if device.type == "cpu":
         return torch.default_generator
     if device.type == "cuda":

@@ -24,7 +24,6 @@ fc1. Other algorithms of context parallelism take the place of the second line.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -34,8 +33,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 
-from impl.attention import Core, CoreAttention, SelfAttention
+from impl.attention import Core, SelfAttention
 from impl.context_parallel.attention import CAUSAL, context_attention
+from impl.context_parallel.dropout import ShareDropout
 from impl.context_parallel.mask import AttentionMask
 from impl.context_parallel.plan import ContextGroups
 from impl.context_parallel.zigzag import PackedSequences, Placement, positions
@@ -102,11 +102,10 @@ class TransformerLayer(Module):
     Collectives are those of the table above. Gradients of replicated parameters are completed by
     `impl.gradients.finish_sequence_parallel_gradients`, over tp, and those of all parameters by
     `sum_gradients`, over cp. Hidden states are dropped in the stream of the axes that they are
-    split over, shares of attention in that of tp, whose ranks have other heads.
+    split over, shares of attention in that of tp and cp, whose ranks have other heads or rows.
 
-    Attention without dropout is computed block by block (`impl.context_parallel`) and keeps no
-    shares; with `attention_dropout` it is `CoreAttention`, of whole sequences. ValueError for that
-    together with context parallelism or packed sequences, and as the parts raise it.
+    Attention is computed block by block (`impl.context_parallel`) and keeps no shares. ValueError
+    as the parts raise it.
     """
 
     def __init__(
@@ -132,7 +131,7 @@ class TransformerLayer(Module):
             heads=config.heads,
             groups=config.groups,
             head_size=config.head_size,
-            core=_Core(config, groups, tracker, made),
+            core=_Core(config, groups, tracker),
             query_norm=of_heads() if config.qk_norm else None,
             key_norm=of_heads() if config.qk_norm else None,
             bias=config.bias,
@@ -187,54 +186,22 @@ def _feed_forward(
 class _Core(Module):
     """Core attention as the configuration has it, computed again in backward if that says so."""
 
-    def __init__(
-        self, config: LayerConfig, groups: Groups, tracker: RandomTracker, made: dict[str, Any]
-    ) -> None:
+    def __init__(self, config: LayerConfig, groups: Groups, tracker: RandomTracker) -> None:
         super().__init__()
         self.tracker = tracker if config.recompute == "selective" else None
-        self.keeps_shares = config.attention_dropout > 0.0
-        if self.keeps_shares and dist.get_world_size(groups.cp) > 1:
-            raise ValueError(
-                f"attention_dropout: {config.attention_dropout} is not allowed with"
-                f" cp={dist.get_world_size(groups.cp)}, because no rank has whole rows of shares;"
-                " set it to 0, or cp to 1"
-            )
-        self.core: Core | CoreAttention = (
-            _with_dropout(config, groups, tracker, made)
-            if self.keeps_shares
-            else partial(
-                context_attention,
-                algorithm=config.algorithm,
-                groups=ContextGroups(cp=groups.cp, levels=groups.hcp),
-                placement=config.placement,
-                mask=config.mask,
-            )
+        self.core: Core = partial(
+            context_attention,
+            algorithm=config.algorithm,
+            groups=ContextGroups(cp=groups.cp, levels=groups.hcp),
+            placement=config.placement,
+            mask=config.mask,
         )
+        self.dropout = ShareDropout(config.attention_dropout, tracker.stream(stream_of("tp", "cp")))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, packed: PackedSequences | None) -> Tensor:
         """Of this rank's heads, [sequence, batch, heads, d]."""
-        if self.keeps_shares and packed is not None:
-            raise ValueError(
-                f"attention_dropout: it is not allowed with {len(packed.lengths)} packed sequences;"
-                " set it to 0"
-            )
-        core: Callable[..., Tensor] = (
-            self.core if self.keeps_shares else partial(self.core, packed=packed)
-        )
+        dropout = self.dropout if self.training else None
+        core = partial(self.core, packed=packed, dropout=dropout)
         if self.tracker is None:
             return core(q, k, v)
         return checkpoint(core, q, k, v, tracker=self.tracker)
-
-
-def _with_dropout(
-    config: LayerConfig, groups: Groups, tracker: RandomTracker, made: dict[str, Any]
-) -> CoreAttention:
-    return CoreAttention(
-        config.heads,
-        group=groups.tp,
-        causal=config.mask.kind != "full",
-        window=config.mask.window,
-        dropout=config.attention_dropout,
-        dropout_stream=tracker.stream(stream_of("tp")),
-        **made,
-    )

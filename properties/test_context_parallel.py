@@ -7,7 +7,8 @@ under zigzag placement all ranks compute equally many blocks, and whatever the p
 is masked in full; (5) a rank communicates and (6) keeps what the published formulas say; (7) large
 scores overflow nowhere; (8) the layout and (9) running twice change nothing; (10) what cannot be
 computed is refused; (11) a layer of attention under tp, sequence parallelism and cp together has
-the gradients of one device, and only the collectives of its parts.
+the gradients of one device, and only the collectives of its parts; (12) with dropout of shares
+the output and the gradients are those under the union of the masks, which differ on all ranks.
 """
 
 from __future__ import annotations
@@ -56,6 +57,13 @@ def test_hierarchical(check: CheckCase, case: Case) -> None:
 def test_packed_sequences(check: CheckCase, case: Case) -> None:
     """Law 2. Must catch: attention across sequences; to padding, or of it; one cut through all
     sequences together; lengths without padding where those with it belong."""
+    check("equivalence", case)
+
+
+@given(case=attention_cases(packed=(0, 0, 1, 2), dropout=0.25, strides=STRIDES))
+def test_dropout_of_shares(check: CheckCase, case: Case) -> None:
+    """Law 12. Must catch: shares that backward drops anew, or not at all; a row's total of what is
+    kept of it; a mask by where chunks lie in memory, or the same for every step of the ring."""
     check("equivalence", case)
 
 

@@ -32,11 +32,17 @@ def test_output_and_gradients(check: CheckCase, case: Case) -> None:
 
 
 @given(
-    case=layer_cases(dropout=DROPOUT, attention_dropout=(0.0, 0.25), recompute=("", *RECOMPUTED))
+    case=layer_cases(
+        dropout=DROPOUT,
+        attention_dropout=(0.0, 0.25),
+        recompute=("", *RECOMPUTED),
+        packed=(0, 0, 2),
+    )
 )
 def test_dropout(check: CheckCase, case: Case) -> None:
     """Law 2. Must catch: one stream for all ranks where sequence or context parallelism split the
-    tokens; a stream of tp where they do not; both dropouts of a layer alike."""
+    tokens; a stream of tp where they do not; both dropouts of a layer alike; shares of attention
+    that are dropped alike on ranks with other heads or other rows, or not at all over cp."""
     check("equivalence", case)
 
 
@@ -88,6 +94,5 @@ def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
 
 @given(case=refusable_layer_cases())
 def test_what_cannot_be_computed_is_refused(check: CheckCase, case: Case) -> None:
-    """Law 8. Must catch: dropout of shares that is left out under context parallelism; heads or
-    features that do not divide, left over."""
+    """Law 8. Must catch: heads or features that do not divide, left over."""
     check("refusal", case)

@@ -46,6 +46,8 @@ def _equivalent() -> Iterator[Case]:
     yield _attention(FOUR, algorithm="ulysses", sizes=few)
     yield _attention(mask="sliding_window", window=2, blocks=True, scale=1.0)
     yield _attention(magnitude=1024, zeros="grad out")
+    yield _attention(TWICE, algorithm="ring", dropout=0.25)
+    yield _attention(algorithm="ulysses", dropout=0.5)
 
 
 def _refused() -> Iterator[Case]:

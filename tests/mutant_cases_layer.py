@@ -80,7 +80,7 @@ def _layers() -> Iterator[tuple[str, Case]]:
     yield "recomputation", layer(SP2, sizes, **whole, recompute="full")
     yield "communication", layer(SPLIT, sizes, recompute="selective")
     yield "memory", layer(SPLIT, sizes, recompute="full")
-    yield "refusal", layer(SPLIT, sizes, attention_dropout=0.25)
+    yield "equivalence", layer(SPLIT, {**sizes, "batch": 4}, attention_dropout=0.5)
 
 
 def _losses() -> Iterator[tuple[str, Case]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from impl.context_parallel.attention import context_attention
+from impl.context_parallel.dropout import ShareDropout
 from impl.context_parallel.mask import AttentionMask
 from impl.context_parallel.plan import ContextGroups
 from impl.context_parallel.zigzag import PackedSequences, chunks_by_rank
@@ -49,6 +50,24 @@ def test_zigzag_gives_every_rank_the_same_number_of_blocks(cluster, algorithm):
         assert counted == [2 * size + 1] * size
         contiguous = cluster.run(_counted, algorithm, "contiguous", world_size=size)
         assert contiguous == list(range(1, size + 1))
+
+
+def _generator_moved(algorithm: str) -> tuple[bool, bool]:
+    """Whether forward and backward with dropout of shares leave it elsewhere than before them."""
+    torch.manual_seed(7 + dist.get_rank())
+    start = torch.get_rng_state()
+    q = torch.ones(4, B, HEADS, D, requires_grad=True)
+    given = {"algorithm": algorithm, "groups": ContextGroups(cp=dist.group.WORLD)}
+    out = context_attention(q, q, q, **given, dropout=ShareDropout(0.5))
+    between = torch.get_rng_state()
+    out.sum().backward()
+    return not torch.equal(start, between), not torch.equal(between, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("algorithm", ["all_gather", "ring", "ulysses"])
+def test_backward_draws_masks_again_and_leaves_the_generator_as_it_was(cluster, algorithm):
+    found = cluster.run(_generator_moved, algorithm, world_size=2)
+    assert found == [(True, False)] * 2
 
 
 def _written() -> list[bool]:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from impl.context_parallel.all_gather import all_gather_attention
+from impl.context_parallel.dropout import ShareDropout
 from impl.context_parallel.hierarchical import hierarchical_attention
 from impl.context_parallel.mask import AttentionMask
 from impl.context_parallel.plan import ContextGroups, OnBlock, Plan
@@ -46,6 +47,7 @@ def context_attention(
     mask: AttentionMask = CAUSAL,
     scale: float | None = None,
     packed: PackedSequences | None = None,
+    dropout: ShareDropout | None = None,
     on_block: OnBlock | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T, masked) v over the whole sequence, of which each rank has its chunks.
@@ -55,7 +57,8 @@ def context_attention(
     `placement` says: Shard(0), or ZigzagShard(0); with `packed`, so for each sequence, and a query
     attends within its sequence. Padding takes no part: its output and its gradients are 0. `scale`
     is 1 / sqrt(d) unless given. Over a tensor-parallel group heads may be Shard(2): each rank calls
-    this with its own. Sums are in float32 for dtypes narrower than that.
+    this with its own. Sums are in float32 for dtypes narrower than that. `dropout` is of the shares
+    of the softmax, which none keeps for backward.
 
     Blocks in which nothing is attended to are not computed; `on_block` is told of the others.
     Collectives are those of the algorithm. Raises ValueError before any for shapes that do not fit
@@ -78,6 +81,7 @@ def context_attention(
         chunks=chunks,
         mask=mask,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        dropout=dropout,
         on_block=on_block,
     )
     # Copies of parts of a fused tensor, which is then not kept for backward.

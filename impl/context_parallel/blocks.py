@@ -62,12 +62,22 @@ class Rows:
         return self.weighted / _nonzero(self.total)[..., None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, allowed: Tensor | None) -> Rows:
-    """The rows of a block. `allowed` is bool [s, t], None for all."""
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    allowed: Tensor | None,
+    kept: Tensor | None = None,
+) -> Rows:
+    """The rows of a block. `allowed` is bool [s, t], None for all. `kept` [s, b, heads, t], by what
+    dropout multiplies shares, does so to what is weighted, and leaves the totals alone."""
     scores = _scores(q, k, scale=scale, allowed=allowed)
     peak = scores.amax(-1)
     weights = torch.exp(scores - _finite(peak)[..., None])
-    weighted = einsum("sbgrt,tbgd->sbgrd", weights, v.to(weights.dtype))
+    left = weights if kept is None else weights * _grouped(kept, k.shape[2])
+    weighted = einsum("sbgrt,tbgd->sbgrd", left, v.to(weights.dtype))
     return Rows(*(x.flatten(2, 3) for x in (weighted, peak, weights.sum(-1))))
 
 
@@ -82,11 +92,13 @@ def attend_backward(
     delta: Tensor,
     scale: float,
     allowed: Tensor | None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a block adds to the gradients of q, k and v, in the accumulation dtype.
 
     `peak`, `total` and `delta` [s, b, heads] are of whole rows; delta is the sum of gradient * out
-    over d, which is what the softmax's own gradient subtracts (arXiv:2205.14135, appendix B.4).
+    over d, which is what the softmax's own gradient subtracts (arXiv:2205.14135, appendix B.4), as
+    much with dropout: `kept` is what `attend` was given.
     """
     kv_heads = k.shape[2]
     peak, total, delta = (
@@ -94,8 +106,12 @@ def attend_backward(
     )
     weights = torch.exp(_scores(q, k, scale=scale, allowed=allowed) - peak) / total
     given = _grouped(gradient.to(weights.dtype), kv_heads)
-    dv = einsum("sbgrt,sbgrd->tbgd", weights, given)
     of_weights = einsum("sbgrd,tbgd->sbgrt", given, v.to(weights.dtype))
+    left = weights
+    if kept is not None:
+        by = _grouped(kept, kv_heads)
+        left, of_weights = weights * by, of_weights * by
+    dv = einsum("sbgrt,sbgrd->tbgd", left, given)
     of_scores = weights * (of_weights - delta) * scale
     dq = einsum("sbgrt,tbgd->sbgrd", of_scores, k.to(weights.dtype))
     dk = einsum("sbgrt,sbgrd->tbgd", of_scores, _grouped(q.to(weights.dtype), kv_heads))

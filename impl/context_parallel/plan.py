@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from impl.context_parallel.dropout import KeptShares, ShareDropout
 from impl.context_parallel.mask import AttentionMask
 from impl.context_parallel.zigzag import Chunk, Chunks, side_by_side
 
@@ -31,18 +33,35 @@ class ContextGroups:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """`chunks` has, for each rank of `groups.cp`, what it holds of the sequence; `scale` multiplies
-    the scores before the softmax."""
+    the scores before the softmax; `dropout` is of what comes of it."""
 
     groups: ContextGroups
     chunks: tuple[Chunks, ...]
     mask: AttentionMask
     scale: float
+    dropout: ShareDropout | None = None
     on_block: OnBlock | None = None
 
     def together(self, size: int) -> tuple[Chunks, ...]:
         """The chunks of every `size` neighbours in one tensor, in the order of their ranks."""
         neighbours = (self.chunks[i : i + size] for i in range(0, len(self.chunks), size))
         return tuple(side_by_side([*chain.from_iterable(each)]) for each in neighbours)
+
+    def kept_shares(
+        self, q: Tensor, queries: Chunks, *, state: Tensor | None = None
+    ) -> KeptShares | None:
+        """What is kept of the shares of `q` [s, b, heads, d] that lie as `queries`; None for all.
+        With `state` it is what was kept when the generator was there."""
+        if self.dropout is None or self.dropout.p == 0.0:
+            return None
+        return KeptShares(
+            self.dropout,
+            (q.shape[1], q.shape[2]),
+            queries=queries,
+            keys=tuple(chain.from_iterable(self.chunks)),
+            device=q.device,
+            state=state,
+        )
 
     def require_heads(self, *, heads: int, kv_heads: int, group: ProcessGroup, name: str) -> None:
         """ValueError where the heads of this rank cannot be shared out to the ranks of a group."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from impl.context_parallel.blocks import Rows, attend, attend_backward
+from impl.context_parallel.dropout import KeptShares
 from impl.context_parallel.plan import Plan
 from impl.context_parallel.zigzag import Chunk, Chunks
 
@@ -18,6 +19,7 @@ class ForwardSweep:
 
     def __init__(self, q: Tensor, *, chunks: Chunks, value_dim: int, plan: Plan) -> None:
         self._q, self._chunks, self._plan = q, chunks, plan
+        self._kept = plan.kept_shares(q, chunks)
         self.rows = Rows.without_keys(q, value_dim=value_dim)
 
     def show(self, k: Tensor, v: Tensor, chunks: Chunks) -> None:
@@ -29,6 +31,7 @@ class ForwardSweep:
                 v[theirs.rows],
                 scale=self._plan.scale,
                 allowed=self._plan.mask.allowed(mine, theirs, device=k.device),
+                kept=_of_block(self._kept, mine, theirs, self.rows.total.dtype),
             )
             self.rows.merge(mine.rows, block)
             if self._plan.on_block is not None:
@@ -39,6 +42,7 @@ class ForwardSweep:
         out = self.rows.out.to(self._q.dtype)
         ctx.save_for_backward(self._q, k, v, out, self.rows.peak, self.rows.total)
         ctx.queries, ctx.plan = self._chunks, self._plan
+        ctx.random_state = None if self._kept is None else self._kept.state
         return out
 
 
@@ -50,6 +54,7 @@ class BackwardSweep:
         self._q, self.k, self.v, out, self._peak, self._total = ctx.saved_tensors
         self._gradient, self._chunks, self._plan = gradient, ctx.queries, ctx.plan
         self._dtype = self._total.dtype
+        self._kept = self._plan.kept_shares(self._q, self._chunks, state=ctx.random_state)
         self._delta = (gradient.to(self._dtype) * out.to(self._dtype)).sum(-1)
         self.dq = torch.zeros_like(self._q, dtype=self._dtype)
 
@@ -67,6 +72,7 @@ class BackwardSweep:
                 delta=self._delta[mine.rows],
                 scale=self._plan.scale,
                 allowed=self._plan.mask.allowed(mine, theirs, device=k.device),
+                kept=_of_block(self._kept, mine, theirs, self._dtype),
             )
             self.dq[mine.rows] += of_q
             dk[theirs.rows] += of_k
@@ -76,6 +82,12 @@ class BackwardSweep:
     def gradients(self, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Those of q, k and v in their dtypes."""
         return self.dq.to(self._q.dtype), dk.to(self.k.dtype), dv.to(self.v.dtype)
+
+
+def _of_block(
+    kept: KeptShares | None, queries: Chunk, keys: Chunk, dtype: torch.dtype
+) -> Tensor | None:
+    return None if kept is None else kept.scale(queries, keys, dtype=dtype)
 
 
 def _blocks(plan: Plan, queries: Chunks, keys: Chunks) -> Iterator[tuple[Chunk, Chunk]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from math import log2
 from typing import Any
@@ -120,10 +121,36 @@ class Masks:
                 spec.shape,
                 {rank: self._by_name(rank)[name] for rank in members},
                 spec.placements,
-                self.ranks.sizes,
-                {rank: self.ranks.coordinates[rank] for rank in members},
+                self._sizes,
+                {rank: self._coordinates[rank] for rank in members},
             )
         return found
+
+    @cached_property
+    def _sizes(self) -> Mapping[str, int]:
+        """Of every axis, and of the levels of cp."""
+        levels = self.ranks.layout.hierarchical_cp or ()
+        return {**self.ranks.sizes, **{f"hcp_{i}": size for i, size in enumerate(levels)}}
+
+    @cached_property
+    def _coordinates(self) -> list[Mapping[str, int]]:
+        """Of every rank on these, the first level of cp the innermost."""
+        found: list[Mapping[str, int]] = []
+        for each in self.ranks.coordinates:
+            left, levels = each.get("cp", 0), {}
+            for i, size in enumerate(self.ranks.layout.hierarchical_cp or ()):
+                left, levels[f"hcp_{i}"] = divmod(left, size)
+            found.append({**each, **levels})
+        return found
+
+    def _alike(self, spec: Mask, members: Sequence[int]) -> list[tuple[int, ...]]:
+        """The sets of ranks that hold copies."""
+        split = [axis for axis, placement in spec.placements.items() if isinstance(placement, Cut)]
+        found: dict[tuple[int, ...], tuple[int, ...]] = {}
+        for rank in members:
+            key = tuple(self._coordinates[rank][axis] for axis in split)
+            found[key] = (*found.get(key, ()), rank)
+        return list(found.values())
 
     def _by_name(self, rank: int) -> dict[str, Tensor]:
         """The masks of a rank, where none is misshapen."""
@@ -137,7 +164,7 @@ class Masks:
         return all(self.ranks.coordinates[rank][axis] == at for axis, at in spec.at.items())
 
     def _of(self, name: str, spec: Mask, members: Sequence[int]) -> list[Divergence]:
-        together = self.ranks.alike(spec.placements, members)
+        together = self._alike(spec, members)
         for ranks in together:
             first = self._by_name(ranks[0])[name]
             for rank in ranks[1:]:
@@ -173,7 +200,7 @@ class Masks:
 
     def _apart(self, rank: int, other: int, spec: Mask) -> bool:
         """Whether two ranks have parts that may not be dropped alike."""
-        one, two = self.ranks.coordinates[rank], self.ranks.coordinates[other]
+        one, two = self._coordinates[rank], self._coordinates[other]
         return any(one[axis] != two[axis] for axis in spec.placements if axis not in spec.alike)
 
     def _divergence(self, name: str, rank: int, text: str) -> Divergence:
@@ -189,7 +216,7 @@ class Masks:
 
     def _cut(self, full: Tensor, placements: Placements, rank: int) -> Tensor:
         split = {a: p for a, p in placements.items() if isinstance(p, Cut)}
-        return shard(full, split, self.ranks.sizes, self.ranks.coordinates[rank])
+        return shard(full, split, self._sizes, self._coordinates[rank])
 
 
 def _telling(mask: Tensor, p: float) -> bool:

@@ -10,6 +10,7 @@ from verify.mutants import (
     attention,
     context,
     context_algorithms,
+    context_dropout,
     data_parallel,
     embedding,
     experts,
@@ -66,6 +67,7 @@ CATALOGUE: Mapping[str, Mapping[str, Mutant]] = {
         attention.MUTANTS,
         context.MUTANTS,
         context_algorithms.MUTANTS,
+        context_dropout.MUTANTS,
         latent_attention.MUTANTS,
     )
 }

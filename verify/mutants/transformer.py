@@ -13,6 +13,7 @@ _mutant = partial(
 _SECOND = "return self._add(self.mlp(self.mlp_norm(h)), h)"
 _STREAM = 'self._stream = tracker.stream(stream_of(*["tp"] * parallel, "cp"))'
 _ROTATION = "return self.config.rotary.rotation(where, dtype=x.dtype)"
+_OF_SHARES = 'tracker.stream(stream_of("tp", "cp"))'
 _CORE = "return checkpoint(core, q, k, v, tracker=self.tracker)"
 
 MUTANTS = (
@@ -96,8 +97,8 @@ MUTANTS = (
     _mutant(
         name="layer-packed-attends-as-one",
         wrong="The layer does not tell attention that sequences are packed.",
-        snippet="self.core if self.keeps_shares else partial(self.core, packed=packed)",
-        replacement="self.core",
+        snippet="partial(self.core, packed=packed, dropout=dropout)",
+        replacement="partial(self.core, dropout=dropout)",
     ),
     _mutant(
         name="layer-dropout-alike-over-cp",
@@ -120,8 +121,8 @@ MUTANTS = (
     _mutant(
         name="layer-shares-dropped-alike",
         wrong="Different heads on ranks of a tensor-parallel group are dropped alike.",
-        snippet='dropout_stream=tracker.stream(stream_of("tp")),',
-        replacement="dropout_stream=tracker.stream(stream_of()),",
+        snippet=_OF_SHARES,
+        replacement='tracker.stream(stream_of("cp"))',
     ),
     _mutant(
         name="layer-drops-the-residual",
@@ -173,16 +174,16 @@ MUTANTS = (
     _mutant(
         name="layer-no-shares-to-drop",
         wrong="Dropout of attention under context parallelism is accepted and left out.",
-        snippet="self.keeps_shares = config.attention_dropout > 0.0\n",
+        snippet="dropout = self.dropout if self.training else None",
         replacement=(
-            "self.keeps_shares = config.attention_dropout > 0.0\n"
-            "        self.keeps_shares &= dist.get_world_size(groups.cp) == 1\n"
+            'alone = self.core.keywords["groups"].cp.size() == 1\n'
+            "        dropout = self.dropout if self.training and alone else None"
         ),
     ),
     _mutant(
-        name="layer-window-without-context-parallelism",
-        wrong="With dropout of attention the window is forgotten.",
-        snippet="window=config.mask.window,",
-        replacement="window=None,",
+        name="layer-shares-dropped-alike-over-cp",
+        wrong="Different rows on ranks of a context-parallel group are dropped alike.",
+        snippet=_OF_SHARES,
+        replacement='tracker.stream(stream_of("tp"))',
     ),
 )

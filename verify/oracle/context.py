@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from verify.case import Case
 from verify.errors import BadArgument
 from verify.oracle.context_costs import ALGORITHMS, Costs, Volume
-from verify.oracle.contract import Contract, Tensors, TensorSpec
+from verify.oracle.contract import Contract, Mask, Tensors, TensorSpec
 from verify.oracle.terms import (
     exclude,
     known_options,
@@ -30,12 +31,12 @@ from verify.oracle.terms import (
     switches,
     whole_number,
 )
-from verify.placement import Partial, Placements, Replicate, Shard, ZigzagShard, pieces
+from verify.placement import Partial, Placement, Placements, Replicate, Shard, ZigzagShard, pieces
 
 PLACEMENTS = ("zigzag", "contiguous")
 MASKS = ("causal", "full", "sliding_window")
-Mask = tuple[str, int | None]
-OPTIONS = ("algorithm", "placement", "mask", "window", "scale", "packed", "blocks")
+Pattern = tuple[str, int | None]
+OPTIONS = ("algorithm", "placement", "mask", "window", "scale", "dropout", "packed", "blocks")
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,11 @@ def context_attention(case: Case) -> Contract:
     and so are their gradients.
 
     Options: algorithm; placement; mask causal, full or sliding_window with its window; scale (1 /
-    sqrt(head_dim)); packed, a number of sequences, each cut by itself, with padding at its end,
-    whose lengths are the inputs cu_seqlens and cu_seqlens_padded; blocks: the output `blocks` is
-    the number of blocks that a rank computes, chunks of queries that it attends with times chunks
-    of keys, those without an allowed pair left out: equal on all ranks where the law of zigzag says
-    so, else one number for each rank of cp.
+    sqrt(head_dim)); dropout of shares; packed, a number of sequences, each cut by itself, with
+    padding at its end, whose lengths are the inputs cu_seqlens and cu_seqlens_padded; blocks: the
+    output `blocks` is the number of blocks that a rank computes, chunks of queries that it attends
+    with times chunks of keys, those without an allowed pair left out: equal on all ranks where the
+    law of zigzag says so, else one number for each rank of cp.
 
     Raises BadArgument for an algorithm that cannot share out the heads, or lacks its levels.
     """
@@ -130,13 +131,15 @@ def context_attention(case: Case) -> Contract:
     sequences = sequences_of(case, sequence, placement)
     cut, allowed = sequences.cut(placement), sequences.allowed(*mask)
     scale = number(case, "scale", least=0.0)
+    dropout = number(case, "dropout", least=0.0, below=1.0) or 0.0
     costs = attention_costs(case, Volume(sequence, batch, heads, kv_heads, dim, value_dim))
     counted = switches(case, {"blocks": False})["blocks"]
     balanced = placement == "zigzag" and not sequences.packed and mask[0] != "sliding_window"
     placed: Placements = {"cp": cut, "tp": Shard(2)}
 
     def reference(inputs: Tensors, parameters: Tensors) -> Tensors:
-        out = plain_attention(*(inputs[name] for name in "qkv"), allowed=allowed, scale=scale)
+        given: dict[str, Any] = {"scale": scale, "kept": inputs.get("shares"), "dropout": dropout}
+        out = plain_attention(*(inputs[name] for name in "qkv"), allowed=allowed, **given)
         if not counted:
             return {"out": out}
         blocks = _blocks(allowed, cut, case.layout.cp, costs.together)
@@ -159,6 +162,7 @@ def context_attention(case: Case) -> Contract:
         outputs=outputs,
         reference=reference,
         axes=("tp", "cp"),
+        masks={"shares": dropout_of_shares(case, heads, cut, dropout)} if dropout else {},
         forward=costs.forward,
         backward=costs.backward,
         finish=(),
@@ -167,16 +171,41 @@ def context_attention(case: Case) -> Contract:
 
 
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, allowed: Tensor, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    allowed: Tensor,
+    scale: float | None,
+    kept: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """[sequence, batch, heads, ...] on one device. Zeros for a query without an allowed key."""
+    """[sequence, batch, heads, ...] on one device. Zeros for a query without an allowed key. `kept`
+    [batch, heads, queries, keys] is the mask of a dropout of shares."""
     repeats = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.einsum("sbhd,tbhd->bhst", q, k) * factor
     idle = ~allowed.any(-1, keepdim=True)
     shares = torch.softmax(scores.masked_fill(~(allowed | idle), -torch.inf), -1)
-    return torch.einsum("bhst,tbhd->sbhd", shares * ~idle, v)
+    shares = shares * ~idle if kept is None else shares * ~idle * kept / (1 - dropout)
+    return torch.einsum("bhst,tbhd->sbhd", shares, v)
+
+
+def dropout_of_shares(case: Case, heads: int, cut: Shard | ZigzagShard, p: float) -> Mask:
+    """The dropout of the shares [batch, heads, sequence, sequence] of an attention whose sequence
+    lies over cp as `cut` says. Every rank has rows of its own: of its queries or, where heads were
+    exchanged, of its part of the heads, and draws for all keys."""
+    placed: dict[str, Placement] = {"tp": Shard(1)}
+    algorithm = one_of(case, "algorithm", tuple(ALGORITHMS))
+    if algorithm == "ulysses":
+        placed["cp"] = Shard(1)
+    elif algorithm == "hierarchical" and case.layout.cp > 1:
+        placed |= {"hcp_0": Shard(1), "hcp_1": replace(cut, dim=2)}
+    else:
+        placed["cp"] = replace(cut, dim=2)
+    sequence, batch = case.shape["sequence"], case.shape["batch"]
+    return Mask((batch, heads, sequence, sequence), placed, p)
 
 
 def cancelling_terms(case: Case, dim: int, value_dim: int, scale: float | None) -> float:
@@ -228,7 +257,7 @@ def attention_costs(case: Case, volume: Volume) -> Costs:
     return costs
 
 
-def attention_mask(case: Case) -> Mask:
+def attention_mask(case: Case) -> Pattern:
     """The options mask and window, which go together."""
     mask, window = one_of(case, "mask", MASKS), whole_number(case, "window", least=1)
     if (window is not None) != (mask == "sliding_window"):
@@ -236,7 +265,7 @@ def attention_mask(case: Case) -> Mask:
     return mask, window
 
 
-def whole_sequence(case: Case, length: int, mask: Mask) -> tuple[Shard | ZigzagShard, Tensor]:
+def whole_sequence(case: Case, length: int, mask: Pattern) -> tuple[Shard | ZigzagShard, Tensor]:
     """How one sequence lies over cp, by option placement, and which place attends to which."""
     whole = Sequences((length,), (length,), False)
     return whole.cut(one_of(case, "placement", PLACEMENTS)), whole.allowed(*mask)

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from verify.case import Case
-from verify.oracle.attention import Scoring, attend, check_groups
+from verify.oracle.attention import check_groups
 from verify.oracle.context import (
     PLACEMENTS,
     Sequences,
     attention_costs,
     attention_mask,
+    dropout_of_shares,
     plain_attention,
     sequences_of,
 )
@@ -88,11 +89,9 @@ class Layer:
             recompute=one_of(case, "recompute", RECOMPUTED),
             **switches(case, names),
         )
-        dim, dropout = found.rotary_dim, found.attention_dropout
+        dim = found.rotary_dim
         if dim is not None and (dim % 2 or dim > case.shape["head_size"]):
             exclude(case, "rotary_dim", dim, why="it is odd or exceeds head_size")
-        if dropout and (case.layout.cp > 1 or case.options.get("packed")):
-            exclude(case, "attention_dropout", dropout, why="no rank has whole rows of shares")
         return found
 
     @property
@@ -147,8 +146,7 @@ def transformer_layer(case: Case) -> Contract:
 
     Communicates and keeps what its parts do; in backward once more what is computed again.
 
-    Raises BadArgument as the parts do, and for attention_dropout of sequences that are split or
-    packed.
+    Raises BadArgument as the parts do.
     """
     layer = Layer.of(case)
     sequence, batch, hidden = shape = (
@@ -166,7 +164,7 @@ def transformer_layer(case: Case) -> Contract:
     placed: Placements = {"cp": sequences.cut(placement), "tp": over_tp}
     masks = {}
     if p := layer.attention_dropout:
-        masks["shares"] = Mask((batch, heads, sequence, sequence), {"tp": Shard(1)}, p)
+        masks["shares"] = dropout_of_shares(case, heads, sequences.cut(placement), p)
     if p := layer.hidden_dropout:
         masks |= {name: Mask(shape, placed, p) for name in ("attended", "fed")}
     spec, rows = TensorSpec(shape, placed, placed), (heads + 2 * groups) * size
@@ -226,12 +224,10 @@ def attention_of(
             rotated(each, where, dim=dim, base=BASE, interleaved=layer.interleaved)
             for each in (q, k)
         )
-    if layer.attention_dropout:
-        kind, window = mask
-        given = Scoring(kind != "full", window, False, False, False, None, layer.attention_dropout)
-        out = attend(q, k, v, given, kept=inputs.get("shares"))
-    else:
-        out = plain_attention(q, k, v, allowed=sequences.allowed(*mask), scale=None)
+    allowed, p = sequences.allowed(*mask), layer.attention_dropout
+    out = plain_attention(
+        q, k, v, allowed=allowed, scale=None, kept=inputs.get("shares"), dropout=p
+    )
     weight, bias = parameters["attention.proj.weight"], parameters.get("attention.proj.bias")
     return F.linear(out.flatten(2), weight, bias)
 
@@ -277,7 +273,7 @@ def _kept(layer: Layer, costs: Costs, elements: int) -> int | None:
     part = elements // (layout.cp * (layout.tp if layout.sequence_parallel else 1))
     if layer.recompute == "full":
         return part
-    if layer.hidden_dropout or layer.attention_dropout or layer.qk_norm:
+    if layer.hidden_dropout or layer.qk_norm:
         return None
     if case.shape["groups"] < layout.tp:
         return None

@@ -8,11 +8,12 @@ several chunks a stage, pp of them through the first chunk, then through the nex
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate
 
 from torch import Tensor
 
-from verify.oracle.context import PLACEMENTS
+from verify.oracle.context import PLACEMENTS, dropout_of_shares
 from verify.oracle.contract import Mask, Tensors
 from verify.oracle.gpt.model import Model
 from verify.oracle.terms import one_of
@@ -59,8 +60,9 @@ def _of_chunk(model: Model, place: int) -> Iterator[tuple[str, Mask]]:
     hidden = Mask(
         (sequence, batch, case.shape["hidden"]), placed, layer.hidden_dropout, at, ("dp",)
     )
-    heads = (batch, case.shape["heads"], sequence, sequence)
-    shares = Mask(heads, {"tp": Shard(1), "dp": Shard(0)}, layer.attention_dropout, at, ("dp",))
+    shares = dropout_of_shares(case, case.shape["heads"], cut, layer.attention_dropout)
+    placed = {**shares.placements, "dp": Shard(0)}
+    shares = replace(shares, placements=placed, at=at, alike=("dp",))
     if place == 0 and layer.hidden_dropout:
         yield "embedding", hidden
     ends = (0, *accumulate(model.counts))

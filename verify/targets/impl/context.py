@@ -11,12 +11,15 @@ from torch import Tensor
 
 from impl.attention import SelfAttention
 from impl.context_parallel.attention import context_attention as attention
+from impl.context_parallel.dropout import ShareDropout
 from impl.context_parallel.mask import AttentionMask
 from impl.context_parallel.plan import ContextGroups
 from impl.context_parallel.zigzag import Chunk, PackedSequences, positions, split_sequence
 from impl.gradients import sum_gradients
 from impl.groups import Groups
+from impl.random import stream_of
 from verify.case import Case
+from verify.targets.impl.dropout import tracker_of
 from verify.targets.impl.subject import (
     Builder,
     ModuleSubject,
@@ -34,6 +37,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
         "mask",
         "window",
         "scale",
+        "dropout",
         "packed",
         "blocks",
     ),
@@ -71,6 +75,9 @@ def context_split(case: Case, groups: Groups) -> OperationSubject:
 def context_attention(case: Case, groups: Groups) -> OperationSubject:
     """`context_attention`; with option blocks also how many blocks it computed."""
     given, scale = attention_arguments(case, groups), case.options.get("scale")
+    tracker = tracker_of(case.layout, seed=case.seed)
+    stream = tracker.stream(stream_of("tp", "cp"))
+    dropout = ShareDropout(float(case.options.get("dropout") or 0.0), stream)
 
     def call(inputs: Tensors) -> Tensors:
         blocks: list[tuple[Chunk, Chunk]] = []
@@ -81,6 +88,7 @@ def context_attention(case: Case, groups: Groups) -> OperationSubject:
             **given,
             scale=None if scale is None else float(scale),
             packed=packed_of(inputs),
+            dropout=dropout,
             on_block=lambda q, k: blocks.append((q, k)),
         )
         counted = {"blocks": torch.tensor([len(blocks)])} if case.options.get("blocks") else {}
