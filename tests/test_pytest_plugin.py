@@ -120,7 +120,7 @@ def test_a_right_target_passes(properties, pytester):
     document = report(pytester)
     assert (document["verdict"], document["opens_gate"]) == ("passed", True)
     assert document["finished"]
-    assert document["cluster"] == {"name": "sim", "max_world_size": 4}
+    assert document["cluster"] == {"name": "sim", "device": None, "max_world_size": 4}
     found = row(pytester, "fake.equivalence")
     assert found["examples"] == document["coverage"]["examples"] == 7
     assert found["layouts"] == len(document["coverage"]["layouts"]) >= 2

@@ -60,19 +60,23 @@ class Recorded:
         self._interrupt = interrupt
         self._holder: Any = item
         self._name = "obj"
+        self._drawn: set[str] = set()
         if is_hypothesis_test(item.obj):
             self._holder, self._name = item.obj.hypothesis, "inner_test"  # type: ignore[attr-defined]
+            self._drawn = set(item.obj.hypothesis._given_kwargs)  # type: ignore[attr-defined]
         self._inner = getattr(self._holder, self._name)
         self._recorder = recorder
         self._steered = steered(recorder.steering)
 
     def __enter__(self) -> None:
         inner, recorder, interrupt = self._inner, self._recorder, self._interrupt
+        drawn = self._drawn
 
         @functools.wraps(inner)
         def example(*args: Any, **kwargs: Any) -> Any:
             interrupt.check()
-            with recorder.example(kwargs):
+            # Without the fixtures.
+            with recorder.example({name: kwargs[name] for name in kwargs if name in drawn}):
                 return inner(*args, **kwargs)
 
         setattr(self._holder, self._name, example)
