@@ -17,6 +17,7 @@ from verify.case import Case
 from verify.runner.examiner import CheckCase
 from verify.strategies.attention import CERTAIN, attention_cases, refusable_attention_cases
 from verify.strategies.cases import STRIDES, Choices
+from verify.strategies.dropouts import telling
 
 BOTH = ("core_attention", "self_attention")
 PLAIN: Choices = {
@@ -66,7 +67,7 @@ def test_scores_of_any_size(check: CheckCase, case: Case) -> None:
     check("equivalence", case)
 
 
-@given(case=attention_cases(*BOTH, options=DROPPED))
+@given(case=telling(attention_cases(*BOTH, options=DROPPED)))
 def test_dropout_of_shares(check: CheckCase, case: Case) -> None:
     """Law 4. Must catch: ranks that draw from one stream, and so drop alike in different heads; a
     dropout before the softmax, or of the output; no scaling by the rate."""

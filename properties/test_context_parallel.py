@@ -20,6 +20,7 @@ from verify.runner.examiner import CheckCase
 from verify.strategies.cases import STRIDES
 from verify.strategies.context import attention_cases, block_cases, split_cases
 from verify.strategies.context_refusals import refusable_cases
+from verify.strategies.dropouts import telling
 
 PACKED = (1, 2, 3)
 
@@ -60,7 +61,7 @@ def test_packed_sequences(check: CheckCase, case: Case) -> None:
     check("equivalence", case)
 
 
-@given(case=attention_cases(packed=(0, 0, 1, 2), dropout=0.25, strides=STRIDES))
+@given(case=telling(attention_cases(packed=(0, 0, 1, 2), dropout=0.25, strides=STRIDES)))
 def test_dropout_of_shares(check: CheckCase, case: Case) -> None:
     """Law 12. Must catch: shares that backward drops anew, or not at all; a row's total of what is
     kept of it; a mask by where chunks lie in memory, or the same for every step of the ring."""

@@ -17,6 +17,7 @@ from hypothesis import given
 from verify.case import Case
 from verify.runner.examiner import CheckCase
 from verify.strategies.cases import STRIDES
+from verify.strategies.dropouts import telling
 from verify.strategies.layer import layer_cases, refusable_layer_cases
 
 DROPOUT = (0.25, 0.1, 0.0)
@@ -32,11 +33,13 @@ def test_output_and_gradients(check: CheckCase, case: Case) -> None:
 
 
 @given(
-    case=layer_cases(
-        dropout=DROPOUT,
-        attention_dropout=(0.0, 0.25),
-        recompute=("", *RECOMPUTED),
-        packed=(0, 0, 2),
+    case=telling(
+        layer_cases(
+            dropout=DROPOUT,
+            attention_dropout=(0.0, 0.25),
+            recompute=("", *RECOMPUTED),
+            packed=(0, 0, 2),
+        )
     )
 )
 def test_dropout(check: CheckCase, case: Case) -> None:

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
-from math import log2
+from math import ceil, log2
 from typing import Any
 
 import torch
@@ -128,9 +127,7 @@ class Masks:
 
     @cached_property
     def _sizes(self) -> Mapping[str, int]:
-        """Of every axis, and of the levels of cp."""
-        levels = self.ranks.layout.hierarchical_cp or ()
-        return {**self.ranks.sizes, **{f"hcp_{i}": size for i, size in enumerate(levels)}}
+        return sizes_of(self.ranks)
 
     @cached_property
     def _coordinates(self) -> list[Mapping[str, int]]:
@@ -175,7 +172,7 @@ class Masks:
         for i, (rank, mask) in enumerate(parts):
             for other, theirs in parts[:i]:
                 apart = self._apart(rank, other, spec)
-                if apart and _telling(mask, spec.p) and torch.equal(mask, theirs):
+                if apart and mask.numel() >= enough(spec.p) and torch.equal(mask, theirs):
                     text = f"drops the same elements as on rank {other}, which holds another part"
                     return [self._divergence(name, rank, text)]
         kept = sum(int(mask.sum()) for _, mask in parts)
@@ -187,15 +184,22 @@ class Masks:
         return []
 
     def _repeated(self) -> list[Divergence]:
-        """Dropouts of one rank that drop the same elements as an earlier one."""
+        """Dropouts that drop the same elements as another one of their replica, which may be on
+        another rank, of another stage for one."""
         found = []
-        for rank in range(len(self.found)):
-            for (earlier, one), (name, other) in combinations(self._by_name(rank).items(), 2):
-                spec = self.contract.masks[name]
-                same = self.contract.masks[earlier].p == spec.p and torch.equal(one, other)
-                if same and _telling(one, spec.p):
-                    text = f"drops the same elements as the dropout {earlier} before it"
-                    found.append(self._divergence(name, rank, text))
+        for members in self.ranks.replicas.values():
+            seen: dict[tuple[float, tuple[int, ...], bytes], tuple[int, str]] = {}
+            for rank in members:
+                for name, mask in self._by_name(rank).items():
+                    p = self.contract.masks[name].p
+                    if mask.numel() < enough(p):
+                        continue
+                    bits = mask.contiguous().numpy().tobytes()
+                    place, other = seen.setdefault((p, tuple(mask.shape), bits), (rank, name))
+                    if other != name:
+                        where = "before it" if place == rank else f"on rank {place}"
+                        text = f"drops the same elements as the dropout {other} {where}"
+                        found.append(self._divergence(name, rank, text))
         return found
 
     def _apart(self, rank: int, other: int, spec: Mask) -> bool:
@@ -219,7 +223,12 @@ class Masks:
         return shard(full, split, self._sizes, self._coordinates[rank])
 
 
-def _telling(mask: Tensor, p: float) -> bool:
-    """Whether a mask is large enough for two of its kind not to agree by chance."""
-    agree = p * p + (1 - p) * (1 - p)
-    return -mask.numel() * log2(agree) >= _COINCIDENCE_BITS
+def sizes_of(ranks: RankMap) -> Mapping[str, int]:
+    """The sizes of what a mask may be split over: every axis, and cp's levels, hcp_0 and on."""
+    levels = ranks.layout.hierarchical_cp or ()
+    return {**ranks.sizes, **{f"hcp_{i}": size for i, size in enumerate(levels)}}
+
+
+def enough(p: float) -> int:
+    """How many elements two masks have that do not agree by chance."""
+    return ceil(_COINCIDENCE_BITS / -log2(p * p + (1 - p) * (1 - p)))
