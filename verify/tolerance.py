@@ -120,24 +120,39 @@ class Tolerance:
         deviations: list[Tensor],
     ) -> Excess | None:
         """The worst row that is too far off, or else the whole tensor if that is."""
-        roundoff = torch.finfo(dtype_of(self.reference.case)).eps / 2
-        multiple = self.slack * MULTIPLES[self.reference.case.lens]
-        wrong, right = _rows(difference), _rows(expected)
-        width = right.shape[1]
-        least = max(self._rms_of(name) * width**0.5, self._terms_of(name))
-        error, scale = _norms(wrong), _norms(right).clamp_min(least)
-        deviated = torch.stack([torch.zeros_like(scale), *(_norms(each) for each in deviations)])
-        bound = multiple * torch.maximum(roundoff * scale, deviated.amax(0))
+        wrong = _rows(difference)
+        width, error = wrong.shape[1], _norms(wrong)
+        bound, of_all = self._allowed(name, expected, deviations)
         if bool((error > bound).any()):
             row = int(torch.argmax(error - bound))
             index = _unravel(row * width + int(wrong[row].abs().argmax()), candidate.shape)
             norm, off, allowed = ("row" if width > 1 else "element"), error[row], bound[row]
         else:
-            index, norm, off = _largest(difference), "tensor", error.norm()
-            allowed = multiple * torch.maximum(roundoff * scale.norm(), _norms(deviated).amax())
+            index, norm, off, allowed = _largest(difference), "tensor", error.norm(), of_all
             if not bool(off > allowed):
                 return None
         return _at(index, candidate, expected, difference, float(allowed), norm, float(off))
+
+    def bounds(
+        self, name: str, expected: Tensor, cut: Cut, *, disturbed: int = EFFORTS[-1]
+    ) -> tuple[Tensor, float]:
+        """How far each row of a local tensor may be off, and all of it, by so many disturbed runs;
+        `expected` and `cut` as of `excess`."""
+        deviations = [_rows(cut(each)) for each in self._deviations(name, disturbed)]
+        rows, of_all = self._allowed(name, expected, deviations)
+        return rows, float(of_all)
+
+    def _allowed(
+        self, name: str, expected: Tensor, deviations: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        roundoff = torch.finfo(dtype_of(self.reference.case)).eps / 2
+        multiple = self.slack * MULTIPLES[self.reference.case.lens]
+        right = _rows(expected)
+        least = max(self._rms_of(name) * right.shape[1] ** 0.5, self._terms_of(name))
+        scale = _norms(right).clamp_min(least)
+        deviated = torch.stack([torch.zeros_like(scale), *(_norms(each) for each in deviations)])
+        rows = multiple * torch.maximum(roundoff * scale, deviated.amax(0))
+        return rows, multiple * torch.maximum(roundoff * scale.norm(), _norms(deviated).amax())
 
     def _scaled(
         self, candidate: Tensor, expected: Tensor, difference: Tensor, deviations: list[Tensor]
