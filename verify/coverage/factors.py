@@ -20,11 +20,14 @@ FIXED = (*AXES, "sp", "lens", "dtype")
 
 
 def row_of(case: Case, defaults: Mapping[str, object]) -> dict[str, str]:
-    """The factors of a case; options that it leaves out are at these defaults."""
+    """The factors of a case; options that it leaves out are at these defaults. Without experts the
+    size of their tensor parallelism is none of them."""
     layout = case.layout
     sizes = {axis: getattr(layout, axis) for axis in AXES} | {"etp": layout.expert_tp}
     fixed = {**sizes, "sp": layout.sequence_parallel, "lens": case.lens, "dtype": case.dtype}
-    return {name: text_of(value) for name, value in {**fixed, **defaults, **case.options}.items()}
+    if layout.etp is None and layout.ep == 1 and "etp" not in defaults:
+        del fixed["etp"]
+    return {name: text_of(value) for name, value in {**defaults, **fixed, **case.options}.items()}
 
 
 def text_of(value: object) -> str:
@@ -43,10 +46,15 @@ def pairs_of(row: Row) -> Iterator[Pair]:
         yield one, value, other, its
 
 
+def alone(factor: str, value: str) -> Pair:
+    """In the place of a pair, a value whatever it may be with."""
+    return factor, value, "", ""
+
+
 def told(pair: Pair) -> str:
-    """`dtype=bfloat16 with tp=3`."""
+    """`dtype=bfloat16 with tp=3`, or `tp=3` of a value alone."""
     one, value, other, its = pair
-    return f"{one}={value} with {other}={its}"
+    return f"{one}={value}" + f" with {other}={its}" * bool(other)
 
 
 def row_key(concept: str, row: Row) -> str:

@@ -43,6 +43,11 @@ class Space:
             self.values[name][value] += count
         self.pairs.update(dict.fromkeys(pairs_of(row), count))
 
+    def has(self, pair: Pair) -> bool:
+        """Whether an example has the pair, or the value that stands alone."""
+        factor, value, other, _ = pair
+        return pair in self.pairs if other else value in self.values.get(factor, ())
+
     def to_json(self) -> dict[str, Any]:
         """Values with their counts; for every two factors a matrix of the counts of their pairs,
         the values of the first down and of the second across."""
@@ -88,7 +93,7 @@ def spaces_of(records: Iterable[Record]) -> list[Space]:
     for record in records:
         for concept, pair, given_up in record.open:
             space = found.get(concept)
-            if space is not None and pair not in space.pairs:
+            if space is not None and not space.has(pair):
                 (space.undecided if given_up else space.missed).add(pair)
     for space in found.values():
         space.undecided -= space.missed

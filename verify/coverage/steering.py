@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 from hypothesis.control import current_build_context
 
 from verify.case import Case
-from verify.coverage.factors import Pair, pair_of, pairs_of, row_of, text_of
+from verify.coverage.factors import Pair, alone, pair_of, pairs_of, row_of, text_of
 
 T = TypeVar("T")
 TRIES = 3
 CONCEPT = "concept"
+_MANY = 2**16
 
 
 class Steering:
@@ -39,6 +40,7 @@ class Steering:
         self.seen: dict[str, set[Pair]] = defaultdict(set)
         self.drawn: dict[str, Counter[Pair]] = defaultdict(Counter)
         self.offered: dict[str, set[Pair]] = defaultdict(set)
+        self._values: dict[str, set[tuple[str, str]]] = defaultdict(set)
         self._left: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
         self._defaults: dict[str, dict[str, object]] = defaultdict(dict)
         self._concepts: Counter[str] = Counter()
@@ -57,7 +59,7 @@ class Steering:
         if data is not self._data:
             self._data, self._case, self._concept = data, {}, ""
         if factor == CONCEPT:
-            gains = {value: (-self._concepts[value], 0) for value in values}
+            gains = {value: (-self._concepts[value], False) for value in values}
         else:
             gains = {value: self._gain(factor, value) for value in dict.fromkeys(values)}
         most = max(gains.values())
@@ -82,7 +84,8 @@ class Steering:
 
     def checked(self, case: Case) -> dict[str, str]:
         """A case was checked; its row."""
-        row = row_of(case, self._defaults[case.concept])
+        chosen = {"etp": None} if "etp" in self._case else {}
+        row = row_of(case, {**self._defaults[case.concept], **chosen})
         seen = self.seen[case.concept]
         for pair in pairs_of(row):
             if pair not in seen:
@@ -93,17 +96,22 @@ class Steering:
 
     def open(self) -> Iterator[tuple[str, Pair, bool]]:
         """The concept and the pair of all that was on offer and is not checked, and whether it was
-        given up; of concepts of which something was checked."""
-        for concept in sorted(self.seen):
+        given up; of concepts of which something was checked. Of a value that no checked case has,
+        `alone`."""
+        for concept in sorted(each for each, pairs in self.seen.items() if pairs):
             for pair in sorted(self.offered[concept] - self.seen[concept]):
                 yield concept, pair, self.drawn[concept][pair] >= TRIES
+            had = {value for pair in self.seen[concept] for value in (pair[:2], pair[2:])}
+            for value in sorted(self._values[concept] - had):
+                yield concept, alone(*value), False
 
-    def _gain(self, factor: str, value: str) -> tuple[int, int]:
-        """How many new pairs a value makes with what the case has, and how many are left with
+    def _gain(self, factor: str, value: str) -> tuple[int, bool]:
+        """How many new pairs a value makes with what the case has, and whether any is left with
         whatever it may have."""
         seen, drawn = self.seen[self._concept], self.drawn[self._concept]
         offered, left = self.offered[self._concept], self._left[self._concept]
         new = 0
+        self._values[self._concept].add((factor, value))
         for given in self._case.items():
             pair = pair_of(factor, value, *given)
             wanted = pair not in seen and drawn[pair] < TRIES
@@ -112,7 +120,7 @@ class Steering:
                 offered.add(pair)
                 if wanted:
                     left.update((pair[:2], pair[2:]))
-        return new, left[factor, value]
+        return new, left[factor, value] > 0
 
     def _close(self, concept: str, pair: Pair) -> None:
         """The pair is wanted no more."""
@@ -147,6 +155,9 @@ def chosen(
     to, where that is not the value itself."""
     strategy = st.sampled_from(list(values))
     steering = _Present.steering
+    if steering is not None and factor == CONCEPT:
+        # Hypothesis itself chooses as much as it needs to repeat nothing: with this, no more.
+        draw(st.integers(0, _MANY))
     if steering is None or not steering.active:
         return draw(strategy)
     texts = [text_of(value if key is None else key(value)) for value in values]

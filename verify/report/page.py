@@ -15,7 +15,8 @@ from verify.case import LENSES
 from verify.finding import LIKELY, Finding
 from verify.layout import Layout
 from verify.report.files import write_text
-from verify.report.table import known_state
+from verify.report.pairs import triangle
+from verify.report.table import known_state, pairs_text
 from verify.runner.record import NOT_RUN
 
 _AXES = ("cp", "dp", "pp", "ep")
@@ -65,6 +66,8 @@ def page(document: Mapping[str, Any], report: Path) -> str:
     return environment.get_template("page.html.j2").render(
         run=document,
         grids=grids(document["coverage"]["layouts"]),
+        triangles=[triangle(space) for space in document["coverage"]["concepts"]],
+        pairs=pairs_text(document["coverage"]["pairs"]),
         failures=[_failure(each, report) for each in document["failures"] if _has_run(each)],
         unfinished=[each["property"] for each in document["failures"] if not _has_run(each)],
         counts=_counts(document),
