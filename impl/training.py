@@ -84,7 +84,6 @@ class Trainer:
         table = build_schedule(
             self.kind, pp=layout.pp, vpp=layout.vpp, microbatches=len(microbatches)
         )
-        self.chunks.train()
         self.data_parallel.zero_gradients()
         scale = self.optimizer.loss_scale
         with self.data_parallel.no_sync():

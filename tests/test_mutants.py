@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import mutant_cases_attention as attention
 import mutant_cases_context as context
 import mutant_cases_layer as layer
+import mutant_cases_model as model
 import mutant_cases_pipeline as pipeline
 import mutant_cases_training as training
 import pytest
@@ -196,6 +197,7 @@ CASES = (
     *context.cases(),
     *pipeline.cases(),
     *training.cases(),
+    *model.cases(),
 )
 
 

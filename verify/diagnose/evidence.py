@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from verify.finding import Explanation
-from verify.placement import Partial, Placements, Shard, ZigzagShard, shard
+from verify.placement import Listed, Partial, Placements, Shard, ZigzagShard, shard
 from verify.reference import Reference
 from verify.replica import RankMap
 
@@ -51,12 +51,13 @@ class Evidence:
 
     @cached_property
     def groups(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
-        """By axis with more than one rank, the groups of ranks that differ along it only."""
+        """By axis with more than one rank, the groups of ranks that differ along it only; without
+        an axis over which they hold listed parts, which need not be alike in size."""
         members = sorted(self.candidate)
         return {
             axis: tuple(self.ranks.along(axis, members))
             for axis in self.ranks.axes
-            if self.ranks.sizes[axis] > 1
+            if self.ranks.sizes[axis] > 1 and not isinstance(self.placements.get(axis), Listed)
         }
 
     def dim(self, axis: str) -> int | None:

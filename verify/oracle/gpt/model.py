@@ -19,7 +19,7 @@ from verify.oracle.training_plan import OPTIONS as _TRAINING
 from verify.oracle.transformer import OPTIONS as _LAYER
 from verify.oracle.transformer import Layer, transformer_layer
 
-POSITIONS = ("rotary", "learned", "none")
+POSITIONS = ("none", "rotary", "learned")
 SIZES = (
     "steps",
     "microbatches",

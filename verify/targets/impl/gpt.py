@@ -58,7 +58,7 @@ def config_of(case: Case, groups: Groups) -> ModelConfig:
     layer |= {name: attention[name] for name in ("algorithm", "placement", "mask")}
     turned = case.options.get("rotary_dim") is not None
     named = {"multiple": "vocabulary_multiple", "every": "experts_every"}
-    named |= {"first": "first_stage_layers", "last": "last_stage_layers", "positions": "positions"}
+    named |= {"first": "first_stage_layers", "last": "last_stage_layers"}
     given: dict[str, Any] = {
         argument: case.options[name] for name, argument in named.items() if name in case.options
     }
@@ -74,6 +74,7 @@ def config_of(case: Case, groups: Groups) -> ModelConfig:
         layers=case.shape["layers"],
         vocabulary=case.shape["vocabulary"],
         max_sequence=case.shape["sequence"],
+        positions=case.options.get("positions", "none"),  # type: ignore[arg-type]
         **switches(case, "tied"),
         **given,
     )

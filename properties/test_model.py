@@ -1,0 +1,108 @@
+"""A whole GPT, trained for several steps on any layout.
+
+Laws: (1) the loss of every step, every parameter's gradient after finalisation, the norm of all
+gradients, the learning rate and every parameter after the step are those of one device: with any
+schedule of the pipeline, several microbatches, tokens that do not count, norms, activations,
+positions, groups of heads, algorithms of context parallelism, sequence parallelism, data
+parallelism with buckets, overlap and shards, optimizers, clipping that changes gradients and
+clipping that does not; (2) so they are with an embedding that is tied over two stages, (3) with
+layers shared out unevenly, and several chunks a stage, (4) with experts in some layers, (5) with
+dropout, under the masks that were drawn, and (6) with recomputation, which changes no bit; (7) an
+evaluation between steps is right, and changes nothing; (8) the layout and (9) running twice change
+nothing; (10) what cannot be computed is refused.
+"""
+
+from __future__ import annotations
+
+from hypothesis import given
+
+from verify.case import Case
+from verify.runner.examiner import CheckCase
+from verify.strategies.cases import Choices
+from verify.strategies.gpt import LARGE, OPTIMIZING, model_cases, refusable_model_cases
+
+CLIPPED: Choices = {"clip": (2.0**-4, 2.0**-4, None), "order": OPTIMIZING["order"]}
+SHARDED: Choices = {n: OPTIMIZING[n] for n in ("clip", "bucket", "distributed", "overlap")}
+DROPOUT = (0.25, 0.1)
+
+
+@given(case=model_cases(steps=(1, 2, 3), worlds=LARGE))
+def test_end_to_end(check: CheckCase, case: Case) -> None:
+    """Laws 1, 3, 6 and 7. Must catch: a mean of means; a loss of the last stage that is scaled as
+    if it were all; positions of a chunk; a gradient that one axis of two has not summed; a norm of
+    one stage; padding of the vocabulary that is predicted."""
+    check("equivalence", case)
+
+
+@given(case=model_cases(options={**CLIPPED, **SHARDED}, tied=(True,), min_pp=2))
+def test_tied_embeddings(check: CheckCase, case: Case) -> None:
+    """Law 2. Must catch: a copy that starts apart; gradients that are not summed, or over other
+    stages; a copy that counts twice in the norm; shards of two copies that do not fit."""
+    check("equivalence", case)
+
+
+@given(case=model_cases(options={}, uneven=(True,), chunks=(1, 2, 3), min_pp=2, native=(False,)))
+def test_stages_of_unequal_length(check: CheckCase, case: Case) -> None:
+    """Law 3. Must catch: layers of the stage before; chunks in the order of stages; a first norm
+    or last norm on another stage."""
+    check("equivalence", case)
+
+
+@given(
+    case=model_cases(
+        options={**CLIPPED, **SHARDED}, experts=(True,), evaluated=(False,), native=(False,)
+    )
+)
+def test_mixture_of_experts(check: CheckCase, case: Case) -> None:
+    """Law 4. Must catch: experts summed over dp; experts that count on one rank only, or on all, in
+    the norm; the wrong layers with experts."""
+    check("equivalence", case)
+
+
+@given(
+    case=model_cases(
+        options={"optimizer": OPTIMIZING["optimizer"]},
+        dropout=DROPOUT,
+        attention_dropout=(0.0, 0.25),
+        recompute=("", "full", "selective"),
+        steps=(1, 2),
+    )
+)
+def test_dropout(check: CheckCase, case: Case) -> None:
+    """Laws 5 and 7. Must catch: one stream for all stages; an embedding that is not dropped; masks
+    drawn again in the backward of another microbatch; dropout in an evaluation."""
+    check("equivalence", case)
+
+
+@given(
+    case=model_cases(
+        options={},
+        dropout=(0.0, *DROPOUT),
+        recompute=("full", "selective"),
+        steps=(1, 2),
+    )
+)
+def test_recomputation(check: CheckCase, case: Case) -> None:
+    """Law 6. Must catch: other masks in backward than in forward, where other microbatches come
+    between; a stream that goes on from where backward left it."""
+    check("recomputation", case)
+
+
+@given(case=model_cases(options=SHARDED, uneven=(False,), one_padding=True, steps=(1, 2)))
+def test_the_layout_does_not_matter(check: CheckCase, case: Case) -> None:
+    """Law 8. Must catch: another formula for one rank."""
+    check("invariance", case)
+
+
+@given(case=model_cases(dropout=(0.0, 0.25), steps=(1, 2)))
+def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
+    """Law 9. Must catch: a tensor that is read before it is there; a generator left by an earlier
+    run."""
+    check("determinism", case)
+
+
+@given(case=refusable_model_cases())
+def test_refusals(check: CheckCase, case: Case) -> None:
+    """Law 10. Must catch: layers left over; a schedule or positions that there are not;
+    microbatches that cannot be grouped."""
+    check("refusal", case)
