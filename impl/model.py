@@ -117,7 +117,10 @@ def _counts(config: ModelConfig, layout: Layout) -> tuple[int, ...]:
     )
     if config.split is not None:
         if first is not None or last is not None:
-            raise ValueError(f"split: {config.split} is given, so no stage's layers are; leave out")
+            raise ValueError(
+                f"split: {config.split} says it all; leave out first_stage_layers and"
+                " last_stage_layers"
+            )
         if len(config.split) != pp * vpp or sum(config.split) != config.layers:
             raise ValueError(
                 f"split: {config.split} does not share out {config.layers} layers to the"

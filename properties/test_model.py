@@ -26,7 +26,7 @@ SHARDED: Choices = {n: OPTIMIZING[n] for n in ("clip", "bucket", "distributed", 
 DROPOUT = (0.25, 0.1)
 
 
-@given(case=model_cases(steps=(1, 2, 3), worlds=LARGE))
+@given(case=model_cases(steps=(2, 1, 3), worlds=LARGE))
 def test_end_to_end(check: CheckCase, case: Case) -> None:
     """Laws 1, 3, 6 and 7. Must catch: a mean of means; a loss of the last stage that is scaled as
     if it were all; positions of a chunk; a gradient that one axis of two has not summed; a norm of
@@ -65,7 +65,6 @@ def test_mixture_of_experts(check: CheckCase, case: Case) -> None:
         dropout=DROPOUT,
         attention_dropout=(0.0, 0.25),
         recompute=("", "full", "selective"),
-        steps=(1, 2),
     )
 )
 def test_dropout(check: CheckCase, case: Case) -> None:
@@ -79,7 +78,6 @@ def test_dropout(check: CheckCase, case: Case) -> None:
         options={},
         dropout=(0.0, *DROPOUT),
         recompute=("full", "selective"),
-        steps=(1, 2),
     )
 )
 def test_recomputation(check: CheckCase, case: Case) -> None:
@@ -94,7 +92,7 @@ def test_the_layout_does_not_matter(check: CheckCase, case: Case) -> None:
     check("invariance", case)
 
 
-@given(case=model_cases(dropout=(0.0, 0.25), steps=(1, 2)))
+@given(case=model_cases(dropout=(0.0, 0.25)))
 def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
     """Law 9. Must catch: a tensor that is read before it is there; a generator left by an earlier
     run."""

@@ -95,7 +95,7 @@ def model_cases(
     evaluated: Sequence[bool] = _FLAGS,
     uneven: Sequence[bool] = (False, True),
     experts: Sequence[bool] = (False,),
-    steps: Sequence[int] = (1, 2, 2),
+    steps: Sequence[int] = (1, 1, 2),
     one_padding: bool = False,
     min_pp: int = 1,
     chunks: Sequence[int] = (1, 1, 2),
@@ -178,7 +178,7 @@ def _sizes(
     # Without sequence parallelism, experts share out the tokens of a tp group.
     unit *= tp if layout.sequence_parallel or routed else 1
     grouped = layout.vpp > 1
-    microbatches = layout.pp if grouped else draw(st.integers(1, 3))
+    microbatches = layout.pp if grouped else draw(st.sampled_from((1, 2, 2, 3)))
     shape = {
         "microbatches": microbatches,
         "sequence": max(unit * draw(st.integers(1, 2)), 2),
@@ -207,8 +207,8 @@ def _uneven(draw: st.DrawFn, case: Case) -> Case:
     if chunks == 1:
         return case
     if draw(st.booleans()):
-        ends = {0, chunks - 1}
-        counts = [draw(st.integers(0 if k in ends else 1, 2)) for k in range(chunks)]
+        ends, most = {0, chunks - 1}, 2 if chunks < 4 else 1
+        counts = [draw(st.integers(0 if k in ends else 1, most)) for k in range(chunks)]
         assume(sum(counts))
         shape = {**case.shape, "layers": sum(counts)}
         options = {**case.options, "split": ",".join(map(str, counts))}
@@ -217,7 +217,7 @@ def _uneven(draw: st.DrawFn, case: Case) -> Case:
     layers, options = case.shape["layers"], dict(case.options)
     # A first stage that gives an option to a single other stage says it all.
     for name in draw(st.sampled_from((("first",), ("last",), ("first", "last")))):
-        own = layout.vpp * draw(st.integers(1, 2))
+        own = layout.vpp * draw(st.integers(1, 2 if chunks < 4 else 1))
         layers += own - each
         options[name] = own
     return dataclasses.replace(case, shape={**case.shape, "layers": layers}, options=options)
