@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 
 import mutant_cases_attention as attention
+import mutant_cases_checkpoint as checkpoint
 import mutant_cases_context as context
 import mutant_cases_layer as layer
 import mutant_cases_model as model
@@ -197,6 +198,7 @@ CASES = (
     *context.cases(),
     *pipeline.cases(),
     *training.cases(),
+    *checkpoint.cases(),
     *model.cases(),
 )
 

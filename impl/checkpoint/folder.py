@@ -16,8 +16,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from impl.checkpoint.errors import CheckpointError
-
 METADATA, LATEST = "metadata.json", "latest"
 
 
@@ -70,20 +68,20 @@ def begin_draft(root: Path, *, step: int) -> Draft:
 
 
 def find(folder: Path) -> Path:
-    """The checkpoint that `folder` is, or the newest one in it. CheckpointError for none."""
+    """The checkpoint that `folder` is, or the newest one in it. ValueError for none."""
     if (folder / METADATA).is_file():
         return folder
     if not folder.is_dir():
-        raise CheckpointError(f"checkpoint: {folder} is no folder; give one that was saved to")
+        raise ValueError(f"checkpoint: {folder} is no folder; give one that was saved to")
     pointer = folder / LATEST
     if not pointer.is_file():
-        raise CheckpointError(
+        raise ValueError(
             f"checkpoint: {folder} has neither {LATEST} nor {METADATA}; give a folder that was"
             " saved to, or a checkpoint in it"
         )
     name = pointer.read_text(encoding="utf-8", errors="replace").strip()
     if not name or Path(name).name != name or not (folder / name / METADATA).is_file():
-        raise CheckpointError(
+        raise ValueError(
             f"checkpoint: {pointer} names {name[:40]!r}, and there is no such checkpoint; name"
             " another one"
         )

@@ -26,7 +26,6 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from impl.checkpoint.errors import CheckpointError
 from impl.checkpoint.pieces import Box, Pieces, overlap
 
 
@@ -64,7 +63,7 @@ class SavePieces(DefaultSavePlanner):
 class LoadPieces(DefaultLoadPlanner):
     """Every rank reads, of what was saved, what lies in its boxes.
 
-    CheckpointError where a tensor is missing, has another size or dtype, or does not cover a box,
+    ValueError where a tensor is missing, has another size or dtype, or does not cover a box,
     and where the ranks together leave out a tensor that is not `optional`.
     """
 
@@ -94,7 +93,7 @@ class LoadPieces(DefaultLoadPlanner):
         read = {item.dest_index.fqn for plan in global_plan for item in plan.items}
         rest = sorted(set(self.metadata.state_dict_metadata) - read - self.optional)
         if rest:
-            raise CheckpointError(
+            raise ValueError(
                 f"it has {rest[0]}{_more(rest)}, which this model and optimizer do not have; build"
                 " what was saved"
             )
@@ -110,12 +109,12 @@ class LoadPieces(DefaultLoadPlanner):
         assert self.metadata is not None
         found = self.metadata.state_dict_metadata.get(key)
         if not isinstance(found, TensorStorageMetadata):
-            raise CheckpointError(
+            raise ValueError(
                 f"it has no {key}, which this model and optimizer have; build what was saved"
             )
         saved, wanted = (tuple(found.size), found.properties.dtype), (pieces.size, pieces.dtype)
         if saved != wanted:
-            raise CheckpointError(
+            raise ValueError(
                 f"{key} is {_told(*saved)} in it and {_told(*wanted)} here; build what was saved"
             )
         return [
@@ -142,7 +141,7 @@ def _read(key: str, box: Box, saved: TensorStorageMetadata) -> list[ReadItem]:
                 )
             )
     if sum(prod(item.lengths) for item in found) != prod(box.sizes):
-        raise CheckpointError(f"{key} is incomplete in it; take another checkpoint")
+        raise ValueError(f"{key} is incomplete in it; take another checkpoint")
     return found
 
 

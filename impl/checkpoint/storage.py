@@ -42,7 +42,6 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from impl.checkpoint.errors import CheckpointError
 from impl.checkpoint.folder import METADATA, Draft, synchronise
 
 FORMAT, VERSION = "shardproof-checkpoint", 1
@@ -117,7 +116,7 @@ class Writer(StorageWriter):
 
 class Contents:
     """What the metadata of a checkpoint says: `values`, `tensors`, the `places` of their boxes, and
-    a `fingerprint` of it all. CheckpointError where it is not one's."""
+    a `fingerprint` of it all. ValueError where it is not one's."""
 
     def __init__(self, text: str) -> None:
         content = _content(text)
@@ -130,10 +129,10 @@ class Contents:
                 for offsets, _, file, crc in each["chunks"]
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{METADATA} has not the fields of version {VERSION}") from error
+            raise ValueError(f"{METADATA} has not the fields of version {VERSION}") from error
         self.fingerprint = _crc(text)
         if any(Path(file).name != file for file, _ in self.places.values()):
-            raise CheckpointError(f"{METADATA} names files outside of its folder")
+            raise ValueError(f"{METADATA} names files outside of its folder")
 
 
 class Reader(StorageReader):
@@ -187,17 +186,17 @@ class Reader(StorageReader):
                 for index, items in boxes.items():
                     values = opened.get_tensor(_name(index))
                     if _checksum(values) != self.contents.places[index][1]:
-                        raise CheckpointError(
+                        raise ValueError(
                             f"{file} is damaged: {index.fqn} is not what was saved; take another"
                             " checkpoint"
                         )
                     for item in items:
                         _copy(values, item, planner)
         except FileNotFoundError as error:
-            raise CheckpointError(f"{file} is missing; take another checkpoint") from error
+            raise ValueError(f"{file} is missing; take another checkpoint") from error
         except (OSError, safetensors.SafetensorError) as error:
             said = " ".join(str(error).split())
-            raise CheckpointError(
+            raise ValueError(
                 f"{file} is truncated or damaged ({said}); take another checkpoint"
             ) from error
 
@@ -214,18 +213,18 @@ def _content(text: str) -> dict[str, Any]:
     try:
         document = json.loads(text)
     except ValueError as error:
-        raise CheckpointError(f"{METADATA} is no JSON, or truncated") from error
+        raise ValueError(f"{METADATA} is no JSON, or truncated") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise CheckpointError(f"{METADATA} is not of a {FORMAT}; give one that this program saved")
+        raise ValueError(f"{METADATA} is not of a {FORMAT}; give one that this program saved")
     if document.get("version") != VERSION:
-        raise CheckpointError(
+        raise ValueError(
             f"{METADATA} has version {document.get('version')!r}; this program reads {VERSION}"
         )
     content = document.get("content")
     if _crc(_canonical(content)) != document.get("crc32"):
-        raise CheckpointError(f"{METADATA} is damaged; take another checkpoint")
+        raise ValueError(f"{METADATA} is damaged; take another checkpoint")
     if not isinstance(content, dict):
-        raise CheckpointError(f"{METADATA} has not the fields of version {VERSION}")
+        raise ValueError(f"{METADATA} has not the fields of version {VERSION}")
     return content
 
 

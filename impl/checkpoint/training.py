@@ -18,10 +18,10 @@ count, the loss scale, the schedule and the layout.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import Parameter
 
-from impl.checkpoint.errors import CheckpointError
 from impl.checkpoint.folder import METADATA, Draft, begin_draft, find
 from impl.checkpoint.pieces import Pieces, pieces_of, row_of_many
 from impl.checkpoint.planner import LoadPieces, SavePieces
@@ -40,6 +39,13 @@ from impl.optimizer.loss_scale import LossScale
 from impl.optimizer.mixed import Optimizer
 from impl.random import RandomTracker
 from verify.layout import Layout
+
+T = TypeVar("T")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, foreign, or of something else, or that cannot be written. The
+    message is one line for who named it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +83,8 @@ def save_checkpoint(folder: Path, training: Training, progress: Progress) -> Pat
     rank, where it cannot be written.
     """
     training.optimizer.data_parallel.finish_parameters()
-    draft: Draft = _on_first_rank(lambda: begin_draft(folder, step=progress.steps), folder)
+    name = _on_first_rank(lambda: begin_draft(folder, step=progress.steps).name, folder)
+    draft = Draft(folder, name)
     states = training.tracker.states()
     row, rows = dist.get_rank(), dist.get_world_size()
     pieces = _pieces(training) | {
@@ -105,15 +112,16 @@ def load_checkpoint(
     CheckpointError, on every rank, for one that is damaged or foreign, and for another model,
     optimizer or schedule; what was loaded till then stays loaded.
     """
-    path, text = _on_first_rank(lambda: _read(folder), folder)
+    found, text = _on_first_rank(lambda: _read(folder), folder)
+    path = Path(found)
     try:
         contents = Contents(text)
         _check_values(contents.values, training, override_schedule=override_schedule)
         progress = _progress(contents.values)
         saved = Layout.from_json(contents.values["layout"])
-    except CheckpointError as error:
+    except ValueError as error:
         raise CheckpointError(f"checkpoint: {path}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint: {path}: {METADATA} is not a training run's") from error
     training.optimizer.data_parallel.finish_parameters()
     states = _random_states(contents, training, saved, progress)
@@ -198,19 +206,19 @@ def _check_values(
     optimizer = training.optimizer
     for name in sorted({*values["order"], *training.order}):
         if values["order"].get(name) != training.order.get(name):
-            raise CheckpointError(
+            raise ValueError(
                 f"its order of samples has {name}={values['order'].get(name)} and this run's"
                 f" {training.order.get(name)}; give what was saved"
             )
     saved, given = values["loss_scale"], _moving(optimizer.loss_scale)
     if (None if saved is None else set(saved)) != (None if given is None else set(given)):
-        raise CheckpointError(
+        raise ValueError(
             f"it has a loss scale {saved} and this run {given}; give the kind that was saved"
         )
     here = dataclasses.asdict(optimizer.schedule)
     for name, value in here.items():
         if values["schedule"][name] != value and not override_schedule:
-            raise CheckpointError(
+            raise ValueError(
                 f"its schedule has {name}={values['schedule'][name]} and this run's {value}; give"
                 " the schedule that was saved, or override it"
             )
@@ -226,36 +234,37 @@ def _put_back(values: Mapping[str, Any], optimizer: Optimizer) -> None:
         setattr(optimizer.loss_scale, name, value)
 
 
-def _read(folder: Path) -> tuple[Path, str]:
+def _read(folder: Path) -> tuple[str, str]:
     path = find(folder)
-    return path, (path / METADATA).read_text(encoding="utf-8", errors="replace")
+    return str(path), (path / METADATA).read_text(encoding="utf-8", errors="replace")
 
 
-def _on_first_rank(work: Any, folder: Path) -> Any:
-    """What `work` returns on rank 0, on every rank; an error there is raised on every rank."""
+def _on_first_rank(work: Callable[[], T], folder: Path) -> T:
+    """What `work` returns on rank 0, of Python's own types, on every rank. Raises CheckpointError
+    on every rank where it raises there."""
     told: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             told[0] = work()
-        except CheckpointError as error:
+        except ValueError as error:
             told[1] = str(error)
         except OSError as error:
             told[1] = f"checkpoint: {folder}: {error.strerror or error}"
     dist.broadcast_object_list(told, src=0)
     if told[1] is not None:
         raise CheckpointError(told[1])
-    return told[0]
+    return cast(T, told[0])
 
 
 def _first(error: CheckpointException, folder: Path, doing: str) -> CheckpointError:
     """What the first rank that failed said, in one line."""
     rank, (cause, _) = min(error.failures.items(), key=lambda each: each[0])
     said = " ".join(str(cause).split())
-    if isinstance(cause, CheckpointError):
+    if isinstance(cause, ValueError):
         return CheckpointError(f"checkpoint: {folder}: {said}")
     return CheckpointError(
         f"checkpoint: {doing} {folder}: rank {rank}: {type(cause).__name__}: {said}"
     )
 
 
-__all__ = ["Progress", "Training", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CheckpointError", "Progress", "Training", "load_checkpoint", "save_checkpoint"]

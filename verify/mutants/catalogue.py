@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from verify.errors import BadArgument, HarnessError
 from verify.mutants import (
     attention,
+    checkpoint,
     context,
     context_algorithms,
     context_dropout,
@@ -62,6 +63,7 @@ CATALOGUE: Mapping[str, Mapping[str, Mutant]] = {
         gradients.MUTANTS,
         data_parallel.MUTANTS,
         optimizer.MUTANTS,
+        checkpoint.MUTANTS,
         routing.MUTANTS,
         experts.MUTANTS,
         random.MUTANTS,

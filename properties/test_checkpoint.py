@@ -1,0 +1,33 @@
+"""Checkpoints: what was saved at one layout is there at another one.
+
+Laws: (1) every parameter and every state of the optimizer is loaded to the bit, whatever the sizes
+of tp, cp, dp, pp, vpp, ep and etp, when it was saved and now, and however the optimizer shares out
+states; so are the counts of steps, samples and updates and the loss scale; and every stream of
+random numbers goes on where it was, where its axes have the same sizes; (2) training that is saved
+at one layout and goes on at another gives the losses, gradients, norms, learning rates and
+parameters of training that was never interrupted.
+"""
+
+from __future__ import annotations
+
+from hypothesis import given
+
+from verify.case import Case
+from verify.runner.examiner import CheckCase
+from verify.strategies.checkpoint import resumed_cases, round_trip_cases
+
+
+@given(case=round_trip_cases())
+def test_round_trip(check: CheckCase, case: Case) -> None:
+    """Law 1. Must catch: a shard that is put at another's offset; blocks of a gated weight, experts
+    or chunks of a stage in another order; padding that is saved as if it were vocabulary; a tied
+    copy that is not loaded; states of one rank's share only; a count that is lost; random numbers
+    that are seeded anew, or another rank's."""
+    check("equivalence", case)
+
+
+@given(case=resumed_cases())
+def test_training_goes_on(check: CheckCase, case: Case) -> None:
+    """Law 2. Must catch: updates that Adam or the schedule count from the beginning; main values
+    that are rounded ones; a loss scale from the beginning."""
+    check("equivalence", case)

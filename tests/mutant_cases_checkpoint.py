@@ -1,0 +1,58 @@
+"""Few cases, of which each mutant of checkpoints must fail one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from verify.case import Case, Lens
+from verify.layout import Layout
+from verify.oracle.checkpoint import text_of
+
+SHAPE = {
+    "steps": 2,
+    "microbatches": 2,
+    "sequence": 4,
+    "batch": 4,
+    "hidden": 3,
+    "heads": 2,
+    "groups": 2,
+    "head_size": 2,
+    "ffn": 2,
+    "layers": 4,
+    "vocabulary": 3,
+}
+# Few parameters, as each mutant runs every case.
+PLAIN = {"positions": "none", "norm": "rms", "bias": False}
+CHUNKS = Layout(tp=2, pp=2, vpp=2)
+# The same ranks in another order.
+STAGES, TURNED = Layout(tp=2, pp=2, ep=2, etp=1), Layout(tp=2, pp=2, order="pp-tp-cp-ep-dp")
+
+
+def _case(
+    concept: str,
+    layout: Layout,
+    saved: Layout,
+    shape: dict[str, int] | None = None,
+    *,
+    lens: Lens = "exact",
+    dtype: str = "float64",
+    **options: Any,
+) -> Case:
+    given = {**PLAIN, "saved": text_of(saved), **options}
+    sizes = {**SHAPE, **(shape or {})}
+    return Case(concept=concept, layout=layout, shape=sizes, options=given, lens=lens, dtype=dtype)
+
+
+def cases() -> Iterator[tuple[str, Case]]:
+    """Checks and cases."""
+    shards = {"activation": "swiglu", "distributed": True, "bucket": 20}
+    yield "equivalence", _case("checkpoint", Layout(dp=4), CHUNKS, **shards)
+    experts = {"experts": 4, "top_k": 1, "layers": 2}
+    yield "equivalence", _case("checkpoint", STAGES, TURNED, experts)
+    few = {"layers": 1, "sequence": 2, "batch": 2, "microbatches": 1}
+    narrow: dict[str, Any] = {"lens": "native", "dtype": "bfloat16", "optimizer": "adam"}
+    yield (
+        "equivalence",
+        _case("resumed_training", Layout(dp=2), Layout(tp=2), few, **narrow),
+    )

@@ -1,0 +1,157 @@
+"""Mutants of checkpoints: where pieces lie, what is saved, and what is restored."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from verify.mutants.mutant import Mutant
+
+_of = partial(Mutant, family="checkpoint", caught_by=("checkpoint",))
+_pieces = partial(_of, module="impl.checkpoint.pieces")
+_planner = partial(_of, module="impl.checkpoint.planner")
+_storage = partial(_of, module="impl.checkpoint.storage")
+_model = partial(_of, module="impl.checkpoint.model")
+_run = partial(_of, module="impl.checkpoint.training")
+
+_PLACES = (
+    _pieces(
+        name="checkpoint-share-at-start",
+        wrong="The share of a distributed optimizer is taken for the beginning of its parameter.",
+        snippet="in run_of(parameter.shape, start, start + flat.numel()):",
+        replacement="in run_of(parameter.shape, 0, flat.numel()):",
+    ),
+    _pieces(
+        name="checkpoint-run-of-rows",
+        wrong="A share begins and ends with whole rows.",
+        snippet="        end = min(stop - index * row, row)\n",
+        replacement="        end = stop - index * row\n",
+    ),
+    _pieces(
+        name="checkpoint-blocks-by-rank",
+        wrong="The blocks of a gated weight lie rank by rank, as if it had not been cut by blocks.",
+        snippet="there = (block * split.parts + split.part) * length + within",
+        replacement="there = (split.part * split.blocks + block) * length + within",
+    ),
+    _pieces(
+        name="checkpoint-experts-reversed",
+        wrong="The first rank of experts has the last ones.",
+        snippet="Split(0, 1, dist.get_rank(groups.ep), dist.get_world_size(groups.ep))",
+        replacement="Split(0, 1, groups.size('ep') - 1 - groups.rank('ep'), groups.size('ep'))",
+    ),
+    _pieces(
+        name="checkpoint-experts-by-tp",
+        wrong="Shards of experts are those of the tensor-parallel ranks of all other layers.",
+        snippet="group = groups.etp if expert else groups.tp",
+        replacement="group = groups.tp",
+    ),
+    _pieces(
+        name="checkpoint-padding-saved",
+        wrong="Rows of padding, which depend on the layout, are saved as a part of the vocabulary.",
+        snippet="size[0] = size[0] if rows is None else min(rows, size[0])",
+        replacement="size[0] = size[0]",
+    ),
+    _planner(
+        name="checkpoint-read-to-start",
+        wrong="What is read of a box goes to the beginning of the piece that needs it.",
+        snippet="dest_offsets=_from(common, box),",
+        replacement="dest_offsets=torch.Size(0 for _ in box.sizes),",
+    ),
+    _storage(
+        name="checkpoint-read-from-start",
+        wrong="Of a box that is needed in part, the beginning is read.",
+        snippet="values = values.narrow(dim, offset, length)",
+        replacement="values = values.narrow(dim, 0, length)",
+    ),
+    _model(
+        name="checkpoint-layers-by-stage",
+        wrong="Layers are numbered stage by stage, whatever chunks they are in.",
+        snippet="    parameters = model_parameters(chunks)\n",
+        replacement="""    named = model_parameters(chunks)
+    own = sorted({int(name.split(".")[1]) for name in named if name.startswith("layers.")})
+    first = groups.rank("pp") * len(own)
+    parameters = {
+        ".".join(["layers", str(first + own.index(int(name.split(".")[1]))), *name.split(".")[2:]])
+        if name.startswith("layers.")
+        else name: each
+        for name, each in named.items()
+    }
+""",
+    ),
+    _model(
+        name="checkpoint-tied-copy-unnamed",
+        wrong="The copy of a tied embedding is taken for a weight of the logits' own.",
+        snippet='if getattr(p, "shared", False)}',
+        replacement="if p.dim() < 0}",
+    ),
+)
+_STATES = (
+    _run(
+        name="checkpoint-tied-copy-stale",
+        wrong="The copy of a tied embedding on the last stage is not loaded.",
+        snippet='        found[f"{key}.{original or name}"] = piece\n',
+        replacement='        if original is None:\n            found[f"{key}.{name}"] = piece\n',
+    ),
+    _run(
+        name="checkpoint-states-lost",
+        wrong="The states of the optimizer are not saved.",
+        snippet="kept = dict(slot.state)",
+        replacement="kept = {}",
+    ),
+    _run(
+        name="checkpoint-main-rounded",
+        wrong="Main parameters are not saved, but the rounded copies of the model only.",
+        snippet="if slot.main is not share.values:",
+        replacement="if slot.main is None:",
+        caught_by=("resumed_training",),
+    ),
+    _run(
+        name="checkpoint-updates-lost",
+        wrong="Adam and the schedule count updates from the beginning.",
+        snippet='optimizer.updates = int(values["updates"])',
+        replacement="optimizer.updates = 0",
+    ),
+    _run(
+        name="checkpoint-updates-are-steps",
+        wrong="Steps that were skipped count as updates.",
+        snippet='optimizer.updates = int(values["updates"])',
+        replacement='optimizer.updates = int(values["steps"])',
+    ),
+    _run(
+        name="checkpoint-scale-from-start",
+        wrong="The loss scale begins anew.",
+        snippet="        setattr(optimizer.loss_scale, name, value)\n",
+        replacement="        getattr(optimizer.loss_scale, name)\n",
+    ),
+    _run(
+        name="checkpoint-scale-history-lost",
+        wrong="Of the loss scale the value is restored, and not what it counts.",
+        snippet='for n in ("value", "steps", "overflows") if',
+        replacement='for n in ("value",) if',
+    ),
+    _run(
+        name="checkpoint-consumed-lost",
+        wrong="Samples are those of the first steps again.",
+        snippet='Progress(int(values["steps"]), int(values["consumed"]))',
+        replacement='Progress(int(values["steps"]), 0)',
+    ),
+    _run(
+        name="checkpoint-random-lost",
+        wrong="Random streams are what they are at the beginning of a run.",
+        snippet="training.tracker.set_states({name: state for name, (state, _) in states.items()})",
+        replacement="training.tracker.set_states(training.tracker.states())",
+    ),
+    _run(
+        name="checkpoint-random-anew",
+        wrong="Random streams are seeded anew, also where they could go on.",
+        snippet="        if there is None or row is None or there.size[1:] != state.shape:\n",
+        replacement="        if there is None or rank >= 0:\n",
+    ),
+    _of(
+        name="checkpoint-random-by-rank",
+        module="impl.checkpoint.streams",
+        wrong="A rank goes on with the numbers of the rank of its number, wherever that was.",
+        snippet="            return other\n",
+        replacement="            return rank\n",
+    ),
+)
+MUTANTS = (*_PLACES, *_STATES)

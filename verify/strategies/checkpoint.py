@@ -1,0 +1,125 @@
+"""Hypothesis strategies of checkpoints: a model, the layout that saves and the one that loads it.
+
+The two are of as many ranks and otherwise as different as can be; sizes are those that both need.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from math import lcm
+from typing import Any
+
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from verify.case import Case
+from verify.layout import DEFAULT_ORDER, Layout
+from verify.oracle.checkpoint import ROUND_TRIP_OPTIONS, text_of
+from verify.strategies.cases import Choices, contract_or_none, with_option
+from verify.strategies.context import ALGORITHMS, SHARING
+from verify.strategies.gpt import OPTIMIZING, model_cases
+from verify.strategies.layouts import divisors
+
+WORLDS = (2, 4, 4, 8)
+TRAINED: Choices = {
+    name: OPTIMIZING[name]
+    for name in ("optimizer", "momentum", "weight_decay", "loss_scale", "bucket", "distributed")
+}
+SCHEDULED: Choices = {**TRAINED, "schedule": ("linear",), "warmup": (None, 1), "decay": (3, 4)}
+_EXPERTS = (False, False, True)
+
+
+@st.composite
+def round_trip_cases(draw: st.DrawFn) -> Case:
+    """Cases of `checkpoint`: every kind of parameter, in shards of the optimizer or not."""
+    options: Choices = {name: OPTIMIZING[name] for name in ("bucket", "distributed")}
+    model = draw(model_cases(options=options, experts=_EXPERTS, steps=(1,), worlds=WORLDS))
+    kept = {name: value for name, value in model.options.items() if name in ROUND_TRIP_OPTIONS}
+    case = dataclasses.replace(
+        model, concept="checkpoint", options=kept, lens="exact", dtype="float64"
+    )
+    return draw(_saved_elsewhere(case))
+
+
+@st.composite
+def resumed_cases(
+    draw: st.DrawFn, *, options: Choices = SCHEDULED, worlds: Sequence[int] = (2, 2, 4)
+) -> Case:
+    """Cases of `resumed_training`: a step or two before it is saved, and after. As few layers and
+    microbatches as the layouts allow: the rest is `gpt_training`'s business."""
+    case = draw(
+        model_cases(
+            options=options,
+            recompute=("",),
+            evaluated=(False,),
+            uneven=(False,),
+            chunks=(1, 1, 1, 2),
+            experts=_EXPERTS,
+            steps=(2, 2, 2, 3),
+            worlds=worlds,
+        )
+    )
+    least = {"microbatches": 1 if case.layout.vpp == 1 else case.layout.pp}
+    least["layers"] = case.layout.pp * case.layout.vpp
+    case = dataclasses.replace(case, concept="resumed_training", shape={**case.shape, **least})
+    after = draw(st.integers(1, case.shape["steps"] - 1))
+    return draw(_saved_elsewhere(with_option(case, "after", after, default=1)))
+
+
+@st.composite
+def _saved_elsewhere(draw: st.DrawFn, case: Case) -> Case:
+    """The case with a layout to save at, and sizes of which both layouts take parts."""
+    saved = draw(_layouts(case.layout.world_size, experts="experts" in case.shape))
+    case = with_option(case, "saved", text_of(saved), default=text_of(case.layout))
+    grown = dataclasses.replace(case, shape=_grown(case, saved))
+    assume(contract_or_none(grown) is not None)
+    return grown
+
+
+@st.composite
+def _layouts(draw: st.DrawFn, ranks: int, *, experts: bool) -> Layout:
+    """Layouts of exactly so many ranks."""
+    sizes: dict[str, Any] = {}
+    left = ranks
+    *first, last = draw(st.permutations(("dp", "tp", "pp", "cp")))
+    for axis in first:
+        sizes[axis] = draw(st.sampled_from(divisors(left)))
+        left //= sizes[axis]
+    sizes[last] = left
+    if 1 < sizes["pp"] < 4:
+        sizes["vpp"] = draw(st.integers(1, 2))
+    if experts:
+        stage = ranks // sizes["pp"]
+        etp = draw(st.sampled_from([n for n in {1, sizes["tp"]} if stage % n == 0]))
+        sizes["ep"] = draw(st.sampled_from([n for n in divisors(stage // etp) if n <= 4]))
+        sizes["etp"] = None if etp == sizes["tp"] else etp
+    moved = st.permutations(("tp", "cp", "ep", "dp")).map(lambda axes: "-".join([*axes, "pp"]))
+    order = draw(st.just(DEFAULT_ORDER) | moved)
+    return Layout(**sizes, order=order, sequence_parallel=draw(st.booleans()))
+
+
+def _grown(case: Case, saved: Layout) -> dict[str, int]:
+    """The sizes of a case as multiples of what a layout divides them by too."""
+    shape, tp = dict(case.shape), saved.tp
+    zigzag = case.options.get("placement", "zigzag") == "zigzag"
+    tokens = saved.cp * (2 if zigzag else 1)
+    tokens *= tp if saved.sequence_parallel or "experts" in shape else 1
+    shared = saved.cp if case.options.get("algorithm", ALGORITHMS[0]) in SHARING else 1
+    units = {
+        "sequence": tokens,
+        "batch": saved.dp,
+        "groups": tp * shared,
+        "ffn": lcm(tp, saved.expert_tp),
+        "experts": saved.ep,
+        "shared_ffn": tp,
+    }
+    if not {"split", "first", "last"} & set(case.options):
+        units["layers"] = saved.pp * saved.vpp
+    if saved.vpp > 1:
+        units["microbatches"] = saved.pp
+    for name, unit in units.items():
+        if name in shape:
+            shape[name] = lcm(shape[name], unit)
+    shape["heads"] = lcm(shape["heads"], shape["groups"])
+    return shape
