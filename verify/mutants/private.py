@@ -93,10 +93,14 @@ class PrivateCopies(MetaPathFinder):
     def _covers(self, name: str) -> bool:
         return any(name == each or name.startswith(f"{each}.") for each in self.packages)
 
-    def _import(self, *args: Any, **kwargs: Any) -> Any:
-        """`__import__` for the code of the copies."""
+    def _import(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """`__import__` for the code of the copies, and for what it calls that is not Python: that
+        may import often, and what has nothing to do with the copies."""
+        top = name.partition(".")[0]
+        if top and all(top != each.partition(".")[0] for each in self.packages):
+            return builtins.__import__(name, *args, **kwargs)
         with self._in_place():
-            return builtins.__import__(*args, **kwargs)
+            return builtins.__import__(name, *args, **kwargs)
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
