@@ -162,3 +162,50 @@ def test_masks_that_are_not_those_of_the_contract():
     masks.found[1][0] = full
     text = "rank 1 applies the dropout drop to [16, 12]; its part is [16, 6]"
     assert masks.misshapen() == text
+
+
+def _of_stages(dp=1):
+    """Masks of two stages, one each, and of copies along dp that drop alike."""
+    layout = Layout(pp=2, dp=dp)
+    placed = {"dp": Shard(1)}
+    specs = {f"stage {at}": Mask(SIZE, placed, 0.5, {"pp": at}, ("dp",)) for at in range(2)}
+    contract = Contract(
+        inputs={}, parameters={}, outputs={}, reference=lambda inputs, parameters: {}, masks=specs
+    )
+    ranks = RankMap(layout, ("dp", "pp"))
+    size = (SIZE[0], SIZE[1] // dp)
+    drawn = [torch.rand(size) < 0.5 for _ in range(2)]
+    return Masks(contract, ranks, [[drawn[at["pp"]].clone()] for at in ranks.coordinates]), drawn
+
+
+def test_only_the_ranks_of_a_stage_apply_its_dropouts():
+    masks, drawn = _of_stages()
+    assert masks.misshapen() is None
+    assert masks.divergences() == []
+    for at, mask in enumerate(drawn):
+        assert torch.equal(masks.full("")[f"stage {at}"], mask)
+    masks.found[1].clear()
+    assert masks.misshapen() == "rank 1 applies 0 dropouts; promised are stage 1"
+
+
+def test_parts_that_may_be_dropped_alike():
+    masks, drawn = _of_stages(dp=2)
+    assert masks.divergences() == []
+    assert torch.equal(masks.full("")["stage 1"], torch.cat([drawn[1]] * 2, 1))
+
+
+def test_what_is_computed_again_in_backward_is_not_recorded():
+    x = torch.ones(4, 3, requires_grad=True)
+
+    class Again(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, given):
+            return F.dropout(given, 0.5)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return F.dropout(gradient, 0.5)
+
+    with recorded() as masks:
+        Again.apply(x).sum().backward()
+    assert len(masks) == 1
