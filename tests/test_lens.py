@@ -22,6 +22,7 @@ from verify.reference import Reference
 from verify.replica import RankMap
 
 SHAPE = {"sequence": 3, "batch": 2, "in_features": 8, "out_features": 5}
+LARGE = {"magnitude": 1024}
 HALF = torch.full((3, 2, 8), 0.5)
 
 
@@ -157,6 +158,32 @@ def test_zeros():
     assert problem.inputs["x"].full.all()
     with pytest.raises(BadArgument, match="zeros: wait: not one of x, weight, bias, grad y"):
         problem_of(case_of(options={"zeros": "wait"}))
+
+
+@pytest.mark.parametrize("lens", ["exact", "fp64", "native"])
+@pytest.mark.parametrize("concept", ["fake_row", "fake_sum"])
+def test_magnitude_multiplies_inputs_and_nothing_else(concept, lens):
+    """By a power of two, so that parts of a sum still add up exactly."""
+    plain, large = (problem_of(case_of(concept, lens=lens, options=o)) for o in ({}, LARGE))
+    before, after = plain.inputs["x"], large.inputs["x"]
+    assert torch.equal(after.full, before.full * 1024)
+    assert (after.parts is None) == (before.parts is None) == (concept == "fake_row")
+    if after.parts is not None:
+        assert torch.equal(after.parts, before.parts * 1024)
+        assert torch.equal(after.parts.sum(0), after.full)
+    for name, weight in plain.parameters.items():
+        assert torch.equal(large.parameters[name].full, weight.full)
+    for name, upstream in plain.upstream.items():
+        assert torch.equal(large.upstream[name].full, upstream.full)
+
+
+def test_magnitude_leaves_integers_alone_and_is_a_power_of_two():
+    case = case_of(options=LARGE)
+    drawn = generate(case, _targets(case), RankMap(case.layout, ("tp",)), "").inputs["targets"].full
+    assert bool((drawn < 4).all())
+    for wrong in (0, 3, -2, 0.3, "large"):
+        with pytest.raises(BadArgument, match=r"magnitude: .* is not a power of two like 1024"):
+            problem_of(case_of(options={"magnitude": wrong}))
 
 
 def _targets(case: Case) -> Contract:
