@@ -110,13 +110,15 @@ def refusable_position_cases(draw: st.DrawFn) -> Case:
         longer = max(case.shape["sequence"], 2 * case.layout.world_size)
         shape = {**case.shape, "sequence": longer, "max_positions": min(fewer, longer - 1)}
         return dataclasses.replace(case, shape=shape)
-    size = case.shape["head_size"]
+    # Even, so that nothing else is wrong: without a rotary_dim all features are turned.
+    size = case.shape["head_size"] + case.shape["head_size"] % 2
     wrong = draw(
         st.sampled_from(
             (("rotary_dim", 2 * size + 2), ("rotary_dim", 3), ("base", -1.0), ("base", -1e4))
         )
     )
-    return dataclasses.replace(case, options={**case.options, wrong[0]: wrong[1]})
+    shape = {**case.shape, "head_size": size}
+    return dataclasses.replace(case, shape=shape, options={**case.options, wrong[0]: wrong[1]})
 
 
 @st.composite

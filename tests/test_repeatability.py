@@ -1,0 +1,94 @@
+"""Two runs of one profile have the same verdicts and the same examples, however they are spread."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from test_cli import shardproof
+
+from verify.campaign import alarms
+from verify.report import read
+
+SUITES = ("--suite", "schedules,positions", "--max-examples", "6", "--max-world-size", "6")
+
+
+def _rows(report):
+    document = read(report / "report.json")
+    kept = ("verdict", "examples", "digest", "compared", "layouts", "lenses", "not_supported")
+    rows = {row["property"]: {name: row[name] for name in kept} for row in document["properties"]}
+    return rows, document["coverage"], document["seed"]
+
+
+def test_a_profile_draws_the_same_examples_alone_again_and_spread(tmp_path):
+    runs = []
+    for name, workers in (("one", ()), ("again", ()), ("spread", ("-n", "2"))):
+        done = shardproof("run", *SUITES, *workers, "--report", name, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout
+        runs.append(_rows(tmp_path / name))
+    assert runs[0] == runs[1] == runs[2]
+    rows, _, seed = runs[0]
+    assert seed == 0
+    assert all(len(row["digest"]) == 16 for row in rows.values())
+    digests = {row["digest"] for row in rows.values()}
+    assert len(digests) > 1
+    done = shardproof("run", *SUITES, "--seed", "5", "--report", "other", cwd=tmp_path)
+    others = {row["digest"] for row in _rows(tmp_path / "other")[0].values()}
+    assert not digests & others
+
+
+def _line(seed, count=30, bad=()):
+    return {
+        "seed": seed, "options": ["--target", "impl", "--max-examples", "50"], "commit": "abc",
+        "target": "impl 1", "platform": "here", "versions": {}, "seconds": 60.0, "properties": 2,
+        "examples": count, "compared": 100, "arithmetic": {"fp64 float64": count},
+        "concepts": {"norm": count}, "layouts": ["1 rank"],
+        "alarms": [{"property": name, "verdict": "failed", "said": ""} for name in bad],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def count(tmp_path, monkeypatch):
+    """Count false alarms with seeds that come from `_line`; what it returned, and what ran."""
+    ran = []
+
+    def one(seed, options, workers, folder):
+        ran.append(seed)
+        line = _line(seed, bad=["norm.is"] * (seed == 3))
+        folder.mkdir(exist_ok=True)
+        with (folder / "journal.jsonl").open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+        return line
+
+    monkeypatch.setattr(alarms, "_one_seed", one)
+
+    def run(*arguments):
+        places = ["--folder", str(tmp_path / "f"), "--summary", str(tmp_path / "s.md")]
+        return CliRunner().invoke(alarms.main, [*places, *arguments]), ran
+
+    return run
+
+
+def test_false_alarms_are_counted_until_there_are_enough_examples_and_resumed(count, tmp_path):
+    result, ran = count("--examples", "50")
+    assert (result.exit_code, ran) == (0, [1, 2])
+    summary = (tmp_path / "s.md").read_text()
+    assert "60 examples of all suites on the unmodified impl 1: no alarms." in summary
+    with (tmp_path / "f/journal.jsonl").open("a") as journal:
+        journal.write('{"seed": 3, "opt')
+    result, ran = count("--examples", "100")
+    assert (result.exit_code, ran) == (1, [1, 2, 3, 4])
+    summary = (tmp_path / "s.md").read_text()
+    assert "120 examples" in summary
+    assert "- seed 3, norm.is: failed" in summary
+    assert json.loads((tmp_path / "s.json").read_text())["seeds"] == [1, 2, 3, 4]
+
+
+def test_a_folder_of_other_options_is_refused(count, tmp_path):
+    count("--examples", "20")
+    result, _ = count("--examples", "20", "--max-examples", "7")
+    assert result.exit_code == 2
+    assert "has other options" in result.output
+    (tmp_path / "f/journal.jsonl").write_text("[1]\n")
+    result, _ = count("--examples", "20")
+    assert result.exit_code == 2
+    assert "is no journal" in result.output
