@@ -22,7 +22,7 @@ from impl.pretrain.ranks import (
     run_on_cluster,
     started_by_torchrun,
 )
-from impl.pretrain.run import pretrain
+from impl.pretrain.run import pretrain, pretrain_plain
 from impl.transformer import RECOMPUTED
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -145,7 +145,7 @@ def _train(debug: bool, **given: Any) -> None:
     if started_by_torchrun():
         run_as_rank(pretrain, options, **where)
     else:
-        run_on_cluster(options.cluster, pretrain, options, **where)
+        run_on_cluster(options.cluster, pretrain_plain, options.to_plain(), **where)
 
 
 command = click.Command(

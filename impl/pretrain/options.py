@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from impl.context_parallel.attention import ALGORITHMS
 from impl.data import CORPUS
@@ -15,6 +17,7 @@ from impl.rotary import RotaryEmbedding
 from impl.transformer import LayerConfig
 from verify.layout import Layout
 
+_PATHS = ("data", "cache", "save", "load", "log", "plot")
 POSITIONS = {"rope": "rotary", "learned_absolute": "learned", "none": "none"}
 NORMS = {"RMSNorm": "rms", "LayerNorm": "layer"}
 # Megatron-LM's names of the algorithms, beside ours.
@@ -87,6 +90,17 @@ class Options:
     plot: Path | None = None
     cluster: str = "sim"
     device: str = "cpu"
+
+    def to_plain(self) -> dict[str, Any]:
+        """The same as numbers and texts, which travel between processes."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {n: str(v) if isinstance(v, Path) else v for n, v in values.items()}
+
+    @staticmethod
+    def from_plain(values: Mapping[str, Any]) -> Options:
+        """The options that `to_plain` told."""
+        paths = {n: Path(v) for n, v in values.items() if n in _PATHS and v is not None}
+        return Options(**{**values, **paths})
 
     def layout(self) -> Layout:
         """How the ranks share the work. ValueError where sizes do not fit."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,6 +69,11 @@ def pretrain(options: Options) -> list[Record]:
         log.end(already=progress.steps)
     groups.destroy()
     return records
+
+
+def pretrain_plain(values: dict[str, Any]) -> list[Record]:
+    """`pretrain` with the options that `Options.to_plain` told."""
+    return pretrain(Options.from_plain(values))
 
 
 def build(options: Options, groups: Groups) -> Run:
