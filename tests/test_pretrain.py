@@ -1,0 +1,206 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from impl.pretrain.command import command, main
+from impl.pretrain.options import Options
+from impl.pretrain.plot import main as plot
+from impl.pretrain.records import Record, read_log
+from impl.pretrain.run import pretrain
+from verify.cluster import open_cluster
+
+SMALL = ["--layers", "2", "--hidden", "16", "--heads", "2", "--seq-length", "16", "--batch", "4"]
+TINY = Options(
+    layers=2,
+    hidden=16,
+    heads=2,
+    sequence=16,
+    global_batch_size=4,
+    steps=6,
+    save_interval=3,
+    vocabulary_multiple=1,
+)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with open_cluster("sim", world_size=8) as opened:
+        yield opened
+
+
+@pytest.fixture
+def options(tmp_path) -> Options:
+    return replace(TINY, cache=tmp_path / "cache", save=tmp_path / "run")
+
+
+def _run(cluster, options: Options) -> list[Record]:
+    return cluster.run(pretrain, options, world_size=options.layout().world_size)[0]
+
+
+def _losses(records: list[Record]) -> list[float]:
+    return [record.loss for record in records]
+
+
+def _command(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    return int(caught.value.code or 0)
+
+
+def test_a_resumed_run_goes_on_to_the_bit_at_the_same_layout(cluster, options):
+    begun = replace(options, tp=2, pp=2, dropout=0.25, distributed_optimizer=True)
+    whole = _run(cluster, begun)
+    resumed = _run(cluster, replace(begun, save=None, load=options.save / "step-00000003"))
+    assert [record.step for record in resumed] == [4, 5, 6]
+    for one, other in zip(whole[3:], resumed, strict=True):
+        assert replace(one, seconds=0.0) == replace(other, seconds=0.0)
+
+
+def test_a_resumed_run_goes_on_at_another_layout(cluster, options):
+    """The same to rounding: no further apart than a few times what the order of sums changes."""
+    begun = replace(options, steps=3, decay=6, tp=2, cp=2, pp=2, sequence_parallel=True)
+    first = _run(cluster, begun)
+    rest = _run(cluster, replace(options, decay=6, dp=2, distributed_optimizer=True, resume=True))
+    alone = [
+        _losses(_run(cluster, replace(options, decay=6, save=None, microbatch_size=size)))
+        for size in (1, 2, 4)
+    ]
+    spread = max(max(each) - min(each) for each in zip(*alone, strict=True))
+    for found, expected in zip(_losses(first + rest), alone[0], strict=True):
+        assert abs(found - expected) <= 10 * spread
+    assert spread < alone[0][0] - alone[0][-1]
+    assert [record.consumed for record in rest] == [16, 20, 24]
+
+
+def test_the_loss_falls_and_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    log, picture = tmp_path / "logs" / "run.jsonl", tmp_path / "loss.svg"
+    files = ["--log", str(log), "--plot", str(picture)]
+    assert _command(*SMALL, "--steps", "30", "--dp", "2", *files) == 0
+    said = capsys.readouterr().out
+    assert "step 30/30  loss" in said
+    records = read_log(log)
+    assert [record.step for record in records] == list(range(1, 31))
+    assert records[-1].loss < records[0].loss - 1
+    assert all(record.grad_norm > 0 and record.tokens == 64 for record in records)
+    assert set(json.loads(log.read_text().splitlines()[0])) == {*Record.__dataclass_fields__}
+    lines = ElementTree.parse(picture).getroot().findall("{http://www.w3.org/2000/svg}polyline")
+    assert [len(line.attrib["points"].split()) for line in lines] == [30, 30]
+
+
+def test_a_resumed_log_has_every_step_once(cluster, options, tmp_path):
+    log = tmp_path / "run.jsonl"
+    _run(cluster, replace(options, log=log))
+    # Killed after step 5, the last line half written.
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:5]) + lines[5][:9])
+    (options.save / "latest").write_text("step-00000003\n")
+    _run(cluster, replace(options, log=log, resume=True))
+    found = read_log(log)
+    assert [record.step for record in found] == [1, 2, 3, 4, 5, 6]
+    assert [record.loss for record in found] == [json.loads(line)["loss"] for line in lines]
+
+
+def test_runs_are_drawn_into_one_picture(tmp_path):
+    for name in ("one", "two"):
+        records = [Record(i, 5 - i, 1.0, 0.1, 8, i, 0.1) for i in range(4)]
+        lines = [json.dumps(vars(record)) for record in records]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    runs = [f"one rank={tmp_path / 'one'}", f"tp2 <&>={tmp_path / 'two'}"]
+    plot.main([*runs, "-o", str(tmp_path / "both.svg")], standalone_mode=False)
+    root = ElementTree.parse(tmp_path / "both.svg").getroot()
+    texts = [each.text for each in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"one rank", "tp2 <&>", "loss", "gradient norm"} <= set(texts)
+
+
+def test_megatrons_spellings_are_the_same_options():
+    pairs = {
+        "--tp 2": "--tensor-model-parallel-size 2",
+        "--cp 2": "--context-parallel-size 2",
+        "--pp 2": "--pipeline-model-parallel-size 2",
+        "--ep 2": "--expert-model-parallel-size 2",
+        "--sp": "--sequence-parallel",
+        "--layers 6": "--num-layers 6",
+        "--hidden 8": "--hidden-size 8",
+        "--heads 8": "--num-attention-heads 8",
+        "--sequence 32": "--seq-length 32",
+        "--batch 16": "--global-batch-size 16",
+        "--micro-batch 4": "--micro-batch-size 4",
+        "--steps 9": "--train-iters 9",
+        "--warmup 3": "--lr-warmup-iters 3",
+        "--clip 0.5": "--clip-grad 0.5",
+        "--distributed-optimizer": "--use-distributed-optimizer",
+    }
+    for ours, theirs in pairs.items():
+        parsed = [command.make_context("x", text.split()).params for text in (ours, theirs)]
+        assert parsed[0] == parsed[1] != command.make_context("x", []).params
+
+
+REFUSED = {
+    "--tp 3": "heads: 2 does not divide",
+    "--tp 0": "layout.tp: 0 is not a size",
+    "--pp 3": "layers: 2 do not divide by 3 stages",
+    "--vpp 2": "layout.vpp",
+    "--dp 3": "global_batch_size: 4 does not divide by dp=3",
+    "--cp 3": "sequence: 16 does not divide into the 6 chunks",
+    "--lr fast": "'fast' is not a valid float",
+    "--hiden 4": "No such option",
+    "--steps 0": "steps: 0 is below 1",
+    "--resume": "no --save to resume from",
+    "--resume --save none": "none is no folder",
+    "--load .": "neither latest nor metadata.json",
+    "--data none.txt": "none.txt: No such file",
+    "--seq-length 200000": "give a longer text or shorter samples",
+    "--plot x.svg": "it is made from --log",
+    "--log . --steps 1": "log: .",
+    "--lr 0.1 --min-lr 0.2": "minimum: 0.2",
+    "--lr-decay-style wave": "'wave' is not one of",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_bad_input_is_one_line(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert _command(*SMALL, *arguments.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("pretrain: error: ")
+    assert said.count("\n") == 1
+    assert REFUSED[arguments] in said
+
+
+def test_a_run_that_is_killed_can_be_resumed(tmp_path):
+    def start(*more: str) -> subprocess.Popen:
+        arguments = [*SMALL, "--save", "run", "--save-interval", "1", "--steps", "500", *more]
+        return subprocess.Popen(
+            [sys.executable, "-m", "impl.pretrain", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def kill_after(process: subprocess.Popen, saves: int) -> int:
+        assert process.stdout is not None
+        saved = 0
+        for line in process.stdout:
+            saved += line.startswith("saved")
+            if saved == saves:
+                break
+        time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        return int((tmp_path / "run" / "latest").read_text().split("-")[1])
+
+    reached = kill_after(start(), saves=2)
+    assert reached >= 2
+    assert kill_after(start("--resume", "--log", "log.jsonl"), saves=1) > reached
+    assert read_log(tmp_path / "log.jsonl")[0].step == reached + 1
