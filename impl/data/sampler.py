@@ -83,4 +83,4 @@ class Samples:
 def _order(seed: int, epoch: int, count: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-    return torch.randperm(count, generator=generator)
+    return torch.randperm(count, generator=generator, device="cpu")
