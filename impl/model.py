@@ -100,7 +100,8 @@ def layers_of(config: ModelConfig, *, layout: Layout, stage: int, chunk: int) ->
     """
     counts = _counts(config, layout)
     for place, count in enumerate(counts):
-        if count < (0 if place in (0, len(counts) - 1) else 1):
+        least = 0 if place in (0, len(counts) - 1) else 1
+        if count < least:
             raise ValueError(f"layers: chunk {place} of {len(counts)} would have {count} of them")
     starts = (0, *accumulate(counts))
     place = chunk * layout.pp + stage
