@@ -7,8 +7,7 @@ the modules when training begins, and read from them again after each step.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,23 +16,21 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.init import constant_
 
-from impl.data_parallel import DataParallel, of_expert
+from impl.data_parallel import DataParallel
 from impl.groups import Groups
-from impl.model import ModelConfig, build_model, layers_of, model_parameters, tie_embeddings
+from impl.model import ModelConfig, build_model, model_parameters, tie_embeddings
 from impl.moe.layer import ExpertsConfig
 from impl.moe.router import Choice
 from impl.optimizer.mixed import Optimizer, ParameterGroup
 from impl.training import Microbatch, Trainer, TrainResult
 from impl.transformer import LayerConfig
 from verify.case import Case
-from verify.layout import Layout
 from verify.oracle.gpt.model import OPTIONS as _OPTIONS
-from verify.oracle.gpt.model import Model
-from verify.oracle.gpt.parameters import stacks_of
-from verify.placement import Listed, Placements, Shard
+from verify.placement import Placements
 from verify.targets.impl.context import attention_arguments
 from verify.targets.impl.dropout import tracker_of
 from verify.targets.impl.positions import rotary_of
+from verify.targets.impl.stacks import Stacks
 from verify.targets.impl.subject import Builder, Tensors, switches
 from verify.targets.impl.training import (
     FACTORS,
@@ -43,7 +40,6 @@ from verify.targets.impl.training import (
     schedule_of,
     shards_only,
 )
-from verify.targets.megatron_attributes import placements_of
 
 OPTIONS: Mapping[str, tuple[str, ...]] = {"gpt_training": _OPTIONS}
 _SIZES = ("hidden", "heads", "groups", "head_size", "ffn")
@@ -109,7 +105,7 @@ class GPTSubject:
         )
         self.own = model_parameters(self.chunks)
         self.schedule, self.loss_scale = schedule_of(case), loss_scale_of(case)
-        self.stacks = _Stacks(case, self.config, self.own)
+        self.stacks = Stacks(case, self.config, self.own)
         self.given = {name: self.stacks.empty(name) for name in self.stacks.names}
 
     def parameters(self) -> Mapping[str, tuple[Parameter, Placements]]:
@@ -238,91 +234,6 @@ class GPTSubject:
             f"gradient {name}": self.stacks.stacked(name, gradient, dtype=wide)
             for name in self.stacks.names
         }
-
-
-class _Stacks:
-    """The parameters of this stage as parts of the contract's stacks."""
-
-    def __init__(self, case: Case, config: ModelConfig, own: Mapping[str, Parameter]) -> None:
-        self.case, self.dtype = case, getattr(torch, case.dtype)
-        self.promised = stacks_of(Model.of(case))
-        self.names = tuple(self.promised)
-        self.layers = [_layers(case.layout, config, stage) for stage in range(case.layout.pp)]
-        self._members: dict[str, list[Parameter]] = {name: [] for name in self.names}
-        for name, parameter in own.items():
-            self._members[self._stack_of(name)].append(parameter)
-
-    def members(self, name: str) -> list[Parameter]:
-        """What this stage has of a stack, in the order of the model."""
-        return self._members[name]
-
-    def stacked(
-        self, name: str, value: Callable[[Parameter], Tensor], *, dtype: torch.dtype
-    ) -> Tensor:
-        """A tensor of every member, stacked; of none an empty one of this dtype."""
-        parts = [value(parameter) for parameter in self._members[name]]
-        return torch.stack(parts) if parts else self.empty(name).detach().to(dtype)
-
-    def empty(self, name: str) -> Parameter:
-        """A part of a stack with values that are not numbers."""
-        members = self._members[name]
-        if members:
-            shape: tuple[int, ...] = tuple(members[0].shape)
-        else:
-            shape = self._local(name)
-        full = torch.full((len(members), *shape), math.nan, dtype=self.dtype)
-        return Parameter(full, requires_grad=False)
-
-    def placements(self, name: str) -> Placements:
-        """Over pp by the layers that stages have; on the ranks of a stage by the attributes."""
-        held = self._held(name)
-        members = self._members[name]
-        if not members:
-            within = {a: p for a, p in self.promised[name].placements.items() if a != "pp"}
-            return {"pp": Listed(0, held), **within}
-        expert = of_expert(members[0])
-        within = placements_of(members[0], axis="etp" if expert else "tp")  # type: ignore[assignment]
-        later: dict[str, Any] = {"pp": Listed(0, held)}
-        later |= {"ep": Shard(1)} if expert else {}
-        for axis, placement in within.items():
-            assert isinstance(placement, Shard)
-            later[axis] = Shard(placement.dim + 1, placement.stride)
-        return later
-
-    def _held(self, name: str) -> tuple[tuple[int, ...], ...]:
-        promised, pp = self.promised[name], self.case.layout.pp
-        if name.startswith("layers."):
-            members = promised.members
-            return tuple(
-                tuple(members.index(each) for each in own if each in members) for own in self.layers
-            )
-        stages = {0} if name.startswith("embedding.") else {pp - 1}
-        if name == "embedding.tokens.weight" and self.case.options.get("tied", True):
-            stages |= {pp - 1}
-        return tuple((0,) if stage in stages else () for stage in range(pp))
-
-    def _stack_of(self, name: str) -> str:
-        """The stack of a parameter by its name in the model."""
-        if name == "output.weight" and name not in self.names:
-            return "embedding.tokens.weight"
-        return re.sub(r"^layers\.\d+\.", "layers.", name)
-
-    def _local(self, name: str) -> tuple[int, ...]:
-        """The shape of one member on this rank, of which it has none."""
-        sizes = {**self.case.layout.sizes, **self.case.layout.expert_sizes}
-        shape = [0, *self.promised[name].shape]
-        for axis, placement in self.promised[name].placements.items():
-            if isinstance(placement, Shard):
-                shape[placement.dim] //= sizes[axis]
-        return tuple(shape[1:])
-
-
-def _layers(layout: Layout, config: ModelConfig, stage: int) -> list[int]:
-    """The layers of all chunks of a stage."""
-    chunks = [
-        layers_of(config, layout=layout, stage=stage, chunk=chunk) for chunk in range(layout.vpp)
-    ]
-    return [layer for chunk in chunks for layer in chunk]
 
 
 def microbatches_of(inputs: Tensors, step: int) -> list[Microbatch]:
