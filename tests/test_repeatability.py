@@ -1,15 +1,19 @@
 """Two runs of one profile have the same verdicts and the same examples, however they are spread."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
 from test_cli import shardproof
 
 from verify.campaign import alarms
+from verify.case import Case
+from verify.layout import Layout
 from verify.report import read
+from verify.runner.recorder import Recorder
 
-SUITES = ("--suite", "schedules,positions", "--max-examples", "6", "--max-world-size", "6")
+SUITES = ("--suite", "positions", "--max-examples", "5", "--max-world-size", "6")
 
 
 def _rows(report):
@@ -19,21 +23,33 @@ def _rows(report):
     return rows, document["coverage"], document["seed"]
 
 
-def test_a_profile_draws_the_same_examples_alone_again_and_spread(tmp_path):
+def test_a_profile_draws_the_same_examples_alone_and_spread(tmp_path):
     runs = []
-    for name, workers in (("one", ()), ("again", ()), ("spread", ("-n", "2"))):
+    for name, workers in (("alone", ()), ("spread", ("-n", "2"))):
         done = shardproof("run", *SUITES, *workers, "--report", name, cwd=tmp_path)
         assert done.returncode == 0, done.stdout
         runs.append(_rows(tmp_path / name))
-    assert runs[0] == runs[1] == runs[2]
-    rows, _, seed = runs[0]
-    assert seed == 0
-    assert all(len(row["digest"]) == 16 for row in rows.values())
-    digests = {row["digest"] for row in rows.values()}
-    assert len(digests) > 1
-    done = shardproof("run", *SUITES, "--seed", "5", "--report", "other", cwd=tmp_path)
-    others = {row["digest"] for row in _rows(tmp_path / "other")[0].values()}
-    assert not digests & others
+    assert runs[0] == runs[1]
+    rows, coverage, seed = runs[0]
+    assert (seed, coverage["examples"]) == (0, 5 * len(rows))
+    assert len({row["digest"] for row in rows.values()}) > 1
+
+
+def _digest(*cases):
+    recorder = Recorder("suite.one", must_check=False, on_example=lambda name, count: None)
+    for case in cases:
+        with recorder.example({"case": case}):
+            pass
+    return recorder.conclude().digest
+
+
+def test_a_digest_is_of_all_that_is_drawn_in_order():
+    one = Case(concept="norm", layout=Layout(tp=2))
+    others = [replace(one, seed=1), replace(one, dtype="float32"), replace(one, layout=Layout())]
+    digests = [_digest(), _digest(one), *(_digest(other) for other in others)]
+    digests += [_digest(one, others[0]), _digest(others[0], one)]
+    assert len(set(digests)) == len(digests)
+    assert _digest(one, others[0]) == digests[-2]
 
 
 def _line(seed, count=30, bad=()):
