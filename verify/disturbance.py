@@ -25,8 +25,9 @@ _ROUNDING = """
     addcdiv_ addcmul addcmul_ addmm baddbmm bmm cumsum div div_ embedding_dense_backward erf exp
     expm1 gelu gelu_backward index_add index_add_ index_put index_put_ lerp lerp_
     linalg_vector_norm log log1p logsumexp mean mm mul mul_ native_layer_norm
-    native_layer_norm_backward pow reciprocal rsqrt rsub scatter_add sigmoid sigmoid_backward
-    silu silu_backward sqrt sqrt_ sub sub_ sum tanh tanh_backward var var_mean
+    native_layer_norm_backward nll_loss2d_backward nll_loss2d_forward nll_loss_backward
+    nll_loss_forward pow reciprocal rsqrt rsub scatter_add sigmoid sigmoid_backward silu
+    silu_backward sqrt sqrt_ sub sub_ sum tanh tanh_backward var var_mean
 """
 ARITHMETIC = frozenset(_ROUNDING.split())
 
@@ -67,10 +68,10 @@ class Disturbing(TorchDispatchMode):
         return moved(operand, self._generator) if operand.is_floating_point() else operand
 
 
-def moved(tensor: Tensor, generator: torch.Generator, dtype: torch.dtype | None = None) -> Tensor:
-    """`tensor` times 1 plus or minus the unit roundoff of `dtype`, its own unless given: rounded to
-    that, which is narrower than float64, a neighbour of what it was, or a power of two itself."""
-    roundoff = torch.finfo(dtype or tensor.dtype).eps / 2
+def moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """`tensor` times 1 plus or minus the unit roundoff of its dtype, rounded: a neighbour of what
+    it was, where that is narrower than float64, or a power of two itself."""
+    roundoff = torch.finfo(tensor.dtype).eps / 2
     # In float64 from the start: 1 + 2**-24 is 1 in float32.
     signs = torch.randint(0, 2, tensor.shape, generator=generator).double() * 2 - 1
     return (tensor.double() * (1 + roundoff * signs)).to(tensor.dtype)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from verify.case import Case
-from verify.disturbance import Disturbing, moved
+from verify.disturbance import Disturbing
 from verify.errors import HarnessError
 from verify.lens import Generated, Problem, dtype_of
 from verify.oracle.contract import Contract
@@ -64,21 +64,22 @@ class Reference:
         return self.results if dtype is torch.float64 else self.rounded(dtype, 0)
 
     def rounded(self, dtype: torch.dtype, draw: int) -> Results:
-        """Full results computed in `dtype`; for a draw above 0, with inputs, parameters, upstream
-        gradients and the operands of all arithmetic each moved by one unit roundoff up or down, as
-        the draw has it."""
+        """Full results computed in `dtype`; for a draw above 0, with the operands of all arithmetic
+        moved by one unit roundoff up or down, as the draw has it. What ranks have parts of is moved
+        by that of all parts: they compute with these, which are larger than their sum."""
         if draw == 0:
             return self.evaluate(dtype)
         generator = torch.Generator().manual_seed(draw)
-        upstream = {f"grad {name}": given for name, given in self.problem.upstream.items()}
-        drawn = {**self.problem.inputs, **self.problem.parameters, **upstream}
-        leaves = {
-            name: moved(given.full, generator, dtype)
-            for name, given in drawn.items()
-            if given.full.is_floating_point()
-        }
+        roundoff = torch.finfo(dtype).eps / 2
+
+        def change(name: str, given: Generated) -> Tensor:
+            if given.parts is None:
+                return given.full
+            signs = torch.randint(0, 2, given.full.shape, generator=generator) * 2 - 1
+            return given.full + given.magnitude * roundoff * signs
+
         with Disturbing(generator):
-            return self.evaluate(dtype, lambda name, _: leaves[name])
+            return self.evaluate(dtype, change)
 
     def evaluate(self, dtype: torch.dtype, change: Change | None = None) -> Results:
         """Full results in `dtype`; `change` gives other values for what is generated, by name

@@ -2,7 +2,7 @@
 
 A local tensor is held against the same cut of the reference in two norms: the Frobenius norm of all
 of it, and the norm of each row (the last dimension; single elements of a vector), so that a wrong
-row cannot hide in a large tensor. In both, with u the unit roundoff of the case's dtype,
+row cannot hide in a large tensor. In both, with u the unit roundoff of the result's dtype,
 
     allowed = multiple * max(u * scale, deviation)
 
@@ -11,13 +11,13 @@ mean square would have, because a row whose terms cancel keeps the rounding erro
 what the contract says that these are at least, where all rows may cancel at once.
 
 `deviation` is what the reference itself does in the case's dtype: the largest distance from
-float64, in the same norm of the same part, of the plain run and of disturbed runs, in which inputs,
-weights, upstream gradients and the operands of all arithmetic were moved by one unit roundoff
-(`verify.disturbance`). A few runs measure it; a candidate is rejected only by many, so that no
-lucky run decides. It also measures what `scale` cannot know: a difference of large numbers, such as
-log-sum-exp minus logit, is as uncertain as they are, and so is a gradient through a softmax that is
-nearly one. For float64, of which there is no truth to measure from, it is measured in float32 and
-scaled by the ratio of the unit roundoffs. `docs/tolerances.md` derives all this and shows it.
+float64, in the same norm of the same part, of the plain run and of disturbed runs, in which the
+operands of all arithmetic were moved by one unit roundoff of theirs (`verify.disturbance`). A few
+runs measure it; a candidate is rejected only by many, so that no lucky run decides. It also
+measures what `scale` cannot know: a difference of large numbers, such as log-sum-exp minus logit,
+is as uncertain as they are, and so is a gradient through a softmax that is nearly one. For float64,
+of which there is no truth to measure from, it is measured in float32 and scaled by the ratio of the
+unit roundoffs. `docs/tolerances.md` derives all this and shows it.
 
 A factor on all of a tensor moves every row by less than its bound allows, and rounding errors do
 not: over many rows they cancel. Where the `native` reference has the weight of `MANY_ROWS` rows or
@@ -145,7 +145,8 @@ class Tolerance:
     def _allowed(
         self, name: str, expected: Tensor, deviations: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        roundoff = torch.finfo(dtype_of(self.reference.case)).eps / 2
+        dtype = self.reference.dtypes[name]
+        roundoff = torch.finfo(dtype if dtype.is_floating_point else torch.float64).eps / 2
         multiple = self.slack * MULTIPLES[self.reference.case.lens]
         right = _rows(expected)
         least = max(self._rms_of(name) * right.shape[1] ** 0.5, self._terms_of(name))

@@ -35,8 +35,8 @@ class Doubt:
     """Which tokens [sequence, batch] take part in a decision that rounding might turn.
 
     With u the unit roundoff of the case (float32's for float64, whose reference is calibrated in
-    float32) and e that of float32, in which all is computed: inputs and weights are moved by u and
-    rounded, by 2 u each, and products are summed. A disturbed run moves every operand besides, by
+    float32) and e that of float32, in which all is computed: inputs and weights may be rounded once
+    more on their way, by 2 u each, and products are summed. A disturbed run moves every operand, by
     2 e: of the product, of what is done with logits, of what is done with that. So a logit moves by
     at most d = (5 u + (2 hidden + 12) e) sum |x w|, a softmax by a factor within exp(+-2 d), a
     sigmoid by d / 4, each by its own rounding besides, and a bias by 2 u and 4 e of itself.
