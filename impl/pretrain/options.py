@@ -57,14 +57,14 @@ class Options:
     experts: int | None = None
     top_k: int = 2
     recompute: str | None = None
-    init_std: float = 0.02
+    init_std: float = 0.1
     vocabulary_multiple: int = 128
 
     steps: int = 200
     global_batch_size: int = 8
     microbatch_size: int = 2
-    lr: float = 1e-2
-    min_lr: float = 1e-3
+    lr: float = 3e-3
+    min_lr: float = 3e-4
     warmup: int | None = None
     decay: int | None = None
     decay_style: str = "cosine"
