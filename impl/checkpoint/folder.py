@@ -88,11 +88,6 @@ def find(folder: Path) -> Path:
     return folder / name
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Whether there is something that `find` would look for."""
-    return (folder / LATEST).exists() or (folder / METADATA).exists()
-
-
 def synchronise(path: Path) -> None:
     """Return when a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
