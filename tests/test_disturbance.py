@@ -12,6 +12,7 @@ from verify.errors import BadArgument
 from verify.layout import Layout
 from verify.lens import generate
 from verify.oracle.contract import Contract, TensorSpec
+from verify.placement import Partial
 from verify.rank_program import contract_of
 from verify.reference import Reference
 from verify.replica import RankMap
@@ -101,6 +102,44 @@ def test_the_operators_of_all_references_are_known():
     unknown = {name for name in seen if not name.startswith("_function")} - ARITHMETIC - EXACT
     assert not unknown, sorted(unknown)
     assert not ARITHMETIC & EXACT
+
+
+def test_what_is_given_is_exact_but_for_what_ranks_have_in_parts():
+    case = Case(concept="given", layout=Layout(tp=3), lens="native", dtype="bfloat16")
+    contract = Contract(
+        inputs={"x": TensorSpec((40,)), "parts": TensorSpec((40,), {"tp": Partial()}, {})},
+        parameters={},
+        outputs={"x": TensorSpec((40,)), "parts": TensorSpec((40,))},
+        reference=lambda i, p: {name: each.clone() for name, each in i.items()},
+    )
+    reference = Scene(case, contract, {}).references[""]
+    found = reference.rounded(torch.bfloat16, 1)
+    assert torch.equal(found["x"].double(), reference.results["x"])
+    given = reference.problem.inputs["parts"]
+    off = (found["parts"].double() - given.full).abs()
+    allowed = torch.finfo(torch.bfloat16).eps * given.magnitude
+    assert bool((off <= allowed).all())
+    assert bool((off > torch.finfo(torch.bfloat16).eps * given.full.abs()).any())
+
+
+def test_a_bound_is_of_the_results_own_precision():
+    """What is float32 of a bfloat16 case may not be rounded to bfloat16."""
+    case = Case(concept="wide", layout=Layout(), lens="native", dtype="bfloat16")
+    contract = Contract(
+        inputs={"x": TensorSpec((6, 8))},
+        parameters={},
+        outputs={"wide": TensorSpec((6, 8), {}, None), "narrow": TensorSpec((6, 8))},
+        reference=lambda i, p: {"wide": i["x"].float() / 3, "narrow": i["x"] / 3},
+    )
+    reference = Scene(case, contract, {}).references[""]
+    expected = reference.results["wide"]
+    rounded = (expected * (1 + torch.finfo(torch.bfloat16).eps / 2)).clone()
+    said = {
+        name: Tolerance(reference).excess(name, rounded, expected, lambda full: full)
+        for name in ("wide", "narrow")
+    }
+    assert said["narrow"] is None
+    assert said["wide"] is not None
 
 
 def _sharp(seed: int) -> Reference:
