@@ -21,7 +21,7 @@ from verify.strategies.context import ALGORITHMS, SHARING
 from verify.strategies.gpt import OPTIMIZING, model_cases
 from verify.strategies.layouts import divisors
 
-WORLDS = (2, 4, 4, 8)
+WORLDS = (2, 4, 4, 4, 8)
 TRAINED: Choices = {
     name: OPTIMIZING[name]
     for name in ("optimizer", "momentum", "weight_decay", "loss_scale", "bucket", "distributed")
@@ -34,7 +34,15 @@ _EXPERTS = (False, False, True)
 def round_trip_cases(draw: st.DrawFn) -> Case:
     """Cases of `checkpoint`: every kind of parameter, in shards of the optimizer or not."""
     options: Choices = {name: OPTIMIZING[name] for name in ("bucket", "distributed")}
-    model = draw(model_cases(options=options, experts=_EXPERTS, steps=(1,), worlds=WORLDS))
+    model = draw(
+        model_cases(
+            options=options,
+            uneven=(False, False, True),
+            experts=_EXPERTS,
+            steps=(1,),
+            worlds=WORLDS,
+        )
+    )
     kept = {name: value for name, value in model.options.items() if name in ROUND_TRIP_OPTIONS}
     case = dataclasses.replace(
         model, concept="checkpoint", options=kept, lens="exact", dtype="float64"
@@ -44,7 +52,7 @@ def round_trip_cases(draw: st.DrawFn) -> Case:
 
 @st.composite
 def resumed_cases(
-    draw: st.DrawFn, *, options: Choices = SCHEDULED, worlds: Sequence[int] = (2, 2, 4)
+    draw: st.DrawFn, *, options: Choices = SCHEDULED, worlds: Sequence[int] = (2, 4)
 ) -> Case:
     """Cases of `resumed_training`: a step or two before it is saved, and after. As few layers and
     microbatches as the layouts allow: the rest is `gpt_training`'s business."""
@@ -69,12 +77,18 @@ def resumed_cases(
 
 @st.composite
 def _saved_elsewhere(draw: st.DrawFn, case: Case) -> Case:
-    """The case with a layout to save at, and sizes of which both layouts take parts."""
-    saved = draw(_layouts(case.layout.world_size, experts="experts" in case.shape))
-    case = with_option(case, "saved", text_of(saved), default=text_of(case.layout))
-    grown = dataclasses.replace(case, shape=_grown(case, saved))
-    assume(contract_or_none(grown) is not None)
-    return grown
+    """The case with a layout to save at, and sizes of which both layouts take parts. Layers that
+    are shared out unevenly may be too many or too few for the stages of another layout: then that
+    has one stage."""
+    ranks = case.layout.world_size
+    drawn = draw(_layouts(ranks, experts="experts" in case.shape))
+    for saved in (drawn, Layout(dp=ranks)):
+        given = with_option(case, "saved", text_of(saved), default=text_of(case.layout))
+        grown = dataclasses.replace(given, shape=_grown(case, saved))
+        if contract_or_none(grown) is not None:
+            return grown
+    assume(False)
+    return case
 
 
 @st.composite
