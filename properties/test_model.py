@@ -78,6 +78,7 @@ def test_dropout(check: CheckCase, case: Case) -> None:
         options={},
         dropout=(0.0, *DROPOUT),
         recompute=("full", "selective"),
+        steps=(1,),
     )
 )
 def test_recomputation(check: CheckCase, case: Case) -> None:
@@ -86,13 +87,13 @@ def test_recomputation(check: CheckCase, case: Case) -> None:
     check("recomputation", case)
 
 
-@given(case=model_cases(options=SHARDED, uneven=(False,), one_padding=True, steps=(1, 2)))
+@given(case=model_cases(options=SHARDED, uneven=(False,), one_padding=True, steps=(1,)))
 def test_the_layout_does_not_matter(check: CheckCase, case: Case) -> None:
     """Law 8. Must catch: another formula for one rank."""
     check("invariance", case)
 
 
-@given(case=model_cases(dropout=(0.0, 0.25)))
+@given(case=model_cases(dropout=(0.0, 0.25), steps=(1,)))
 def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
     """Law 9. Must catch: a tensor that is read before it is there; a generator left by an earlier
     run."""
