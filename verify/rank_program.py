@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from verify import oracle
-from verify.borrowed import Borrowed
+from verify.borrowed import Borrowed, is_looked_at
 from verify.case import Case
 from verify.cluster.base import RankFailure
 from verify.cluster.history import mark
@@ -117,8 +117,7 @@ def observe(target_name: str, case: Case, source: Source | None = None) -> Obser
         theirs = contract_of(source.case)
         others = RankMap(source.case.layout, theirs.axes)
         given = generate(source.case, theirs, others, source.replica).whole()
-    # One rank speaks for all, another one in another case.
-    borrowed = Borrowed(contract, looks=rank == case.seed % case.layout.world_size)
+    borrowed = Borrowed(contract, looks=is_looked_at(case, rank))
     with session_of(target, case.layout) as session:
         with target_code(f"building {case.concept}"), borrowed.watching():
             subject = session.build(case)
