@@ -20,7 +20,7 @@ from verify.oracle.mlp import ACTIVATIONS
 from verify.oracle.norm import KINDS
 from verify.runner.limits import limits
 from verify.strategies.cases import MAX_SEED, Choices, completed, contract_or_none, with_option
-from verify.strategies.context import ALGORITHMS, MASKS, SHARING
+from verify.strategies.context import ALGORITHMS, MASKS, shared_by
 from verify.strategies.layouts import divisors
 from verify.strategies.training import OPTIONS as _TRAINING
 
@@ -115,7 +115,10 @@ def model_cases(
             worlds=worlds,
         )
     )
-    algorithm = draw(st.sampled_from(ALGORITHMS[:3] if layout.cp > 1 else ALGORITHMS[:1]))
+    algorithm = draw(st.sampled_from(ALGORITHMS if layout.cp > 1 else ALGORITHMS[:1]))
+    if algorithm == "hierarchical":
+        inner = draw(st.sampled_from(divisors(layout.cp)))
+        layout = dataclasses.replace(layout, hierarchical_cp=(inner, layout.cp // inner))
     placement = draw(st.sampled_from(PLACEMENTS))
     shape = draw(_sizes(layout, algorithm, placement, routed=routed))
     shape["steps"] = draw(st.sampled_from(list(steps)))
@@ -192,7 +195,7 @@ def _sizes(
 ) -> dict[str, int]:
     """Sizes that divide as the layout asks, and no larger than that by much."""
     tp, chunks = layout.tp, layout.pp * layout.vpp
-    shared = layout.cp if algorithm in SHARING else 1
+    shared = shared_by(layout, algorithm)
     groups = draw(st.sampled_from([tp * shared, tp, *divisors(tp)]))
     size = draw(st.integers(2, 4))
     unit = layout.cp * (2 if placement == "zigzag" else 1)
