@@ -37,7 +37,9 @@ def rotated(
     turns = turns.to(torch.promote_types(wide.dtype, torch.complex64))[:, None, None, :]
     by_pair = wide.unflatten(-1, (dim // 2, 2) if interleaved else (2, dim // 2))
     by_pair = by_pair if interleaved else by_pair.transpose(-1, -2)
-    turned = torch.view_as_real(torch.view_as_complex(by_pair.contiguous()) * turns)
+    # A part of another tensor may begin at an odd element, where no complex number does.
+    by_pair = by_pair.clone(memory_format=torch.contiguous_format)
+    turned = torch.view_as_real(torch.view_as_complex(by_pair) * turns)
     turned = turned if interleaved else turned.transpose(-1, -2)
     return torch.cat((turned.flatten(-2).to(x.dtype), x[..., dim:]), -1)
 
