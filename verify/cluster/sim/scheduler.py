@@ -219,7 +219,13 @@ class Run:
         waiting = "".join(f"; rank {r} {self.describe(r).message}" for r in others[:8])
         self.stopping = True
         self._threads[rank].interrupt()
+        again = True
         while not self.finished.acquire(timeout=_GRACE):
+            if again:
+                # Where Python drops exceptions, as in a callback of its collector, one is lost.
+                again = False
+                self._threads[self.current].interrupt()
+                continue
             with self._ending:
                 current = self._ranks[self.current]
                 if not current.done:
