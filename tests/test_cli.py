@@ -58,7 +58,8 @@ def test_a_right_target_opens_the_gate(tmp_path):
     lines = done.stdout.splitlines()
     assert lines[0] == "shardproof: impl on sim, 3 properties, 6 examples each, seed 5"
     assert sum(line.startswith("passed         groups.") for line in lines) == 3
-    assert re.fullmatch(r"passed: impl \S+, 18 examples over \d+ layouts in [\d.]+ s", lines[-2])
+    assert re.fullmatch(r"passed: impl \S+, 18 examples over \d+ layouts in [\d.]+ s", lines[-3])
+    assert re.fullmatch(r"pairs of values: \d+ exercised, \d+ missed", lines[-2])
     assert lines[-1] == "report: out/index.html"
     assert max(map(len, lines)) <= 100
     assert "\x1b" not in done.stdout
