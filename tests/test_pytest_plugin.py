@@ -230,6 +230,15 @@ def test_cases_that_do_not_fit_the_run_are_left_out_and_counted(properties, pyte
     assert all(each["layout"]["tp"] <= 3 for each in report(pytester)["coverage"]["layouts"])
 
 
+def test_a_property_without_a_case_in_the_wanted_lenses_is_no_part_of_the_run(properties, pytester):
+    only = EQUIVALENCE.replace("cases()", "cases().filter(lambda case: case.lens == 'exact')")
+    both = only.replace("test_equivalence", "test_exact") + EQUIVALENCE
+    assert properties(both, "--lens", "fp64", "--max-examples", "10").ret == 0
+    assert row(pytester, "fake.equivalence")["verdict"] == "passed"
+    assert row(pytester, "fake.exact")["verdict"] == "not supported"
+    assert "lens exact" in row(pytester, "fake.exact")["reason"]
+
+
 def test_the_seed_decides_what_is_drawn(properties, pytester):
     drawn = []
     for arguments in (["--seed", "1"], ["--seed", "1"], ["--seed", "2"]):

@@ -1,7 +1,8 @@
 """Verdicts: what is known of a property after its examples. A verdict is never lost.
 
 `unknown` is the verdict of a check that broke, and fails a gate as `failed` does. `not supported`
-is what the target declares that it cannot do; it is reported, and alone it passes no gate.
+is what the target declares that it cannot do, and what has no case in the lenses that the run is
+told to use; it is reported, and alone it passes no gate.
 `failed (known)` is a failure that the run was told to expect; it is reported like any other.
 """
 

@@ -32,7 +32,7 @@ def check_case(
     """Run one check on a case and tell the recorder. Raises Mismatch where it fails, Undecided
     where nothing can be said, and rejects the example where it is none for this run."""
     if reason := limits.excludes(case):
-        recorder.left_out(reason)
+        recorder.left_out(reason, unwanted=case.lens not in limits.lenses)
         reject()
     began = time.monotonic()
     try:

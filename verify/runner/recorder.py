@@ -55,6 +55,7 @@ class Recorder:
         self._digest = hashlib.sha256()
         self.steering = Steering()
         self._left_out: Counter[str] = Counter()
+        self._unwanted = 0
         self._not_supported: dict[str, Unsupported] = {}
         self._started = time.monotonic()
         self._in_example: list[Verdict] = []
@@ -111,9 +112,10 @@ class Recorder:
         self._undecided_seconds += seconds
         return self._failed and self._undecided_seconds < _UNDECIDED_SECONDS
 
-    def left_out(self, reason: str) -> None:
-        """A case was drawn that this run cannot check."""
+    def left_out(self, reason: str, *, unwanted: bool = False) -> None:
+        """A case was drawn that this run cannot check, or one that it does not want."""
         self._left_out[reason] += 1
+        self._unwanted += unwanted
 
     def conclude(self, error: BaseException | None = None) -> Record:
         """What is known now; `error` is what the property raised in the end."""
@@ -144,6 +146,8 @@ class Recorder:
         return self.conclude(Mismatch("interrupted while shrinking", self.found))
 
     def _verdict(self, error: BaseException | None) -> tuple[Verdict, str, tuple[Finding, ...]]:
+        if not self.examples and self._unwanted and self._unwanted == self._left_out.total():
+            return Verdict.NOT_SUPPORTED, f"in this run: {', '.join(self._left_out)}", ()
         if error is not None:
             return self._of_error(error)
         if self._failed:

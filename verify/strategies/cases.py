@@ -210,10 +210,10 @@ def _sizes(name: str, kind: str, layout: Layout) -> st.SearchStrategy[int]:
 
 
 def _arithmetic(draw: st.DrawFn, case: Case, lenses: Sequence[Lens]) -> tuple[Lens, str]:
-    """Lens and dtype; where this run wants none of `lenses`, one that it will leave out."""
-    wanted = [lens for lens in lenses if lens in limits().lenses] or lenses
-    applicable = [lens for lens in wanted if lens != "exact" or contract_of(case).linear]
-    assume(applicable)
+    """Lens and dtype; where this run wants none that there can be, one that it will leave out."""
+    possible = [lens for lens in lenses if lens != "exact" or contract_of(case).linear]
+    assume(possible)
+    applicable = [lens for lens in possible if lens in limits().lenses] or possible
     # Three dtypes to one.
     weighted = [*applicable, "native"] if "native" in applicable else applicable
     lens: Lens = chosen(draw, "lens", weighted)
