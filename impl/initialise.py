@@ -30,6 +30,9 @@ from torch.nn import Module, Parameter
 from impl.groups import Groups
 from impl.random import DEFAULT, EXPERT_PARALLEL, TENSOR_PARALLEL, RandomTracker
 
+# How many normal numbers torch draws at once.
+_BLOCK = 16
+
 
 class Distribution(Protocol):
     """Where the values of a parameter are drawn from."""
@@ -105,8 +108,12 @@ def initialise_whole(
         distribution = rule(name, parameter)
         if distribution is None:
             continue
-        full = torch.empty(_full_shape(parameter, groups), dtype=torch.float32, device="cpu")
-        distribution(full, shape=full.shape, generator=_generator(seed, name_of(name)))
+        shape = _full_shape(parameter, groups)
+        # torch draws whole blocks, and those at the end otherwise: with rows of padding, whose
+        # number depends on tp, the last rows before them would be others.
+        drawn = torch.empty(-(-shape.numel() // _BLOCK) * _BLOCK, dtype=torch.float32, device="cpu")
+        distribution(drawn, shape=shape, generator=_generator(seed, name_of(name)))
+        full = drawn[: shape.numel()].view(shape)
         for each in _splits(parameter, groups):
             full = each.part(full)
         with torch.no_grad():

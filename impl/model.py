@@ -130,7 +130,7 @@ def _counts(config: ModelConfig, layout: Layout) -> tuple[int, ...]:
         return config.split
     between = pp - (first is not None) - (last is not None)
     left = config.layers - (first or 0) - (last or 0)
-    if (between < 1 and left) or left < 0:
+    if (between < 1 and left) or min(between, left) < 0:
         raise ValueError(
             f"layers: {config.layers} are not those of pp={pp} stages of which the first has"
             f" {first} and the last {last}"

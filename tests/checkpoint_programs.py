@@ -35,6 +35,7 @@ class Setting:
     layout: Layout = ONE
     layers: int = 2
     hidden: int = 4
+    heads: int = 2
     tied: bool = True
     adam: bool = True
     bf16: bool = False
@@ -48,7 +49,13 @@ def made(setting: Setting) -> Training:
     """A run at its beginning, its states of Adam those of one that has begun."""
     groups = build_groups(setting.layout)
     config = ModelConfig(
-        layer=LayerConfig(hidden=setting.hidden, heads=2, head_size=2, ffn=4, activation="swiglu"),
+        layer=LayerConfig(
+            hidden=setting.hidden,
+            heads=setting.heads,
+            head_size=4 // setting.heads,
+            ffn=4,
+            activation="swiglu",
+        ),
         layers=setting.layers,
         vocabulary=7,
         max_sequence=4,

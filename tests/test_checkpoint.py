@@ -188,6 +188,7 @@ OTHERS = {
     "layers": (Setting(layers=1), "it has .*layers.1.* and .* more, which this model"),
     "more layers": (Setting(layers=3), "it has no .*layers.2.*, which this model"),
     "hidden": (Setting(hidden=6), r"is \[.*4.*\] float32 in it and \[.*6.*\] float32 here"),
+    "heads": (Setting(heads=1), "its model has head_size=2 and this run's 4"),
     "tied": (Setting(tied=False), "it has no .*output.weight"),
     "optimizer": (Setting(adam=False), "it has no optimizer.momentum"),
     "dtype": (Setting(bf16=True), "float32 in it and .* bfloat16 here"),

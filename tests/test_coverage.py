@@ -52,6 +52,7 @@ def drawn(strategy, count, *, steering=None, accept=lambda case: True):
     )
     @given(case=strategy)
     def run(case):
+        steering.reached(case)
         if accept(case):
             steering.checked(case)
 
@@ -133,6 +134,28 @@ def test_all_pairs_are_covered_by_forty_cases(as_in_a_run):
         for its in texts[other]
     }
     assert wanted <= steering.seen["options"]
+
+
+def test_every_value_of_the_first_factor_is_drawn(as_in_a_run):
+    sizes = [set(), set()]
+    for seed, found in enumerate(sizes):
+        drawn(
+            cases("column_linear"), 40, accept=lambda case, found=found: found.add(case.layout.tp)
+        )
+        assert len(found) >= 6, (seed, found)
+
+
+def test_what_is_drawn_does_not_depend_on_what_is_supported(as_in_a_run):
+    found = []
+    for supported in (True, False):
+        seen = []
+        drawn(
+            cases("column_linear"),
+            15,
+            accept=lambda case, seen=seen, supported=supported: seen.append(case) or supported,
+        )
+        found.append(seen)
+    assert found[0] == found[1]
 
 
 def test_a_pair_that_cannot_be_is_not_required(as_in_a_run):

@@ -52,3 +52,23 @@ def test_a_parameter_depends_on_its_name_and_on_nothing_else(cluster):
     assert not alone["row.bias"].any()
     # Copies of an expert's parameter have no stream in common.
     assert all("replicated over etp=2 and cannot be drawn locally" in text for _, text in found)
+
+
+def _rows(sizes):
+    """Initial weights of layers that differ in their number of rows only."""
+    groups = build_groups(Layout())
+    found = []
+    for rows in sizes:
+        layer = ColumnParallelLinear(12, out_features=rows, group=groups.tp, init=defer)
+        rule = transformer_rule(1.0, num_layers=2)
+        initialise_whole(layer, seed=3, rule=rule, groups=groups)
+        found.append(layer.weight.detach())
+    groups.destroy()
+    return found
+
+
+def test_rows_of_padding_change_no_other_row(cluster):
+    """There are as many as tp needs, so that the rows of an embedding depend on the layout."""
+    (found,) = cluster.run(_rows, (1, 2, 257, 258, 260), world_size=1)
+    assert all(torch.equal(each[:257], found[-1][: len(each[:257])]) for each in found)
+    assert found[-1].std() > 0.5

@@ -164,11 +164,11 @@ def test_masks_that_are_not_those_of_the_contract():
     assert masks.misshapen() == text
 
 
-def _of_stages(dp=1):
+def _of_stages(dp=1, alike=("dp",)):
     """Masks of two stages, one each, and of copies along dp that drop alike."""
     layout = Layout(pp=2, dp=dp)
     placed = {"dp": Shard(1)}
-    specs = {f"stage {at}": Mask(SIZE, placed, 0.5, {"pp": at}, ("dp",)) for at in range(2)}
+    specs = {f"stage {at}": Mask(SIZE, placed, 0.5, {"pp": at}, alike) for at in range(2)}
     contract = Contract(
         inputs={}, parameters={}, outputs={}, reference=lambda inputs, parameters: {}, masks=specs
     )
@@ -192,6 +192,18 @@ def test_parts_that_may_be_dropped_alike():
     masks, drawn = _of_stages(dp=2)
     assert masks.divergences() == []
     assert torch.equal(masks.full("")["stage 1"], torch.cat([drawn[1]] * 2, 1))
+
+
+def test_parts_that_are_alike_count_once_in_the_rate():
+    """27 of 32 kept at one half may be; 162 of 192 of as many draws may not."""
+    size = (SIZE[0], SIZE[1] // 6)
+    part = (torch.arange(SIZE[0] * SIZE[1] // 6) < 27).view(size)
+    for alike, found in ((("dp",), 0), ((), 1)):
+        masks, _ = _of_stages(dp=6, alike=alike)
+        for rank in range(12):
+            masks.found[rank][0] = part.roll(0 if alike else rank, 0)
+        texts = [each.detail for each in masks.divergences() if "keeps" in each.detail]
+        assert bool(texts) == bool(found), texts
 
 
 def test_what_is_computed_again_in_backward_is_not_recorded():

@@ -71,6 +71,7 @@ def test_layers_of(layout, given, wanted):
     ("layout", "given", "words"),
     [
         ({"pp": 3}, {}, "4 do not divide by 3 stages"),
+        ({}, {"first_stage_layers": 2, "last_stage_layers": 2}, "4 are not those of pp=1"),
         ({"pp": 2, "vpp": 2}, {"layers": 6}, "vpp=2"),
         ({"pp": 2}, {"first_stage_layers": 5}, "of which the first has 5"),
         ({}, {"first_stage_layers": 3}, "of which the first has 3"),

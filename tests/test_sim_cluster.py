@@ -356,11 +356,13 @@ def test_a_world_of_256_ranks(sim):
 
 
 OUTSIDE = """
-import os, signal, threading, time
+import faulthandler, os, signal, threading, time
 import torch, torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 import sim_faulty_programs as programs
 from verify.cluster import RankFailures, open_cluster
+
+faulthandler.dump_traceback_later(100, exit=True)
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 own = dist.new_group([0])
@@ -401,7 +403,7 @@ def test_the_driver_is_as_before_and_can_be_interrupted():
         [sys.executable, "-c", OUTSIDE],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
         check=False,
     )

@@ -55,7 +55,7 @@ def begin_draft(root: Path, *, step: int) -> Draft:
     """An empty draft of a checkpoint after `step` steps, whose name no other has; drafts that were
     never finished go away. One rank calls it, and no save may be under way."""
     root.mkdir(parents=True, exist_ok=True)
-    for left in root.glob(".*.partial"):
+    for left in root.glob(".step-*.partial"):
         if left.is_dir():
             shutil.rmtree(left)
     name, again = f"step-{step:08d}", 1

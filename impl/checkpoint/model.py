@@ -35,4 +35,14 @@ def training_of(
         rows=dict.fromkeys((_EMBEDDING, _OUTPUT), config.vocabulary),
         copies={n: _EMBEDDING for n, p in parameters.items() if getattr(p, "shared", False)},
         order=order,
+        model=_choices(config),
     )
+
+
+def _choices(config: ModelConfig) -> dict[str, str]:
+    """What a model of the same shapes may have otherwise, and no layout changes."""
+    layer = config.layer
+    of_layer = ("heads", "groups", "head_size", "norm", "zero_centered", "activation", "rotary")
+    found = {name: str(getattr(layer, name)) for name in (*of_layer, "mask")}
+    found |= {name: str(getattr(config, name)) for name in ("positions", "experts_every")}
+    return found | ({} if layer.experts is None else {"choice": str(layer.experts.choice)})

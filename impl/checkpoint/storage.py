@@ -212,7 +212,7 @@ def _copy(values: Tensor, item: ReadItem, planner: LoadPlanner) -> None:
 def _content(text: str) -> dict[str, Any]:
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{METADATA} is no JSON, or truncated") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f"{METADATA} is not of a {FORMAT}; give one that this program saved")

@@ -55,7 +55,8 @@ class Training:
     `parameters` are its own, trained or not, by their names in the whole model. `rows` says how
     many rows of a parameter, of dimension 0, are no padding. `copies` names the parameters that are
     another's copy on another stage, such as a tied embedding, and the other. `order` says what the
-    order of samples depends on: without it a number of consumed ones means nothing.
+    order of samples depends on: without it a number of consumed ones means nothing. `model` are its
+    choices that no shape of a parameter tells.
     """
 
     parameters: Mapping[str, Parameter]
@@ -65,6 +66,7 @@ class Training:
     rows: Mapping[str, int] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
     order: Mapping[str, int | str] = field(default_factory=dict)
+    model: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ def _values(training: Training, progress: Progress) -> dict[str, Any]:
         "steps": progress.steps,
         "consumed": progress.consumed,
         "order": dict(training.order),
+        "model": dict(training.model),
         "updates": optimizer.updates,
         "schedule": dataclasses.asdict(optimizer.schedule),
         "loss_scale": _moving(optimizer.loss_scale),
@@ -210,6 +213,12 @@ def _check_values(
                 f"its order of samples has {name}={values['order'].get(name)} and this run's"
                 f" {training.order.get(name)}; give what was saved"
             )
+    for name in sorted({*values["model"], *training.model}):
+        if values["model"].get(name) != training.model.get(name):
+            raise ValueError(
+                f"its model has {name}={values['model'].get(name)} and this run's"
+                f" {training.model.get(name)}; give what was saved"
+            )
     saved, given = values["loss_scale"], _moving(optimizer.loss_scale)
     if (None if saved is None else set(saved)) != (None if given is None else set(given)):
         raise ValueError(
@@ -225,11 +234,14 @@ def _check_values(
 
 
 def _progress(values: Mapping[str, Any]) -> Progress:
-    return Progress(int(values["steps"]), int(values["consumed"]))
+    for name in ("steps", "consumed", "updates"):
+        if type(values[name]) is not int or values[name] < 0:
+            raise ValueError(f"{METADATA} has {name}={values[name]!r}; take another checkpoint")
+    return Progress(values["steps"], values["consumed"])
 
 
 def _put_back(values: Mapping[str, Any], optimizer: Optimizer) -> None:
-    optimizer.updates = int(values["updates"])
+    optimizer.updates = values["updates"]
     for name, value in (values["loss_scale"] or {}).items():
         setattr(optimizer.loss_scale, name, value)
 

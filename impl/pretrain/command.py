@@ -68,7 +68,12 @@ _TABLE: tuple[tuple[str, str, Any, str], ...] = (
     ("microbatch_size", "--micro-batch --micro-batch-size", int, "Samples of a microbatch."),
     ("lr", "--lr", float, "Largest learning rate."),
     ("min_lr", "--min-lr", float, "Last learning rate."),
-    ("warmup", "--warmup --lr-warmup-iters", int, "Steps until the largest. Default: a tenth."),
+    (
+        "warmup",
+        "--warmup --lr-warmup-iters",
+        int,
+        "Steps until the largest. Default: a tenth, at most 10.",
+    ),
     ("decay", "--decay --lr-decay-iters", int, "Steps until the last. Default: as --steps."),
     ("decay_style", "--decay-style --lr-decay-style", _one_of(SCHEDULES), "How it falls."),
     ("weight_decay", "--weight-decay", float, "Of matrices."),
@@ -129,7 +134,7 @@ def _train(debug: bool, **given: Any) -> None:
 
     \b
         python -m impl.pretrain --steps 100 --log one.jsonl
-        python -m impl.pretrain --tp 2 --cp 2 --pp 2 --steps 100 --log eight.jsonl --save run
+        python -m impl.pretrain --tp 2 --cp 2 --pp 2 --steps 100 --decay 200 --save run
         torchrun --nproc-per-node 8 -m impl.pretrain --tp 4 --sp --steps 200 --save run --resume
     """
     if given["dp"] is None:

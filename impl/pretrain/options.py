@@ -121,7 +121,10 @@ class Options:
             raise ValueError(
                 f"hidden: {self.hidden} does not divide by {self.heads} heads; give a multiple"
             )
-        head_size, ffn = self.hidden // self.heads, self.ffn or self._default_ffn()
+        head_size, ffn = (
+            self.hidden // self.heads,
+            self._default_ffn() if self.ffn is None else self.ffn,
+        )
         rotary = self.positions == "rope"
         experts = None
         if self.experts is not None:
@@ -160,7 +163,7 @@ class Options:
             maximum=self.lr,
             minimum=self.min_lr,
             warmup_steps=warmup,
-            decay_steps=self.decay or self.steps,
+            decay_steps=self.steps if self.decay is None else self.decay,
         )
 
     def source(self) -> Path | None:
@@ -178,6 +181,16 @@ class Options:
             raise ValueError("resume: it loads from --save, and --load is given too; give one")
         if self.plot is not None and self.log is None:
             raise ValueError("plot: it is made from --log, which is not given; give a file")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not from 0 up to below 1")
+        if self.init_std < 0:
+            raise ValueError(f"init_std: {self.init_std} is negative")
+        if self.experts is None and (self.ep > 1 or self.etp not in (None, self.tp)):
+            raise ValueError(
+                f"layout: ep={self.ep} etp={self.etp} split experts, of which there are none; give"
+                " --num-experts"
+            )
         layout, config = self.layout(), self.model(vocabulary=1)
         for stage in range(layout.pp):
             for chunk in range(layout.vpp):

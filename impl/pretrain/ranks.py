@@ -58,9 +58,8 @@ def run_on_cluster(
     name: str, program: Callable[..., T], *args: Any, world_size: int, device: str
 ) -> list[T]:
     """The program on as many ranks of a cluster; results by rank. Raises RanksFailed."""
-    options: dict[str, Any] = {"device": device} if name == "sim" else {}
     open_cluster = import_module(_CLUSTERS).open_cluster
-    with open_cluster(name, world_size=world_size, timeout=_TIMEOUT, **options) as cluster:
+    with open_cluster(name, world_size=world_size, timeout=_TIMEOUT, device=device) as cluster:
         try:
             return cluster.run(program, *args, world_size=world_size)
         except Exception as error:
@@ -68,10 +67,6 @@ def run_on_cluster(
             if not failures:
                 raise
             first = failures[0]
-            usage = first.kind.rpartition(".")[2] in (
-                "ValueError",
-                "CheckpointError",
-                "BadArgument",
-            )
+            usage = first.kind.rpartition(".")[2] in _USAGE
             text = first.message if usage else f"rank {first.rank}: {first.kind}: {first.message}"
             raise RanksFailed(text, usage=usage) from error

@@ -122,7 +122,7 @@ def build(options: Options, groups: Groups) -> Run:
     order: dict[str, int | str] = {
         "seed": options.seed,
         "sequence": options.sequence,
-        "data": path.stem,
+        "data": path.stem.rpartition("-")[2],
     }
     training = training_of(chunks, config, optimizer, tracker, groups, order=order)
     return Run(options, groups, batches, trainer, training)

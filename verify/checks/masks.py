@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil, log2
+from math import ceil, log, log2
 from typing import Any
 
 import torch
@@ -25,10 +25,10 @@ from verify.oracle.contract import Contract, Mask
 from verify.placement import Cut, Placements, assemble, shard
 from verify.replica import RankMap
 
-# Masks of different parts agree by chance once in 2**40 cases; a keep rate is this many standard
-# deviations off once in 10**11.
+# Masks of different parts agree by chance once in 2**40 cases; a keep rate is as far off, to either
+# side, at most twice in e**26, which is once in 10**11.
 _COINCIDENCE_BITS = 40
-_DEVIATIONS = 7.0
+_SURPRISE = 26.0
 
 
 class _Recording(TorchFunctionMode):
@@ -175,10 +175,11 @@ class Masks:
                 if apart and mask.numel() >= enough(spec.p) and torch.equal(mask, theirs):
                     text = f"drops the same elements as on rank {other}, which holds another part"
                     return [self._divergence(name, rank, text)]
-        kept = sum(int(mask.sum()) for _, mask in parts)
-        count = sum(mask.numel() for _, mask in parts)
-        spread = (count * spec.p * (1 - spec.p)) ** 0.5
-        if abs(kept - count * (1 - spec.p)) > _DEVIATIONS * spread + 1:
+        # Of parts that may be alike one counts: their numbers may be the same.
+        drawn = {self._apart_at(rank, spec): mask for rank, mask in reversed(parts)}
+        kept = sum(int(mask.sum()) for mask in drawn.values())
+        count = sum(mask.numel() for mask in drawn.values())
+        if _surprise(kept, count, 1 - spec.p) > _SURPRISE:
             text = f"keeps {kept} of {count} elements; dropout is {spec.p}"
             return [self._divergence(name, parts[0][0], text)]
         return []
@@ -204,8 +205,13 @@ class Masks:
 
     def _apart(self, rank: int, other: int, spec: Mask) -> bool:
         """Whether two ranks have parts that may not be dropped alike."""
-        one, two = self._coordinates[rank], self._coordinates[other]
-        return any(one[axis] != two[axis] for axis in spec.placements if axis not in spec.alike)
+        return self._apart_at(rank, spec) != self._apart_at(other, spec)
+
+    def _apart_at(self, rank: int, spec: Mask) -> tuple[int, ...]:
+        """Where a rank is on the axes whose parts may not be dropped alike."""
+        return tuple(
+            self._coordinates[rank][axis] for axis in spec.placements if axis not in spec.alike
+        )
 
     def _divergence(self, name: str, rank: int, text: str) -> Divergence:
         sizes, coordinates = self.ranks.sizes, self.ranks.coordinates[rank]
@@ -227,6 +233,14 @@ def sizes_of(ranks: RankMap) -> Mapping[str, int]:
     """The sizes of what a mask may be split over: every axis, and cp's levels, hcp_0 and on."""
     levels = ranks.layout.hierarchical_cp or ()
     return {**ranks.sizes, **{f"hcp_{i}": size for i, size in enumerate(levels)}}
+
+
+def _surprise(kept: int, count: int, rate: float) -> float:
+    """Minus the logarithm of an upper bound on the probability that of `count` elements, each kept
+    with probability `rate`, as many are kept or more (or fewer, below the rate): Chernoff's bound,
+    `count` times the divergence of the two rates."""
+    found = ((kept, rate), (count - kept, 1 - rate))
+    return sum(n * log(n / (count * share)) for n, share in found if n)
 
 
 def enough(p: float) -> int:

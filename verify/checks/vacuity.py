@@ -24,7 +24,7 @@ from verify.tolerance import Tolerance
 def unshown(
     case: Case, contract: Contract, ranks: RankMap, observations: Sequence[Observation]
 ) -> Iterator[str]:
-    """One line for each result that no rank of a replica has, or that is zero on all of them where
+    """One line for each result that a rank of a replica lacks, or that is zero on all of them where
     it must not be. The reference runs only where something is zero, under the masks that were."""
     masks = Masks(contract, ranks, [each.masks for each in observations])
     if wrong := masks.misshapen():
@@ -36,9 +36,11 @@ def unshown(
             found = [observations[rank].tensors[name] for rank in members]
             there = [each for each in found if each is not None]
             which = f"ranks {', '.join(map(str, members))}"
-            if not there:
+            if len(there) < len(found):
+                lacking = [rank for rank in members if observations[rank].tensors[name] is None]
+                which = f"ranks {', '.join(map(str, lacking))}"
                 yield f"{name} is missing on {which}: backward did not reach it"
-            elif len(there) == len(found) and not any(map(_any, there)):
+            elif not any(map(_any, there)):
                 if replica not in references:
                     given = generate(case, contract, ranks, replica)
                     given = given.with_masks(masks.full(replica))

@@ -33,14 +33,20 @@ _MANY = 2**16
 
 class Steering:
     """What one property has drawn, been offered and checked, by concept. It steers while `active`:
-    until the property fails, and Hypothesis looks for a smaller case."""
+    until the property fails, and Hypothesis looks for a smaller case.
+
+    What is drawn next depends on the cases that reached a check, `seen`, whatever came of them, so
+    that it is the same for every target and cluster; what was exercised is what passed, `shown`.
+    """
 
     def __init__(self) -> None:
         self.active = True
         self.seen: dict[str, set[Pair]] = defaultdict(set)
+        self.shown: dict[str, set[Pair]] = defaultdict(set)
         self.drawn: dict[str, Counter[Pair]] = defaultdict(Counter)
         self.offered: dict[str, set[Pair]] = defaultdict(set)
         self._values: dict[str, set[tuple[str, str]]] = defaultdict(set)
+        self._tried: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
         self._left: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
         self._defaults: dict[str, dict[str, object]] = defaultdict(dict)
         self._concepts: Counter[str] = Counter()
@@ -75,6 +81,7 @@ class Steering:
             self._concepts[value] += 1
             return
         drawn = self.drawn[self._concept]
+        self._tried[self._concept][factor, value] += 1
         for given in self._case.items():
             pair = pair_of(factor, value, *given)
             drawn[pair] += 1
@@ -82,32 +89,40 @@ class Steering:
                 self._close(self._concept, pair)
         self._case[factor] = value
 
-    def checked(self, case: Case) -> dict[str, str]:
-        """A case was checked; its row."""
-        chosen = {"etp": None} if "etp" in self._case else {}
-        row = row_of(case, {**self._defaults[case.concept], **chosen})
+    def reached(self, case: Case) -> None:
+        """A case is going to be checked."""
         seen = self.seen[case.concept]
-        for pair in pairs_of(row):
+        for pair in pairs_of(self._row(case)):
             if pair not in seen:
                 if self.drawn[case.concept][pair] < TRIES:
                     self._close(case.concept, pair)
                 seen.add(pair)
+
+    def checked(self, case: Case) -> dict[str, str]:
+        """A case passed a check; its row."""
+        row = self._row(case)
+        self.shown[case.concept].update(pairs_of(row))
         return row
 
+    def _row(self, case: Case) -> dict[str, str]:
+        chosen = {"etp": None} if "etp" in self._case else {}
+        return row_of(case, {**self._defaults[case.concept], **chosen})
+
     def open(self) -> Iterator[tuple[str, Pair, bool]]:
-        """The concept and the pair of all that was on offer and is not checked, and whether it was
-        given up; of concepts of which something was checked. Of a value that no checked case has,
-        `alone`."""
-        for concept in sorted(each for each, pairs in self.seen.items() if pairs):
-            for pair in sorted(self.offered[concept] - self.seen[concept]):
-                yield concept, pair, self.drawn[concept][pair] >= TRIES
-            had = {value for pair in self.seen[concept] for value in (pair[:2], pair[2:])}
+        """The concept and the pair of all that was on offer and did not pass, and whether it was
+        given up, or only ever reached a check that could not say; of concepts of which something
+        passed. Of a value that no such case has, `alone`."""
+        for concept in sorted(each for each, pairs in self.shown.items() if pairs):
+            seen, shown = self.seen[concept], self.shown[concept]
+            for pair in sorted(self.offered[concept] - shown):
+                yield concept, pair, self.drawn[concept][pair] >= TRIES or pair in seen
+            had = {value for pair in shown for value in (pair[:2], pair[2:])}
             for value in sorted(self._values[concept] - had):
-                yield concept, alone(*value), False
+                yield concept, alone(*value), self._tried[concept][value] >= TRIES
 
     def _gain(self, factor: str, value: str) -> tuple[int, bool]:
-        """How many new pairs a value makes with what the case has, and whether any is left with
-        whatever it may have."""
+        """How many new pairs a value makes with what the case has, and whether any may be left with
+        whatever it may have: some of a value that no case had."""
         seen, drawn = self.seen[self._concept], self.drawn[self._concept]
         offered, left = self.offered[self._concept], self._left[self._concept]
         new = 0
@@ -120,7 +135,7 @@ class Steering:
                 offered.add(pair)
                 if wanted:
                     left.update((pair[:2], pair[2:]))
-        return new, left[factor, value] > 0
+        return new, left[factor, value] > 0 or not self._tried[self._concept][factor, value]
 
     def _close(self, concept: str, pair: Pair) -> None:
         """The pair is wanted no more."""

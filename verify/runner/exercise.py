@@ -34,6 +34,7 @@ def check_case(
     if reason := limits.excludes(case):
         recorder.left_out(reason, unwanted=case.lens not in limits.lenses)
         reject()
+    recorder.reached(name, case)
     began = time.monotonic()
     try:
         if name not in CHECKS:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from traceback import format_exception
 
-from hypothesis.errors import Flaky, UnsatisfiedAssumption
+from hypothesis.errors import FailedHealthCheck, Flaky, Unsatisfiable, UnsatisfiedAssumption
 
 from verify.case import Case
 from verify.coverage.factors import row_key
@@ -80,6 +80,11 @@ class Recorder:
             self._verdicts.update(self._in_example)
         self._count(drawn)
 
+    def reached(self, check: str, case: Case) -> None:
+        """The case is going to be checked."""
+        if check != "refusal" and not self._failed:
+            self.steering.reached(case)
+
     def checked(self, check: str, case: Case, compared: int) -> None:
         """The case passed a check, and so much of it was compared. One that had to be refused
         covers nothing that can be computed."""
@@ -146,7 +151,9 @@ class Recorder:
         return self.conclude(Mismatch("interrupted while shrinking", self.found))
 
     def _verdict(self, error: BaseException | None) -> tuple[Verdict, str, tuple[Finding, ...]]:
-        if not self.examples and self._unwanted and self._unwanted == self._left_out.total():
+        nothing = error is None or isinstance(error, Unsatisfiable | FailedHealthCheck)
+        unwanted = self._unwanted and self._unwanted == self._left_out.total()
+        if nothing and unwanted and not self.examples:
             return Verdict.NOT_SUPPORTED, f"in this run: {', '.join(self._left_out)}", ()
         if error is not None:
             return self._of_error(error)

@@ -36,6 +36,7 @@ _DEFAULTS: Mapping[str, object] = {
     "bias": True,
     "scale": None,
     "blocks": False,
+    "packed": 0,
 }
 
 
@@ -95,7 +96,7 @@ def attention_cases(
     sequence = max(unit * units, 2)
     if options["mask"] == "sliding_window":
         options["window"] = draw(st.integers(2, sequence + 1))
-    options |= {"packed": count} if count else {}
+    options |= {"packed": count}
     options |= {"scale": chosen(draw, "scale", (None, 0.25, 1.0))}
     options |= {"strides": chosen(draw, "strides", strides), **fixed}
     shape = {
@@ -193,8 +194,8 @@ def _case(
     there is an adversary, also one of sends that wait for their receives."""
     given = {n: v for n, v in options.items() if n not in _DEFAULTS or v != _DEFAULTS[n]}
     case = Case(concept=concept, layout=layout, shape=shape, options=given)
-    for name in {**_DEFAULTS, "packed": 0}.keys() & options:
-        note_default(case, name, _DEFAULTS.get(name, 0))
+    for name in _DEFAULTS.keys() & options:
+        note_default(case, name, _DEFAULTS[name])
     case = draw(completed(case, lenses))
     if not case.adversary:
         return case

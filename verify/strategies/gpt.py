@@ -143,7 +143,9 @@ def model_cases(
         case = draw(_uneven(case))
     case = draw(_trained(case, options))
     case = draw(completed(case, ("fp64",)))
-    if "native" in limits().lenses and draw(st.sampled_from(list(native))):
+    lenses = ["native" if each else "fp64" for each in native]
+    wanted = [lens for lens in lenses if lens in limits().lenses] or lenses
+    if draw(st.sampled_from(wanted)) == "native":
         case = dataclasses.replace(case, lens="native", dtype=draw(st.sampled_from(DTYPES)))
     if not case.adversary:
         return case

@@ -221,14 +221,15 @@ class Run:
         self._threads[rank].interrupt()
         again = True
         while not self.finished.acquire(timeout=_GRACE):
-            if again:
-                # Where Python drops exceptions, as in a callback of its collector, one is lost.
-                again = False
-                self._threads[self.current].interrupt()
-                continue
             with self._ending:
                 current = self._ranks[self.current]
-                if not current.done:
+                if current.done:
+                    continue
+                if again:
+                    # Where Python drops exceptions, as in a callback of its collector, one is lost.
+                    again = False
+                    self._threads[self.current].interrupt()
+                else:
                     current.lost = self._threads[self.current].retired = True
                     self._end(current)
         if self.is_lost(rank):
