@@ -214,10 +214,11 @@ def _arithmetic(draw: st.DrawFn, case: Case, lenses: Sequence[Lens]) -> tuple[Le
     possible = [lens for lens in lenses if lens != "exact" or contract_of(case).linear]
     assume(possible)
     applicable = [lens for lens in possible if lens in limits().lenses] or possible
-    # Three dtypes to one.
-    weighted = [*applicable, "native"] if "native" in applicable else applicable
-    lens: Lens = chosen(draw, "lens", weighted)
-    return lens, chosen(draw, "dtype", NATIVE_DTYPES if lens == "native" else ("float64",))
+    double = [lens for lens in applicable if lens != "native"]
+    # As often float64 as the others together.
+    dtypes = ["float64"] * 3 if double else []
+    dtype = chosen(draw, "dtype", [*dtypes, *NATIVE_DTYPES] if "native" in applicable else dtypes)
+    return chosen(draw, "lens", double if dtype == "float64" else ["native"]), dtype
 
 
 @dataclasses.dataclass(frozen=True)
