@@ -363,6 +363,8 @@ import sim_faulty_programs as programs
 from verify.cluster import RankFailures, open_cluster
 
 faulthandler.dump_traceback_later(100, exit=True)
+# A process that a shell started in the background ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 own = dist.new_group([0])
