@@ -107,14 +107,14 @@ _STATES = (
     _run(
         name="checkpoint-updates-lost",
         wrong="Adam and the schedule count updates from the beginning.",
-        snippet='optimizer.updates = int(values["updates"])',
+        snippet='optimizer.updates = values["updates"]',
         replacement="optimizer.updates = 0",
     ),
     _run(
         name="checkpoint-updates-are-steps",
         wrong="Steps that were skipped count as updates.",
-        snippet='optimizer.updates = int(values["updates"])',
-        replacement='optimizer.updates = int(values["steps"])',
+        snippet='optimizer.updates = values["updates"]',
+        replacement='optimizer.updates = values["steps"]',
     ),
     _run(
         name="checkpoint-scale-from-start",
@@ -131,8 +131,8 @@ _STATES = (
     _run(
         name="checkpoint-consumed-lost",
         wrong="Samples are those of the first steps again.",
-        snippet='Progress(int(values["steps"]), int(values["consumed"]))',
-        replacement='Progress(int(values["steps"]), 0)',
+        snippet='Progress(values["steps"], values["consumed"])',
+        replacement='Progress(values["steps"], 0)',
     ),
     _run(
         name="checkpoint-random-lost",
