@@ -23,6 +23,7 @@ from verify.layout import DEFAULT_ORDER, Layout
 from verify.oracle.contract import Contract
 from verify.rank_program import contract_of
 from verify.runner.limits import limits
+from verify.strategies.layouts import orders
 
 # For some options, the values to draw from.
 Choices = Mapping[str, Sequence[Option]]
@@ -105,20 +106,13 @@ def layouts(
         left //= sizes[axis]
     order = DEFAULT_ORDER
     if sum(size > 1 for size in sizes.values()) > 1:
-        order = draw(st.just(DEFAULT_ORDER) | _orders(pp_last=sizes["pp"] > 1 and sizes["cp"] > 1))
+        order = draw(orders(pp_last=sizes["pp"] > 1 and sizes["cp"] > 1))
     flag = chosen(draw, "sp", sequence_parallel)
     return Layout(**sizes, order=order, sequence_parallel=flag)
 
 
 def _up_to(most: int, sizes: Sequence[int], least: int = 1) -> list[int]:
     return [size for size in sizes if least <= size <= most]
-
-
-def _orders(*, pp_last: bool) -> st.SearchStrategy[str]:
-    """Permutations of the axes. Where cp and pp are both split, a layout wants pp at its end."""
-    moved = ("tp", "cp", "ep", "dp") if pp_last else ("tp", "cp", "ep", "dp", "pp")
-    last = ["pp"] if pp_last else []
-    return st.permutations(moved).map(lambda axes: "-".join([*axes, *last]))
 
 
 def adversaries() -> st.SearchStrategy[Adversary]:
@@ -148,14 +142,7 @@ def cases(
     flags = sequence_parallel if SEQUENCE in SHAPES[concept].values() else (False,)
     layout = draw(layouts(min_tp=min_tp, sequence_parallel=flags))
     case = Case(concept=concept, layout=layout, shape=draw(_shapes(concept, layout)))
-    for option, values in {**OPTIONS.get(concept, {}), **_BY_THE_HARNESS}.items():
-        wanted = options.get(option, values)
-        changes = [with_option(case, option, value, default=values[0]) for value in wanted]
-        valid = [changed for changed in changes if contract_or_none(changed) is not None]
-        assume(valid)
-        # As many to choose from whatever is valid, or a case would shrink to where the choice ends.
-        changes = [each if each in valid else valid[0] for each in changes]
-        case = chosen_option(draw, option, changes, default=values[0])
+    case = with_options(draw, case, {**OPTIONS.get(concept, {}), **_BY_THE_HARNESS}, wanted=options)
     return draw(completed(case, lenses))
 
 
@@ -170,6 +157,23 @@ def completed(draw: st.DrawFn, case: Case, lenses: Sequence[Lens] = LENSES) -> C
         seed=draw(st.integers(0, MAX_SEED)),
         adversary=draw(adversaries()),
     )
+
+
+def with_options(draw: st.DrawFn, case: Case, options: Choices, *, wanted: Choices) -> Case:
+    """The case with one of each option's values, its default the first of them, that goes with the
+    options before it; of an option that is `wanted`, one of those values instead of all."""
+    for option, values in options.items():
+        default = values[0]
+        changes = [
+            with_option(case, option, value, default=default)
+            for value in wanted.get(option, values)
+        ]
+        valid = [changed for changed in changes if contract_or_none(changed) is not None]
+        assume(valid)
+        # As many to choose from whatever is valid, or a case would shrink to where the choice ends.
+        changes = [each if each in valid else valid[0] for each in changes]
+        case = chosen_option(draw, option, changes, default=default)
+    return case
 
 
 def chosen_option(draw: st.DrawFn, option: str, cases: Sequence[Case], *, default: Option) -> Case:

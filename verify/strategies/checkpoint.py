@@ -14,12 +14,12 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from verify.case import Case
-from verify.layout import DEFAULT_ORDER, Layout
+from verify.layout import Layout
 from verify.oracle.checkpoint import ROUND_TRIP_OPTIONS, text_of
 from verify.strategies.cases import Choices, contract_or_none, with_option
 from verify.strategies.context import ALGORITHMS, SHARING
-from verify.strategies.gpt import OPTIMIZING, model_cases
-from verify.strategies.layouts import divisors
+from verify.strategies.gpt import OPTIMIZING, expert_sizes, model_cases
+from verify.strategies.layouts import divisors, orders
 
 WORLDS = (2, 4, 4)
 _MOST_LAYERS = 4
@@ -109,12 +109,8 @@ def _layouts(draw: st.DrawFn, ranks: int, *, experts: bool) -> Layout:
     if 1 < sizes["pp"] < 4:
         sizes["vpp"] = draw(st.integers(1, 2))
     if experts:
-        stage = ranks // sizes["pp"]
-        etp = draw(st.sampled_from([n for n in {1, sizes["tp"]} if stage % n == 0]))
-        sizes["ep"] = draw(st.sampled_from([n for n in divisors(stage // etp) if n <= 4]))
-        sizes["etp"] = None if etp == sizes["tp"] else etp
-    moved = st.permutations(("tp", "cp", "ep", "dp")).map(lambda axes: "-".join([*axes, "pp"]))
-    order = draw(st.just(DEFAULT_ORDER) | moved)
+        sizes |= expert_sizes(draw, tp=sizes["tp"], stage=ranks // sizes["pp"])
+    order = draw(orders(pp_last=True))
     return Layout(**sizes, order=order, sequence_parallel=draw(st.booleans()))
 
 

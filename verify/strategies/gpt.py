@@ -14,14 +14,14 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from verify.case import Case, Option
-from verify.layout import DEFAULT_ORDER, Layout
+from verify.layout import Layout
 from verify.oracle.gpt.model import POSITIONS
 from verify.oracle.mlp import ACTIVATIONS
 from verify.oracle.norm import KINDS
 from verify.runner.limits import limits
 from verify.strategies.cases import MAX_SEED, Choices, completed, contract_or_none, with_option
 from verify.strategies.context import ALGORITHMS, MASKS, shared_by
-from verify.strategies.layouts import divisors
+from verify.strategies.layouts import divisors, orders
 from verify.strategies.training import OPTIONS as _TRAINING
 
 # Few ranks show most of what can be wrong, soon; the largest worlds are those of a long run.
@@ -72,14 +72,18 @@ def model_layouts(
         left //= sizes[axis]
     if sizes["pp"] > 1:
         sizes["vpp"] = draw(st.sampled_from(list(chunks)))
-    stage = sizes["tp"] * sizes["cp"] * sizes["dp"]
     if experts:
-        etp = draw(st.sampled_from([n for n in {1, sizes["tp"]} if stage % n == 0]))
-        sizes["ep"] = draw(st.sampled_from([n for n in divisors(stage // etp) if n <= 4]))
-        sizes["etp"] = None if etp == sizes["tp"] else etp
-    moved = st.permutations(("tp", "cp", "ep", "dp")).map(lambda axes: "-".join([*axes, "pp"]))
-    order = draw(st.just(DEFAULT_ORDER) | moved)
+        stage = sizes["tp"] * sizes["cp"] * sizes["dp"]
+        sizes |= expert_sizes(draw, tp=sizes["tp"], stage=stage)
+    order = draw(orders(pp_last=True))
     return Layout(**sizes, order=order, sequence_parallel=draw(st.booleans()))
+
+
+def expert_sizes(draw: st.DrawFn, *, tp: int, stage: int) -> dict[str, int | None]:
+    """ep up to 4, and etp 1 or tp, of a stage of so many ranks."""
+    etp = draw(st.sampled_from([n for n in {1, tp} if stage % n == 0]))
+    ep = draw(st.sampled_from([n for n in divisors(stage // etp) if n <= 4]))
+    return {"ep": ep, "etp": None if etp == tp else etp}
 
 
 @st.composite

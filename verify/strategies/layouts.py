@@ -16,6 +16,16 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
+def orders(*, pp_last: bool) -> st.SearchStrategy[str]:
+    """The default order and permutations of the axes. Where pp is split and so are cp or experts, a
+    layout wants pp at its end."""
+    moved = ("tp", "cp", "ep", "dp") if pp_last else ("tp", "cp", "ep", "dp", "pp")
+    last = ["pp"] if pp_last else []
+    return st.just(DEFAULT_ORDER) | st.permutations(moved).map(
+        lambda axes: "-".join([*axes, *last])
+    )
+
+
 @st.composite
 def layouts_of_every_kind(draw: st.DrawFn, max_world_size: int) -> Layout:
     """Valid layouts of 1 to `max_world_size` ranks: all axes, orders (with axes of size one left

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from verify.case import LENSES, Case, Lens, Option
 from verify.coverage.steering import CONCEPT, chosen
 from verify.errors import BadArgument
-from verify.layout import DEFAULT_ORDER, Layout
+from verify.layout import Layout
 from verify.lens import generate
 from verify.rank_program import contract_of
 from verify.replica import RankMap
@@ -27,12 +27,10 @@ from verify.runner.limits import limits
 from verify.strategies.cases import (
     STRIDES,
     Choices,
-    chosen_option,
     completed,
-    contract_or_none,
-    with_option,
+    with_options,
 )
-from verify.strategies.layouts import divisors
+from verify.strategies.layouts import divisors, orders
 
 Shape = dict[str, int]
 
@@ -92,12 +90,11 @@ def stage_layouts(
     stage = sizes["tp"] * sizes["dp"] * sizes["cp"]
     etp = chosen(draw, "etp", [n for n in (sizes["tp"], *divisors(stage)) if n <= 4])
     ep = chosen(draw, "ep", [*divisors(stage // etp), stage // etp])
-    moved = st.permutations(("tp", "cp", "ep", "dp")).map(lambda axes: "-".join([*axes, "pp"]))
     return Layout(
         **sizes,
         ep=ep,
         etp=None if etp == sizes["tp"] else etp,
-        order=draw(st.just(DEFAULT_ORDER) | moved),
+        order=draw(orders(pp_last=True)),
         sequence_parallel=chosen(draw, "sp", sequence_parallel),
     )
 
@@ -117,13 +114,7 @@ def moe_cases(
     layout = draw(stage_layouts() if layouts is None else layouts)
     shape = draw(_shapes(concept, layout, grouped=grouped))
     case = Case(concept=concept, layout=layout, shape=shape)
-    for option, values in {**OPTIONS[concept], "strides": STRIDES}.items():
-        wanted = options.get(option, values)
-        changes = [with_option(case, option, value, default=values[0]) for value in wanted]
-        valid = [changed for changed in changes if contract_or_none(changed) is not None]
-        assume(valid)
-        changes = [each if each in valid else valid[0] for each in changes]
-        case = chosen_option(draw, option, changes, default=values[0])
+    case = with_options(draw, case, {**OPTIONS[concept], "strides": STRIDES}, wanted=options)
     case = draw(completed(case, lenses))
     assume(_can_be_generated(case))
     return case

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from verify.case import LENSES, Case, Lens, Option
 from verify.coverage.steering import CONCEPT, chosen
-from verify.layout import DEFAULT_ORDER, Layout
+from verify.layout import Layout
 from verify.oracle.learning_rates import STYLES
 from verify.runner.limits import limits
 from verify.strategies.cases import Choices, completed, contract_or_none, with_option
-from verify.strategies.layouts import divisors
+from verify.strategies.layouts import divisors, orders
 
 _RATES: Choices = {
     "schedule": STYLES,
@@ -81,8 +81,7 @@ def training_layouts(draw: st.DrawFn, *, experts: bool, max_world_size: int = 8)
         etp = chosen(draw, "etp", [n for n in (tp, *divisors(stage)) if n <= 2 or n == tp])
         sizes["ep"] = chosen(draw, "ep", [n for n in divisors(stage // etp) if n <= 4])
         sizes["etp"] = None if etp == sizes["tp"] else etp
-    moved = st.permutations(("tp", "cp", "ep", "dp")).map(lambda axes: "-".join([*axes, "pp"]))
-    order = draw(st.just(DEFAULT_ORDER) | moved)
+    order = draw(orders(pp_last=True))
     return Layout(**sizes, order=order, sequence_parallel=chosen(draw, "sp", (False, True)))
 
 
