@@ -60,9 +60,9 @@ class LayerConfig:
     `groups` of heads share keys and values, as many as heads unless given. `norm` is layer or rms;
     `qk_norm` normalises queries and keys head by head too. `bias` is of the linear layers.
     `activation` is one of `impl.mlp`'s, the gate packed; with `experts` it is theirs, in the
-    perceptron's place. Over cp the sequence lies as `placement`
-    says, and attention is by `algorithm`, of `mask`. `recompute`: `full` keeps the input only,
-    `selective` all but what core attention keeps.
+    perceptron's place. Over cp the sequence lies as `placement` says, and attention is by
+    `algorithm`, of `mask`. `recompute`: `full` keeps the input only, `selective` all but what core
+    attention keeps.
     """
 
     hidden: int

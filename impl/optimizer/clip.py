@@ -24,11 +24,10 @@ def gradient_norm(
 
     `order` is p, math.inf for the largest absolute value. A parameter that is replicated over tp,
     or an expert's over etp, counts on the first rank only, and a tied embedding on the first stage
-    only (`shared` marks its copy). With `distributed` the `shares` of ranks
-    that hold copies of a parameter are parts of it, which add up; else they are alike, and one
-    counts. Collective over the whole world, in two or four all-reduces of one number, also of a
-    rank that has no gradients: `zero` says in which dtype and on which device. ValueError for an
-    order that is not positive.
+    only (`shared` marks its copy). With `distributed` the `shares` of ranks that hold copies of a
+    parameter are parts of it, which add up; else they are alike, and one counts. Collective over
+    the whole world, in two or four all-reduces of one number, also of a rank that has no gradients:
+    `zero` says in which dtype and on which device. ValueError for an order that is not positive.
     """
     if not order > 0:
         raise ValueError(f"order: {order} is no norm; give a positive number, or math.inf")
