@@ -77,6 +77,45 @@ def test_backward_is_disturbed_and_complex_numbers_too():
         assert not torch.equal(turned * 1.0, turned)
 
 
+def spread_of(compute, draws=64):
+    """How far apart the elements of disturbed results are, at most."""
+    found = []
+    for draw in range(draws):
+        with Disturbing(drawn(draw)):
+            found.append(compute())
+    return float((torch.stack(found).double().amax(0) - torch.stack(found).double().amin(0)).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_wide_contraction_that_is_narrowed_is_moved_as_its_parts_are_rounded(dtype):
+    terms = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.25]).outer(torch.ones(3))
+    roundoff = torch.finfo(dtype).eps / 2
+    contracted = {
+        "sum": lambda: terms.sum(0),
+        "sum, viewed": lambda: terms.sum(0, keepdim=True).view(3),
+        "matmul": lambda: torch.ones(1, 5) @ terms,
+        "matmul, transposed": lambda: (torch.ones(1, 5) @ terms).t(),
+    }
+    for name, compute in contracted.items():
+        narrowed = spread_of(lambda compute=compute: compute().to(dtype))
+        assert 2 * roundoff <= narrowed <= 20 * roundoff, name
+        assert spread_of(compute) <= 20 * torch.finfo().eps, name
+        assert spread_of(lambda compute=compute: compute().double()) <= 20 * torch.finfo().eps, name
+
+
+def test_what_is_no_longer_the_contraction_is_not_contracted_again():
+    terms = torch.tensor([1.0, -1.0, 0.25])
+
+    def written():
+        total = terms.sum(0)
+        total.mul_(2.0)
+        return total.to(torch.bfloat16)
+
+    assert spread_of(lambda: torch.empty(3, 0).sum(1).to(torch.bfloat16)) == 0.0
+    assert spread_of(lambda: (terms.sum(0) * 2.0).to(torch.bfloat16)) == 0.0
+    assert spread_of(written) == 0.0
+
+
 def test_the_operators_of_all_references_are_known():
     """An operator that rounds and is not among them would leave a bound too small."""
     seen = set()

@@ -7,11 +7,16 @@ Stability of Numerical Algorithms, 2nd ed., 2002, chapters 1 and 3). To move wha
 given shows how that reaches the results; but where large terms cancel further on, as they do in the
 gradient of a softmax of which one share is nearly one, what remains of them are the errors that
 they got on the way, which have to be made there.
+
+A contraction that is computed wide and then narrowed, as the gradient of a norm's weight in
+bfloat16 is, is rounded once here; ranks round their parts of it, each of which may be larger than
+the sum. So what it contracts is moved by the roundoff that its result is narrowed to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,16 +35,29 @@ _ROUNDING = """
     silu_backward sqrt sqrt_ sub sub_ sum tanh tanh_backward var var_mean
 """
 ARITHMETIC = frozenset(_ROUNDING.split())
+CONTRACTIONS = frozenset(("addmm", "baddbmm", "bmm", "mm", "sum"))
+
+
+@dataclass(frozen=True)
+class _Contraction:
+    """A contraction that was computed: `result`, of `function` with operands as they were given."""
+
+    result: Tensor
+    function: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
 
 
 class Disturbing(TorchDispatchMode):
     """While inside, operators that round get every floating operand moved by one unit roundoff of
-    its dtype, up or down as `generator` draws, forward and backward. What an operator writes to is
-    left as it is."""
+    its dtype, up or down as `generator` draws, forward and backward; of a contraction whose result
+    is narrowed, by that of the narrower dtype. What an operator writes to is left as it is."""
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
         self._generator = generator
+        # By the address of the result's storage, which is not given to another as long as it lives.
+        self._contractions: dict[int, _Contraction] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -53,25 +71,62 @@ class Disturbing(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        given = dict(kwargs or {})
-        if function.overloadpacket.__name__ not in ARITHMETIC:
+        given, name = dict(kwargs or {}), function.overloadpacket.__name__
+        if name == "_to_copy":
+            return function(self._narrowed(args[0], given.get("dtype")), **given)
+        if name not in ARITHMETIC:
             return function(*args, **given)
         written = 1 if function._schema.is_mutable else 0
-        operands = [a if i < written else self._moved(a) for i, a in enumerate(args)]
-        return function(*operands, **given)
+        if written:
+            self._contractions.pop(_address(args[0]), None)
+        result = function(*self._all_moved(args, written), **given)
+        if name in CONTRACTIONS and result.numel():
+            self._contractions[_address(result)] = _Contraction(result, function, args, given)
+        return result
 
-    def _moved(self, operand: Any) -> Any:
+    def _all_moved(
+        self, operands: Sequence[Any], kept: int = 0, dtype: torch.dtype | None = None
+    ) -> list[Any]:
+        """The operands, all but the first `kept` moved, by the roundoff of `dtype` or their own."""
+        return [a if i < kept else self._moved(a, dtype) for i, a in enumerate(operands)]
+
+    def _narrowed(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """What is to be given a dtype: a contraction, if that is narrower than its own, of operands
+        that were moved by the roundoff of that."""
+        contraction = self._contractions.get(_address(tensor))
+        if contraction is None or not _narrower(dtype, tensor.dtype):
+            return tensor
+        operands = self._all_moved(contraction.args, dtype=dtype)
+        again = contraction.function(*operands, **contraction.kwargs)
+        return again.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def _moved(self, operand: Any, dtype: torch.dtype | None) -> Any:
         if not isinstance(operand, Tensor):
             return operand
         if operand.is_complex():
-            return torch.view_as_complex(self._moved(torch.view_as_real(operand)))
-        return moved(operand, self._generator) if operand.is_floating_point() else operand
+            return torch.view_as_complex(self._moved(torch.view_as_real(operand), dtype))
+        if not operand.is_floating_point():
+            return operand
+        return moved(operand, self._generator, dtype)
 
 
-def moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """`tensor` times 1 plus or minus the unit roundoff of its dtype, rounded: a neighbour of what
-    it was, where that is narrower than float64, or a power of two itself."""
-    roundoff = torch.finfo(tensor.dtype).eps / 2
+def moved(tensor: Tensor, generator: torch.Generator, dtype: torch.dtype | None = None) -> Tensor:
+    """`tensor` times 1 plus or minus the unit roundoff of `dtype`, of its own unless given, rounded
+    to its own: a neighbour of what it was, where that is narrower than float64, or a power of two
+    itself."""
+    roundoff = torch.finfo(dtype or tensor.dtype).eps / 2
     # In float64 from the start: 1 + 2**-24 is 1 in float32.
     signs = torch.randint(0, 2, tensor.shape, generator=generator).double() * 2 - 1
     return (tensor.double() * (1 + roundoff * signs)).to(tensor.dtype)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _narrower(dtype: torch.dtype | None, than: torch.dtype) -> bool:
+    return (
+        dtype is not None
+        and dtype.is_floating_point
+        and torch.finfo(dtype).eps > torch.finfo(than).eps
+    )

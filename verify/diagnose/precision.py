@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from verify.diagnose.evidence import Evidence
 from verify.finding import Explanation
@@ -13,6 +15,8 @@ _SURE, _SIZED, _WHERE = 0.95, 0.8, 0.0
 _LOWER = ("float32", "bfloat16", "float16")
 # A rounding error of a sum lies between a small part and some multiples of one unit roundoff.
 _LEAST, _MOST = 1 / 32, 16
+# One in 2 ** so many tensors would be of a lower precision's values by chance.
+_CHANCE = 10
 # An element's error below this part of the largest is taken for rounding.
 _ABOVE = 1e-3
 
@@ -33,7 +37,7 @@ def lower_precision(evidence: Evidence) -> Iterator[Explanation]:
         if roundoff > own and _LEAST * roundoff <= evidence.error / norm <= _MOST * roundoff:
             fitting.append(name)
     for name in fitting:
-        if torch.equal(found.to(getattr(torch, name)).double(), found):
+        if _is_rounded(found, getattr(torch, name), own):
             yield Explanation(f"{evidence.name} was rounded to {name}: all its values are", _SURE)
     if fitting:
         names = " or ".join(fitting)
@@ -42,6 +46,12 @@ def lower_precision(evidence: Evidence) -> Iterator[Explanation]:
             f" computed, accumulated or sent in {names}",
             _SIZED,
         )
+
+
+def _is_rounded(found: Tensor, dtype: torch.dtype, own: float) -> bool:
+    """Whether all values are of a lower precision, and too many for that to be chance."""
+    bits = math.log2(torch.finfo(dtype).eps / 2 / own) * len(found[found != 0].unique())
+    return bits >= _CHANCE and torch.equal(found.to(dtype).double(), found)
 
 
 def subset(evidence: Evidence) -> Iterator[Explanation]:
