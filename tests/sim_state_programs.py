@@ -50,6 +50,10 @@ def default_dtypes() -> torch.dtype:
     return inside
 
 
+def draws_and_ends() -> list[float]:
+    return torch.rand(2).tolist()
+
+
 def draws_with_own_seed() -> list[float]:
     rank, _ = world()
     torch.manual_seed(rank)

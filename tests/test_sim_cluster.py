@@ -233,7 +233,7 @@ def test_a_loop_ends_with_the_timeout(impatient, program, args, ranks):
 def test_a_rank_that_does_not_let_go_is_named_and_leaves_no_thread_once_it_does():
     before = set(threading.enumerate())
     programs.released.clear()
-    with open_cluster("sim", world_size=3, timeout=0.3) as cluster:
+    with open_cluster("sim", world_size=3, timeout=1.0) as cluster:
         with pytest.raises(RankFailures) as caught:
             cluster.run(programs.loops_and_swallows, world_size=3)
         (only,) = caught.value.failures

@@ -34,6 +34,18 @@ def test_random_numbers_of_ranks_are_their_own(sim):
         assert got[rank] == torch.cat(expected).tolist()
 
 
+def test_what_a_rank_drew_last_is_not_what_the_next_begins_with(sim):
+    generator = torch.Generator().manual_seed(0)
+    expected = torch.rand(2, generator=generator).tolist()
+    torch.manual_seed(5)
+    for _ in range(2):
+        assert sim.run(states.draws_and_ends, world_size=3) == [expected] * 3
+    generator.manual_seed(5)
+    assert torch.rand(2).tolist() == torch.rand(2, generator=generator).tolist()
+    assert sim.run(states.draws_and_ends, world_size=2) == [expected] * 2
+    assert torch.rand(2).tolist() == torch.rand(2, generator=generator).tolist()
+
+
 def test_default_dtypes_of_ranks_are_their_own(sim):
     expected = [torch.float16, torch.float64, torch.float64]
     assert sim.run(states.default_dtypes, world_size=3) == expected

@@ -203,6 +203,8 @@ class Run:
     def _end(self, mine: _Rank) -> None:
         """Nothing more comes from the running rank: let another run."""
         mine.done = True
+        # What it leaves in the process is not what the next one has.
+        self._save()
         following = self._next(ended=True)
         if following is None:
             self.finished.release()
