@@ -2,8 +2,9 @@
 
 All ways in one run, round by round in turn, so that whatever else the machine does meets them all;
 in a round each is run a few times in a row, and the first of them, which finds the caches full of
-the way before, does not count. Medians. `cpu` is the processor time of this process, which a busy machine changes
-less than wall time. Goals are those of the project; a goal that is missed is marked.
+the way before, does not count. Medians. `cpu` is the processor time of this process, which a busy
+machine changes less than wall time. Goals are those of the project; a goal that is missed is
+marked.
 
     python benchmarks/clusters.py [--quick] [--rounds N] [--json FILE]
 """
