@@ -7,7 +7,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
-from torch.nn.functional import embedding
 
 from impl.context_parallel.zigzag import PackedSequences, Placement, positions
 from impl.mappings import (
@@ -16,6 +15,7 @@ from impl.mappings import (
 )
 from impl.parameters import Initialiser, replicated_parameter, sharded_parameter
 from impl.partition import divide, part_of
+from impl.weight_pass import embedding
 
 
 class VocabParallelEmbedding(Module):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.nn import Module
-from torch.nn.functional import linear
+from torch.nn import functional as F
 from torch.nn.init import zeros_
 
 from impl.collectives import (
@@ -32,6 +32,7 @@ from impl.mappings import (
 )
 from impl.parameters import Initialiser, replicated_parameter, sharded_parameter
 from impl.partition import divide
+from impl.weight_pass import linear, weight_pass_of, weight_product
 
 Output = tuple[Tensor, Tensor | None]
 
@@ -51,26 +52,36 @@ class _ColumnMatmul(torch.autograd.Function):
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         ctx.group, ctx.sequence_parallel = group, sequence_parallel
+        ctx.weight = weight if needs_weight else None
         full = all_gather(x, dim=0, group=group) if sequence_parallel else x
-        return linear(full, weight)
+        return F.linear(full, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, *_ = ctx.needs_input_grad
+        later = weight_pass_of(ctx.weight) if needs_weight else None
         gathering = summing = gradient_of_weight = None
-        if needs_weight and ctx.sequence_parallel:
+        if needs_weight and later is None and ctx.sequence_parallel:
             gathering = start_all_gather(x, group=ctx.group)
         if needs_x:
             partial = gradient @ weight
             start = start_reduce_scatter if ctx.sequence_parallel else start_all_reduce
             summing = start(partial, group=ctx.group)
-        if needs_weight:
+        if later is not None:
+            group = ctx.group if ctx.sequence_parallel else None
+            later.put_off(ctx.weight, lambda: _product_of_parts(gradient, x, group=group))
+        elif needs_weight:
             full = x if gathering is None else gathering.wait()
-            rows, columns = gradient.flatten(0, -2), full.flatten(0, -2)
-            gradient_of_weight = rows.t() @ columns
+            gradient_of_weight = weight_product(gradient, full)
         return None if summing is None else summing.wait(), gradient_of_weight, None, None
+
+
+def _product_of_parts(gradient: Tensor, x: Tensor, *, group: ProcessGroup | None) -> Tensor:
+    """`weight_product`, where x is Shard(0) over a group or, for None, whole."""
+    full = x if group is None else all_gather(x, dim=0, group=group)
+    return weight_product(gradient, full)
 
 
 class ColumnParallelLinear(Module):

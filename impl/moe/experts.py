@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.nn import Module, Parameter
 from torch.nn.functional import gelu, linear, silu
@@ -15,8 +18,40 @@ from torch.nn.init import zeros_
 from impl.mappings import copy_to_tensor_parallel_region
 from impl.parameters import Initialiser, defer
 from impl.partition import divide, split
+from impl.weight_pass import now_or_later, weight_product
 
 ACTIVATIONS = ("gelu", "swiglu")
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    """rows @ weight[i].T for every run of rows, whose lengths are `counts`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        ctx.weight, ctx.counts = weight if needs_weight else None, counts
+        return torch.cat([linear(rows, weight[i]) for i, rows in enumerate(x.split(counts))])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        of_x = of_weight = None
+        runs = gradient.split(ctx.counts)
+        if needs_x:
+            of_x = torch.cat([rows @ weight[i] for i, rows in enumerate(runs)])
+        if needs_weight:
+            compute = partial(_grouped_product, runs, x, ctx.counts)
+            of_weight = now_or_later(ctx.weight, compute)
+        return of_x, of_weight, None
+
+
+def _grouped_product(runs: Sequence[Tensor], x: Tensor, counts: list[int]) -> Tensor:
+    """The gradient of all weights, stacked."""
+    pairs = zip(runs, x.split(counts), strict=True)
+    return torch.stack([weight_product(gradient, rows) for gradient, rows in pairs])
 
 
 class GroupedLinear(Module):
@@ -65,15 +100,14 @@ class GroupedLinear(Module):
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
         """`y` [rows, out] of `x` [rows, in], whose rows are sorted by expert: `counts` of each."""
+        y: Tensor = _GroupedMatmul.apply(x, self.weight, counts)
         biases: Tensor | None = self.bias
-        if biases is not None and self.row:
+        if biases is None:
+            return y
+        if self.row:
             first = dist.get_rank(self.etp_group) == 0
             biases = copy_to_tensor_parallel_region(biases, group=self.etp_group) * first
-        parts = [
-            linear(rows, self.weight[i], None if biases is None else biases[i])
-            for i, rows in enumerate(x.split(counts))
-        ]
-        return torch.cat(parts)
+        return torch.cat([rows + biases[i] for i, rows in enumerate(y.split(counts))])
 
 
 class Experts(Module):

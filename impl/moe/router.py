@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
-from torch.nn.functional import linear
 
 from impl.moe.balance import (
     LEVELS,
@@ -19,6 +18,7 @@ from impl.moe.balance import (
     router_z_loss,
 )
 from impl.parameters import Initialiser, replicated_parameter
+from impl.weight_pass import linear
 
 SCORES = ("softmax", "sigmoid")
 DROPS = ("probability", "position")

@@ -6,9 +6,8 @@ by the number of all of them. Nothing that was accumulated before is scaled.
 
 What is kept of a microbatch between forward and backward is its input and what autograd saved. The
 output goes as soon as it is sent, unless the chunk's own backward needs its values, and all else
-with the last of backward. A schedule with `input` and `weight` keeps the graph from one to the
-other, and goes back through the chunk twice: gradients inside it are computed again for its
-weights.
+with backward. Of a schedule with `input` and `weight`, the first is all of backward but what
+layers put off (see `impl.weight_pass`), which alone is kept for the second.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from torch.nn import Parameter
 from impl.pipeline.p2p import Incoming, Link, Outgoing, Pending
 from impl.pipeline.schedules import Action, Exchange, Schedule
 from impl.pipeline.timeline import Transfer
+from impl.weight_pass import WeightPass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +48,14 @@ class Outcome:
     input_gradients: dict[int, Tensor] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Kept:
     """Of one microbatch on one chunk: its input, and the way back from its output (None without
-    gradients), with the shape and, when it is known, the gradient of that."""
+    gradients), with the shape of that."""
 
     x: Tensor
     edge: GradientEdge | None
     shape: tuple[int, ...]
-    gradient: Tensor | None = None
 
 
 _Key = tuple[str, int, int]
@@ -92,6 +91,7 @@ class Executor:
         self.completing = completing
         self.outcome = Outcome()
         self._kept: dict[tuple[int, int], _Kept] = {}
+        self._late: dict[tuple[int, int], WeightPass] = {}
         self._ready: dict[_Key, Tensor] = {}
         self._leaving: dict[_Key, Tensor] = {}
         self._pending: tuple[Pending, list[_Key]] = (Pending(), [])
@@ -145,44 +145,35 @@ class Executor:
             self._leaving["activation", m, chunk] = y.detach()
 
     def _backward(self, action: Action) -> None:
-        """All gradients at once, and nothing of the microbatch is kept."""
+        """All gradients at once."""
         m, chunk = action.microbatch, action.chunk
-        kept = self._reached(m, chunk)
-        del self._kept[m, chunk]
+        kept, gradient = self._reached(m, chunk)
         leaves = [*self._trained(chunk), *([kept.x] if kept.x.requires_grad else [])]
         if kept.edge is not None and leaves:
-            torch.autograd.backward([kept.edge], [kept.gradient], inputs=leaves)
+            torch.autograd.backward([kept.edge], [gradient], inputs=leaves)
         self._leave_gradient(m, chunk, kept.x, kept.x.grad)
 
     def _input(self, action: Action) -> None:
-        """The gradient of the input; the way back stays for that of the parameters."""
+        """The gradient of the input; those of the parameters stay in a `WeightPass`."""
         m, chunk = action.microbatch, action.chunk
-        kept, found = self._reached(m, chunk), None
-        if kept.edge is not None and kept.x.requires_grad:
-            (found,) = torch.autograd.grad(
-                [kept.edge],
-                [kept.x],
-                [kept.gradient],
-                retain_graph=True,
-                allow_unused=True,
-            )
+        kept, gradient = self._reached(m, chunk)
+        late, found = WeightPass(self._trained(chunk)), None
+        if kept.edge is not None:
+            found = late.back(kept.edge, gradient=gradient, x=kept.x)
+        self._late[m, chunk] = late
         self._leave_gradient(m, chunk, kept.x, found)
 
     def _weight(self, action: Action) -> None:
-        """The gradients of the parameters, and nothing of the microbatch is kept."""
-        kept = self._kept.pop((action.microbatch, action.chunk))
-        leaves = self._trained(action.chunk)
-        if kept.edge is not None and leaves:
-            torch.autograd.backward([kept.edge], [kept.gradient], inputs=leaves)
+        """The gradients of the parameters."""
+        self._late.pop((action.microbatch, action.chunk)).run()
 
-    def _reached(self, m: int, chunk: int) -> _Kept:
-        """A microbatch that backward has come to, with the gradient of its output."""
-        kept = self._kept[m, chunk]
+    def _reached(self, m: int, chunk: int) -> tuple[_Kept, Tensor]:
+        """What was kept of a microbatch that backward has come to, and the gradient of its
+        output."""
+        kept = self._kept.pop((m, chunk))
         if self._place(chunk) == self._last:
-            kept.gradient = torch.full_like(self.outcome.losses[m], self.scale)
-        else:
-            kept.gradient = self._taken("gradient", m, chunk)
-        return kept
+            return kept, torch.full_like(self.outcome.losses[m], self.scale)
+        return kept, self._taken("gradient", m, chunk)
 
     def _leave_gradient(self, m: int, chunk: int, x: Tensor, gradient: Tensor | None) -> None:
         if not x.requires_grad:

@@ -33,7 +33,7 @@ MUTANTS = (
         name="embedding-first-row-without-gradient",
         wrong="Masked tokens point to row 0, which is made a padding row and gets no gradient.",
         snippet="embedding(row, self.weight)",
-        replacement="embedding(row, self.weight, padding_idx=0)",
+        replacement="torch.nn.functional.embedding(row, self.weight, padding_idx=0)",
     ),
     _mutant(
         name="embedding-scatters-reshaped",

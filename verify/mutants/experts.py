@@ -139,14 +139,17 @@ _EXPERTS = (
     _expert(
         name="experts-in-reverse",
         wrong="A rank's experts are counted from its last.",
-        snippet="linear(rows, self.weight[i], None",
-        replacement="linear(rows, self.weight[-1 - i], None",
+        snippet="linear(rows, weight[i])",
+        replacement="linear(rows, weight[-1 - i])",
     ),
     _expert(
         name="experts-empty-left-out",
         wrong="An expert without tokens hands its weights to the next one's.",
-        snippet="enumerate(x.split(counts))",
-        replacement="enumerate(x.split([count for count in counts if count] or counts))",
+        snippet="y: Tensor = _GroupedMatmul.apply(x, self.weight, counts)",
+        replacement=(
+            "counts = [count for count in counts if count] + [0] * counts.count(0)\n"
+            "        y: Tensor = _GroupedMatmul.apply(x, self.weight, counts)"
+        ),
     ),
     _expert(
         name="experts-marked-dense",

@@ -19,7 +19,7 @@ _SUM = """\
         else:
             y = reduce_from_tensor_parallel_region(partial, group=self.group)
 """
-_ROWS = "rows, columns = gradient.flatten(0, -2), full.flatten(0, -2)"
+_OF_WEIGHT = "gradient_of_weight = weight_product(gradient, full)"
 
 MUTANTS = (
     _column(
@@ -47,13 +47,12 @@ MUTANTS = (
     _column(
         name="column-own-tokens-of-weight-gradient",
         wrong="Under sequence parallelism the gradient of the weight sees this rank's tokens only.",
-        snippet=_ROWS,
+        snippet=_OF_WEIGHT,
         replacement=(
-            _ROWS + "\n"
+            _OF_WEIGHT + "\n"
             "            if ctx.sequence_parallel:\n"
-            "                own = slice(ctx.group.rank(), None, ctx.group.size())\n"
-            "                rows, columns = gradient.chunk(ctx.group.size())[own][0], x\n"
-            "                rows, columns = rows.flatten(0, -2), columns.flatten(0, -2)"
+            "                own = gradient.chunk(ctx.group.size())[ctx.group.rank()]\n"
+            "                gradient_of_weight = weight_product(own, x)"
         ),
     ),
     _column(
@@ -66,11 +65,11 @@ MUTANTS = (
     _column(
         name="column-packed-memory",
         wrong="The input of the weight's gradient is read as if it lay packed in memory.",
-        snippet=_ROWS,
+        module="impl.weight_pass",
+        snippet="rows, columns = gradient.flatten(0, -2), x.flatten(0, -2)",
         replacement=(
-            "width = full.shape[-1]\n"
-            "            columns = full.as_strided((full.numel() // width, width), (width, 1))\n"
-            "            rows = gradient.flatten(0, -2)"
+            "rows, width = gradient.flatten(0, -2), x.shape[-1]\n"
+            "    columns = x.as_strided((x.numel() // width, width), (width, 1))"
         ),
         caught_by=("column_linear",),
         seen="CP-02",
@@ -106,7 +105,9 @@ MUTANTS = (
             "            y = y + self.bias\n"
         ),
         replacement=(
-            f"partial = linear(x, self.weight, None if self.skip_bias_add else self.bias)\n{_SUM}"
+            f"{_PARTIAL}\n"
+            "        if self.bias is not None and not self.skip_bias_add:\n"
+            f"            partial = partial + self.bias\n{_SUM}"
         ),
         seen="TPL-03",
     ),

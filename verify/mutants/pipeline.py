@@ -1,4 +1,5 @@
-"""Mutants of pipeline parallelism: schedules, where their transfers go, messages, the executor."""
+"""Mutants of pipeline parallelism: schedules, where their transfers go, messages, the executor, and
+weight passes."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ _timed = partial(_table, module="impl.pipeline.timeline")
 _refused = partial(_table, caught_by=("pipeline",))
 _message = partial(_refused, module="impl.pipeline.p2p")
 _run = partial(_refused, module="impl.pipeline.executor")
+_late = partial(_refused, module="impl.weight_pass")
 
 _WARMUP = "warmup=pp - stage - 1, forward"
 _LOOPED = "warmup = 2 * (pp - stage - 1) + (vpp - 1) * pp"
@@ -202,12 +204,6 @@ RUNS = (
         replacement="        begun:",
     ),
     _run(
-        name="pipeline-graph-freed-before-weights",
-        wrong="Autograd's graph is freed with the input's gradient, before the weights'.",
-        snippet="retain_graph=True",
-        replacement="retain_graph=False",
-    ),
-    _run(
         name="pipeline-barrier-by-microbatch",
         wrong="A barrier is reached by the stages only that have a microbatch of their number.",
         snippet=_STARTED,
@@ -254,4 +250,49 @@ RUNS = (
         replacement="if outgoing.announced or values else values",
     ),
 )
-MUTANTS = (*TABLES, *RUNS)
+
+WEIGHTS = (
+    _run(
+        name="weight-pass-left-out",
+        wrong="The weight pass of the first microbatch is left out.",
+        snippet="        self._late.pop((action.microbatch, action.chunk)).run()",
+        replacement=(
+            "        if action.microbatch:\n"
+            "            self._late.pop((action.microbatch, action.chunk)).run()"
+        ),
+    ),
+    _run(
+        name="weight-pass-thaws",
+        wrong="Parameters that are frozen are trained from the first backward on.",
+        snippet="WeightPass(self._trained(chunk))",
+        replacement=(
+            "WeightPass([each.requires_grad_() for each in self.stage.parameters[chunk]])"
+        ),
+        seen="TPL-01",
+    ),
+    _late(
+        name="weight-pass-done-twice",
+        wrong="A weight pass adds its gradients twice.",
+        snippet="torch.autograd.backward([parameter], [total])",
+        replacement="torch.autograd.backward([parameter, parameter], [total, total])",
+    ),
+    _late(
+        name="weight-pass-of-a-later-input",
+        wrong="A product takes the input that its layer has when the weight pass comes: that of the"
+        " last microbatch that went back.",
+        snippet="of_weight = now_or_later(ctx.weight, partial(weight_product, gradient, x))",
+        replacement=(
+            "ctx.weight.x = x\n"
+            "            of_weight = now_or_later(\n"
+            "                ctx.weight, lambda: weight_product(gradient, ctx.weight.x)\n"
+            "            )"
+        ),
+    ),
+    _late(
+        name="weight-pass-of-products-only",
+        wrong="Gradients that are found on the way are forgotten.",
+        snippet="each: gradient for each, gradient in own if gradient is not None}",
+        replacement="each: gradient for each, gradient in own if each in self._left}",
+    ),
+)
+MUTANTS = (*TABLES, *RUNS, *WEIGHTS)

@@ -23,7 +23,7 @@ from verify.oracle.terms import known_options, one_of, sizes, switches, whole_nu
 from verify.placement import Partial, Placements, Replicate
 
 SCHEDULES = ("default", "gpipe", "1f1b", "interleaved", "zb-h1")
-SWITCHES = {"variable": False, "overlap": True, "evaluated": False}
+SWITCHES = {"variable": False, "overlap": True, "evaluated": False, "frozen_weight": False}
 OPTIONS = ("schedule", "rounds", *SWITCHES)
 # What announces a shape: a number of dimensions, and up to seven sizes.
 ANNOUNCEMENT = 8
@@ -38,7 +38,8 @@ def pipeline(case: Case) -> Contract:
     Options: `schedule`, by default interleaved with vpp above 1, else 1f1b; `variable`: microbatch
     i has the first 1 + i % sequence of its tokens only, whose number each sender announces;
     `overlap`: whether stages compute while tensors travel; `evaluated`: each round begins with an
-    evaluation, forward only, whose losses are the output `evaluation`; `rounds`.
+    evaluation, forward only, whose losses are the output `evaluation`; `frozen_weight`: the biases
+    alone are trained; `rounds`.
 
     Raises BadArgument for layers that do not divide by the chunks, for another schedule than
     interleaved with several chunks a stage, and for that one with microbatches of a round that are
@@ -82,6 +83,7 @@ def pipeline(case: Case) -> Contract:
         outputs=outputs,
         reference=reference,
         axes=("pp",),
+        frozen=frozenset({"weight"} if given["frozen_weight"] else ()),
         forward=lambda at: _sent(case, at["pp"], given),
         backward=(),
         finish=(),

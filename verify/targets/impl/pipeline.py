@@ -8,18 +8,18 @@ harness' number what `finished` handed over.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn import functional as F
 
 from impl.groups import Groups
 from impl.pipeline.executor import Executor, Stage
 from impl.pipeline.p2p import Link
 from impl.pipeline.schedules import Schedule, build_schedule, forward_only
+from impl.weight_pass import linear
 from verify.case import Case
 from verify.layout import Layout
 from verify.oracle.pipeline import OPTIONS as _OPTIONS
@@ -34,6 +34,28 @@ def schedule(kind: str, layout: Layout, microbatches: int) -> list[list[list[obj
     """The table of a kind as plain data. Raises ValueError where impl refuses."""
     found = build_schedule(kind, pp=layout.pp, vpp=layout.vpp, microbatches=microbatches)
     return found.to_plain()
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Layers x + tanh(x weight^T + bias) / 2."""
+
+    weights: Sequence[Parameter]
+    biases: Sequence[Parameter]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            x = x + (linear(x, weight) + bias).tanh() / 2
+        return x
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Those of the layers, stacked, by the name of the stack; a frozen stack has none unless
+        one of its parameters was given one."""
+        found = {}
+        for name, stack in (("weight", self.weights), ("bias", self.biases)):
+            if any(each.requires_grad or each.grad is not None for each in stack):
+                found[name] = torch.stack([_gradient(each) for each in stack])
+        return found
 
 
 class PipelineSubject:
@@ -52,8 +74,10 @@ class PipelineSubject:
         self.rounds = int(case.options.get("rounds", 1) or 1)
         self.schedule = self._schedule(case.shape["microbatches"])
         local = layers // pp
-        self.weight = Parameter(torch.full((local, hidden, hidden), torch.nan, dtype=dtype))
+        weight = torch.full((local, hidden, hidden), torch.nan, dtype=dtype)
+        self.weight = Parameter(weight, not case.options.get("frozen_weight", False))
         self.bias = Parameter(torch.full((local, hidden), torch.nan, dtype=dtype))
+        self._of_frozen: Tensor | None = None
 
     def parameters(self) -> Mapping[str, tuple[Parameter, Placements]]:
         """Both stacks, of which a stage has vpp blocks."""
@@ -67,13 +91,16 @@ class PipelineSubject:
         return {"loss": loss, **found}
 
     def finish_gradients(self) -> None:
-        """No stage has a part of another's gradients."""
+        """No stage has a part of another's gradients. What a frozen stack was given is shown too,
+        which autograd would drop."""
+        if not self.weight.requires_grad:
+            self.weight.grad = self._of_frozen
 
-    def train(self, x: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+    def train(self, x: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], list[Tensor | None]]:
         """All rounds: outputs by name, and the gradients of x, weight and bias for a gradient of
-        one of the mean of all losses."""
+        one of the mean of all losses; None for one that nobody has."""
         chunks = [self._chunk(chunk) for chunk in range(self.case.layout.vpp)]
-        complete: list[tuple[Tensor, ...]] = [() for _ in chunks]
+        complete: list[dict[str, Tensor]] = [{} for _ in chunks]
         count = x.shape[0] // self.rounds
         grad_x = torch.zeros_like(x)
         outputs = {"losses": x.new_zeros(x.shape[0])}
@@ -84,7 +111,7 @@ class PipelineSubject:
             tables = {"evaluation": forward_only(**sizes, microbatches=count), **tables}
 
         def finished(chunk: int) -> None:
-            complete[chunk] = tuple(_gradient(each).clone() for each in chunks[chunk])
+            complete[chunk] = chunks[chunk].gradients()
 
         for first in range(0, x.shape[0], count):
             run = self._run_of(chunks, x, targets, first)
@@ -94,8 +121,10 @@ class PipelineSubject:
                     outputs[name][first + i] = loss
                 for i, gradient in outcome.input_gradients.items():
                     grad_x[first + i, : gradient.shape[0]] = gradient
-        own = [torch.cat(parts) for parts in zip(*complete, strict=True)]
-        return outputs, [grad_x, *own]
+        names = [name for name in ("weight", "bias") if all(name in each for each in complete)]
+        own = {name: torch.cat([each[name] for each in complete]) for name in names}
+        self._of_frozen = own.get("weight")
+        return outputs, [grad_x, own.get("weight"), own.get("bias")]
 
     def _schedule(self, microbatches: int) -> Schedule:
         vpp = self.case.layout.vpp
@@ -107,13 +136,14 @@ class PipelineSubject:
         count = microbatches // self.rounds
         return build_schedule(kind, pp=self.groups.size("pp"), vpp=vpp, microbatches=count)
 
-    def _chunk(self, chunk: int) -> tuple[Parameter, Parameter]:
-        """Parameters of one chunk, in the memory of the stacks."""
+    def _chunk(self, chunk: int) -> _Chunk:
+        """The layers of one chunk, in the memory of the stacks."""
         own = slice(chunk * self.each, (chunk + 1) * self.each)
-        return Parameter(self.weight.detach()[own]), Parameter(self.bias.detach()[own])
+        weights = [Parameter(each, self.weight.requires_grad) for each in self.weight.detach()[own]]
+        return _Chunk(weights, [Parameter(each) for each in self.bias.detach()[own]])
 
     def _run_of(
-        self, chunks: Sequence[tuple[Parameter, Parameter]], x: Tensor, targets: Tensor, first: int
+        self, chunks: Sequence[_Chunk], x: Tensor, targets: Tensor, first: int
     ) -> dict[str, Any]:
         """The arguments of `Executor` for the microbatches from `first`."""
         lengths = lengths_of(self.case)[first : first + x.shape[0] // self.rounds]
@@ -126,7 +156,9 @@ class PipelineSubject:
 
         return {
             "stage": Stage(
-                chunks=[partial(_layers, *chunk) for chunk in chunks], parameters=chunks, loss=loss
+                chunks=chunks,
+                parameters=[(*chunk.weights, *chunk.biases) for chunk in chunks],
+                loss=loss,
             ),
             "link": self.link,
             "inputs": [each.requires_grad_() for each in taken],
@@ -155,13 +187,8 @@ class _Trained(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(grad_loss * each for each in ctx.gradients), None, None, None)
-
-
-def _layers(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    for layer_weight, layer_bias in zip(weight, bias, strict=True):
-        x = x + F.linear(x, layer_weight, layer_bias).tanh() / 2
-    return x
+        found = (None if each is None else grad_loss * each for each in ctx.gradients)
+        return (*found, None, None, None)
 
 
 def _gradient(parameter: Parameter) -> Tensor:
