@@ -7,15 +7,14 @@ of them. The first one has the embeddings too, the last one the norm and the log
 
 Modules have their place in the whole model as a name, `layers.7.mlp.fc1.weight`, whatever chunk
 they are in, so the parameters of all chunks of all stages are those of the model by their names.
-The one exception is a tied embedding on several stages: the last has a copy, `output.weight`.
+The one exception is an embedding that two stages have: the last has a copy, `output.weight` if it
+is tied, else, for multi-token prediction (`impl.multi_token`), `lookup.weight`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,125 +27,12 @@ from impl.dropout import dropout
 from impl.embedding import PositionEmbedding, VocabParallelEmbedding
 from impl.groups import Groups
 from impl.linear import ColumnParallelLinear
+from impl.model_config import ModelConfig, layers_of
+from impl.multi_token import MultiTokenPrediction
 from impl.norm import NORMS
 from impl.parameters import Initialiser
 from impl.random import RandomTracker, stream_of
-from impl.transformer import LayerConfig, TransformerLayer
-from verify.layout import Layout
-
-Positions = Literal["rotary", "learned", "none"]
-POSITIONS = get_args(Positions)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The sizes and choices of a model.
-
-    `vocabulary` is the number of tokens; the embedding and the logits have rows of padding up to a
-    multiple of `vocabulary_multiple * tp`, which no token has and no probability goes to. With
-    `tied`, logits are products with the rows of the embedding. Rotary positions are those of
-    `layer.rotary`. Of layers with experts, those between every `experts_every`-th, from the first
-    on, have the perceptron instead. The embedding is dropped as hidden states are.
-
-    Chunks have equally many layers; or the first stage has `first_stage_layers`, the last
-    `last_stage_layers`, and those between have what is left, each stage's in its chunks alike, as
-    in Megatron-LM; or `split` says how many each of the chunks has, in the order of the model.
-    """
-
-    layer: LayerConfig
-    layers: int
-    vocabulary: int
-    max_sequence: int
-    positions: Positions = "rotary"
-    tied: bool = True
-    vocabulary_multiple: int = 1
-    experts_every: int = 1
-    first_stage_layers: int | None = None
-    last_stage_layers: int | None = None
-    split: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        sizes = ("layers", "vocabulary", "max_sequence", "vocabulary_multiple", "experts_every")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is no size; give 1 or more")
-        if self.positions not in POSITIONS:
-            raise ValueError(f"positions: {self.positions!r} is not one of {', '.join(POSITIONS)}")
-        if (self.positions == "rotary") is not (self.layer.rotary is not None):
-            raise ValueError(
-                f"positions: {self.positions} does not go with layer.rotary={self.layer.rotary};"
-                " give layer.rotary for rotary positions, and only for them"
-            )
-        if self.experts_every > 1 and self.layer.experts is None:
-            raise ValueError(
-                f"experts_every: {self.experts_every} is given, but layer.experts is not"
-            )
-
-    def padded_vocabulary(self, *, tp: int) -> int:
-        """The rows of the embedding, padding included."""
-        multiple = self.vocabulary_multiple * tp
-        return -(-self.vocabulary // multiple) * multiple
-
-    def layer_at(self, index: int) -> LayerConfig:
-        """The configuration of a layer of the model, counted from 0."""
-        return self.layer if index % self.experts_every == 0 else replace(self.layer, experts=None)
-
-
-def layers_of(config: ModelConfig, *, layout: Layout, stage: int, chunk: int) -> range:
-    """Which layers of the model a chunk of a stage has. Arithmetic only.
-
-    ValueError for layers that cannot be shared out as the configuration says, and for a chunk
-    without layers that has neither embeddings nor logits.
-    """
-    counts = _counts(config, layout)
-    for place, count in enumerate(counts):
-        least = 0 if place in (0, len(counts) - 1) else 1
-        if count < least:
-            raise ValueError(f"layers: chunk {place} of {len(counts)} would have {count} of them")
-    starts = (0, *accumulate(counts))
-    place = chunk * layout.pp + stage
-    return range(starts[place], starts[place + 1])
-
-
-def _counts(config: ModelConfig, layout: Layout) -> tuple[int, ...]:
-    """How many layers each chunk has, in the order of the model."""
-    pp, vpp, first, last = (
-        layout.pp,
-        layout.vpp,
-        config.first_stage_layers,
-        config.last_stage_layers,
-    )
-    if config.split is not None:
-        if first is not None or last is not None:
-            raise ValueError(
-                f"split: {config.split} says it all; leave out first_stage_layers and"
-                " last_stage_layers"
-            )
-        if len(config.split) != pp * vpp or sum(config.split) != config.layers:
-            raise ValueError(
-                f"split: {config.split} does not share out {config.layers} layers to the"
-                f" {pp * vpp} chunks of pp={pp} vpp={vpp}"
-            )
-        return config.split
-    between = pp - (first is not None) - (last is not None)
-    left = config.layers - (first or 0) - (last or 0)
-    if (between < 1 and left) or min(between, left) < 0:
-        raise ValueError(
-            f"layers: {config.layers} are not those of pp={pp} stages of which the first has"
-            f" {first} and the last {last}"
-        )
-    each, rest = divmod(left, between) if between > 0 else (0, 0)
-    stages = [each] * pp
-    if first is not None:
-        stages[0] = first
-    if last is not None:
-        stages[-1] = last
-    if rest or any(count % vpp for count in stages):
-        raise ValueError(
-            f"layers: {left} do not divide by {between} stages and their vpp={vpp} chunks;"
-            " give first_stage_layers, last_stage_layers or split"
-        )
-    return tuple(count // vpp for count in stages) * vpp
+from impl.transformer import TransformerLayer
 
 
 class Embedding(Module):
@@ -203,11 +89,11 @@ class GPTModel(Module):
     Maps what the chunk before gives to what the next one takes: hidden states [sequence, batch,
     hidden], zigzag or contiguous over cp, and over tp Replicate or, with sequence parallelism,
     Shard(0). With `pre_process` it takes tokens [batch, sequence], int, of this rank of cp; with
-    `post_process` it gives logits [sequence, batch, vocabulary / tp], of the padded vocabulary.
+    `post_process` it has what `losses` needs.
 
-    `init` fills every weight. A copy of a tied embedding (marked `shared`) has values of its own
-    until `tie_embeddings`; both it and its original are marked `shared_embedding`. Collectives and
-    errors are those of the parts; and ValueError for a sequence longer than `max_sequence`.
+    `init` fills every weight. A copy of an embedding (marked `shared`) has values of its own until
+    `tie_embeddings`; both it and its original are marked `shared_embedding`. Collectives and errors
+    are those of the parts; and ValueError for a sequence longer than `max_sequence`.
     """
 
     def __init__(
@@ -237,54 +123,96 @@ class GPTModel(Module):
             }
         )
         if self.post_process:
-            parallel = layout.sequence_parallel
-            self.final_norm = NORMS[config.layer.norm](
-                config.layer.hidden,
-                zero_centered=config.layer.zero_centered,
-                sequence_parallel=parallel,
-                **made,
-            )
-            self.output = ColumnParallelLinear(
-                config.layer.hidden,
-                out_features=config.padded_vocabulary(tp=layout.tp),
-                group=groups.tp,
-                init=init,
-                bias=False,
-                sequence_parallel=parallel,
-                **made,
-            )
-        if config.tied:
-            self._tie()
+            self._end(own, made)
+        self._share_embedding()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The next chunk's input, or the logits."""
+        """The next chunk's input; of the last chunk the hidden states that `losses` takes."""
         if self.pre_process:
             self._check(x)
             x = self.embedding(x)
         for layer in self.layers.values():
             x = layer(x)
-        if self.post_process:
-            x, _ = self.output(self.final_norm(x))
         return x
 
-    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The cross entropy of every token, [batch, sequence], for targets [batch, sequence]."""
+    def losses(self, h: Tensor, *, tokens: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        """Sums over this rank's tokens that count: of the loss, and in training of that of every
+        depth of multi-token prediction, [1 + depths].
+
+        `h` is what the last chunk gave; `tokens`, the `targets` that should follow them and `mask`,
+        how much each counts, are int [batch, sequence].
+        """
+        sums = [self._sum(self.final_norm(h), targets, mask)]
+        if self.multi_token is not None and self.training:
+            rows = torch.stack([tokens, targets, mask])
+            for states, (_, later, counts) in self.multi_token(
+                h, rows, embedding=self.embedding.tokens if self.pre_process else self.lookup
+            ):
+                sums.append(self._sum(states, later, counts))
+        return torch.stack(sums)
+
+    def _sum(self, states: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        """The sum of the cross entropies of normalised states."""
+        logits, _ = self.output(states)
         losses = vocab_parallel_cross_entropy(
             logits,
             targets=targets.transpose(0, 1),
             group=self.groups.tp,
             real_vocabulary=self.config.vocabulary,
         )
-        return losses.transpose(0, 1)
+        return (losses.transpose(0, 1) * mask).sum()
 
-    def _tie(self) -> None:
+    def _end(self, own: dict[str, Any], made: dict[str, Any]) -> None:
+        """Make what follows the last layer."""
+        config, layout = self.config, self.groups.layout
+        parallel = layout.sequence_parallel
+        self.final_norm = NORMS[config.layer.norm](
+            config.layer.hidden,
+            zero_centered=config.layer.zero_centered,
+            sequence_parallel=parallel,
+            **made,
+        )
+        self.output = ColumnParallelLinear(
+            config.layer.hidden,
+            out_features=config.padded_vocabulary(tp=layout.tp),
+            group=self.groups.tp,
+            init=own["init"],
+            bias=False,
+            sequence_parallel=parallel,
+            **made,
+        )
+        self.multi_token = None
+        if not config.multi_token_layers:
+            return
+        further = range(config.layers, config.layers + config.multi_token_layers)
+        self.multi_token = MultiTokenPrediction([config.layer_at(k) for k in further], **own)
+        if not self.pre_process:
+            self.lookup = VocabParallelEmbedding(
+                config.padded_vocabulary(tp=layout.tp),
+                hidden=config.layer.hidden,
+                group=self.groups.tp,
+                init=own["init"],
+                sequence_parallel=parallel,
+                scatter_to_sequence=parallel,
+                **made,
+            )
+
+    def _share_embedding(self) -> None:
+        """Make all that are the embedding of tokens on this stage one parameter, and mark it where
+        another stage has it too."""
+        tied, needed = self.config.tied, self.config.tied or self.config.multi_token_layers > 0
         if self.pre_process and self.post_process:
-            self.output.weight = self.embedding.tokens.weight
-        elif self.pre_process:
+            if tied:
+                self.output.weight = self.embedding.tokens.weight
+            return
+        if self.pre_process and needed:
             self.embedding.tokens.weight.shared_embedding = True  # type: ignore[attr-defined]
-        elif self.post_process:
-            self.output.weight.shared_embedding = True  # type: ignore[attr-defined]
-            self.output.weight.shared = True  # type: ignore[attr-defined]
+        if self.post_process and needed:
+            copy = self.output.weight if tied else self.lookup.weight
+            if self.multi_token is not None:
+                self.lookup.weight = copy
+            copy.shared_embedding = True  # type: ignore[attr-defined]
+            copy.shared = True  # type: ignore[attr-defined]
 
     def _check(self, tokens: Tensor) -> None:
         length = tokens.shape[-1] * self.groups.size("cp")
@@ -320,13 +248,13 @@ def build_model(
 
 
 def model_parameters(chunks: Iterable[Module]) -> dict[str, Parameter]:
-    """The parameters of all chunks by their names in the model, each once; a copy of a tied
-    embedding is `output.weight`."""
+    """The parameters of all chunks by their names in the model, each once; a copy of an embedding
+    is `output.weight` or `lookup.weight`."""
     return {name: each for chunk in chunks for name, each in chunk.named_parameters()}
 
 
 def tie_embeddings(chunks: Iterable[Module], *, groups: Groups) -> None:
-    """Give a tied embedding's copy on the last stage the values of the first stage. Collective over
+    """Give an embedding's copy on the last stage the values of the first stage. Collective over
     `groups.embedding` where there is a copy: one all-reduce, once after initialisation."""
     for parameter in model_parameters(chunks).values():
         if not getattr(parameter, "shared_embedding", False) or groups.embedding is None:

@@ -2,7 +2,8 @@
 
 A step is given the microbatches of this rank's replica, the same on all its stages. The loss is the
 mean over all tokens that count, of all microbatches and all ranks of dp and cp; so each microbatch
-contributes the sum over its own, and what is accumulated is divided once, by the number of all.
+contributes the sum over its own, and what is accumulated is divided once, by the number of all. A
+loss of multi-token prediction is divided by the same number, as in equation 24 of arXiv:2412.19437.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import ModuleList
 
 from impl.collectives import all_reduce
-from impl.data_parallel import DataParallel, sum_over_tokens
+from impl.data_parallel import DataParallel
 from impl.gradients import finalise_gradients
 from impl.groups import Groups
 from impl.model import GPTModel
@@ -40,9 +41,11 @@ class Microbatch:
 @dataclass(frozen=True)
 class TrainResult:
     """What a step did, on every rank: the mean `loss` over `tokens` that counted, both float64 of
-    no dimension, before the update; and what the optimizer says."""
+    no dimension, before the update; those of the depths of multi-token prediction, [depths], each
+    their sum by the same `tokens`; and what the optimizer says."""
 
     loss: Tensor
+    further: Tensor
     tokens: Tensor
     step: StepResult
 
@@ -70,6 +73,10 @@ class Trainer:
         self.kind = schedule or ("interleaved" if groups.layout.vpp > 1 else "1f1b")
         self.overlap = overlap
         self.link = _link(chunks, groups)
+        model = chunks[0]
+        assert isinstance(model, GPTModel)
+        self.config = model.config
+        self._weight = self.config.multi_token_scaling / max(self.config.multi_token_layers, 1)
 
     def train_step(
         self, microbatches: Sequence[Microbatch], *, finalised: Callable[[], None] | None = None
@@ -87,7 +94,7 @@ class Trainer:
         self.data_parallel.zero_gradients()
         scale = self.optimizer.loss_scale
         with self.data_parallel.no_sync():
-            loss, tokens = self._run(
+            losses, tokens = self._run(
                 table,
                 microbatches,
                 scale=1.0 if scale is None else scale.value,
@@ -101,7 +108,8 @@ class Trainer:
         )
         if finalised is not None:
             finalised()
-        return TrainResult(loss / tokens.clamp_min(1), tokens, self.optimizer.step())
+        means = losses / tokens.clamp_min(1)
+        return TrainResult(means[0], means[1:], tokens, self.optimizer.step())
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> Tensor:
         """The mean loss over all tokens that count, float64 of no dimension, on every rank: forward
@@ -109,9 +117,9 @@ class Trainer:
         layout = self.groups.layout
         table = forward_only(pp=layout.pp, vpp=layout.vpp, microbatches=len(microbatches))
         self.chunks.eval()
-        loss, tokens = self._run(table, microbatches, scale=1.0)
+        losses, tokens = self._run(table, microbatches, scale=1.0)
         self.chunks.train()
-        return loss / tokens.clamp_min(1)
+        return losses[0] / tokens.clamp_min(1)
 
     def _run(
         self,
@@ -121,10 +129,12 @@ class Trainer:
         scale: float,
         completing: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> tuple[Tensor, Tensor]:
-        """The sum of the losses and the number of tokens that count, of the whole step."""
-        outcome = Executor(
+        """The sums of the losses, as `GPTModel.losses` has them in training, and the number of
+        tokens that count, of the whole step."""
+        sums: list[Tensor] = []
+        Executor(
             table,
-            stage=self._stage(microbatches),
+            stage=self._stage(microbatches, sums),
             link=self.link,
             inputs=[each.tokens for each in microbatches],
             scale=scale,
@@ -132,20 +142,24 @@ class Trainer:
             overlap=self.overlap,
             completing=completing,
         ).run()
-        total, count = self.data_parallel.zero, self.data_parallel.zero.long()
-        for m, loss in outcome.losses.items():
-            total, count = total + loss, count + microbatches[m].mask.sum()
-        both = torch.stack(sum_over_tokens(total, count, group=self.groups.dp_cp))
+        told = self.data_parallel.zero.double().new_zeros(2 + self.config.multi_token_layers)
+        for each in sums:
+            told[: len(each)] += each
         # Only the last stage has losses.
-        loss, tokens = all_reduce(both, group=self.groups.pp)
-        return loss, tokens
+        told = all_reduce(all_reduce(told, group=self.groups.dp_cp), group=self.groups.pp)
+        return told[1:], told[0]
 
-    def _stage(self, microbatches: Sequence[Microbatch]) -> Stage:
+    def _stage(self, microbatches: Sequence[Microbatch], sums: list[Tensor]) -> Stage:
+        """What the stage computes. Of each microbatch whose loss is computed, `sums` gets the
+        number of its tokens that count and the losses."""
         last = self.chunks[-1]
 
-        def loss(logits: Tensor, m: int) -> Tensor:
+        def loss(h: Tensor, m: int) -> Tensor:
             assert isinstance(last, GPTModel)
-            return (last.losses(logits, microbatches[m].targets) * microbatches[m].mask).sum()
+            losses = last.losses(h, **vars(microbatches[m]))
+            counted = microbatches[m].mask.sum().reshape(1)
+            sums.append(torch.cat([counted.double(), losses.detach().double()]))
+            return losses[0] + self._weight * losses[1:].sum()
 
         return Stage(
             chunks=list(self.chunks),
@@ -159,10 +173,8 @@ class Trainer:
         if len(shapes) > 1:
             return None
         ((batch, sequence),) = shapes
-        model = self.chunks[0]
-        assert isinstance(model, GPTModel)
         split = dist.get_world_size(self.groups.tp) if self.groups.layout.sequence_parallel else 1
-        return sequence // split, batch, model.config.layer.hidden
+        return sequence // split, batch, self.config.layer.hidden
 
 
 def _link(chunks: ModuleList, groups: Groups) -> Link:

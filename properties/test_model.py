@@ -9,7 +9,8 @@ clipping that does not; (2) so they are with an embedding that is tied over two 
 layers shared out unevenly, and several chunks a stage, (4) with experts in some layers, (5) with
 dropout, under the masks that were drawn, and (6) with recomputation, which changes no bit; (7) an
 evaluation between steps is right, and changes nothing; (8) the layout and (9) running twice change
-nothing; (10) what cannot be computed is refused.
+nothing; (10) what cannot be computed is refused; (11) with modules that predict tokens further on,
+their losses are those of one device, and so is all else, in training with them.
 """
 
 from __future__ import annotations
@@ -98,6 +99,14 @@ def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
     """Law 9. Must catch: a tensor that is read before it is there; a generator left by an earlier
     run."""
     check("determinism", case)
+
+
+@given(case=model_cases(options=SHARDED, multi_token=(1, 2, 3), uneven=(False,)))
+def test_multi_token_prediction(check: CheckCase, case: Case) -> None:
+    """Law 11. Must catch: tokens moved by one place too few, or within a rank's chunks; the last
+    tokens, which nothing follows, in the loss; losses that are not divided by the number of depths;
+    a copy of the embedding on the last stage that follows its own gradient."""
+    check("equivalence", case)
 
 
 @given(case=refusable_model_cases())

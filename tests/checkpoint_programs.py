@@ -15,7 +15,8 @@ from impl.checkpoint.training import Progress, Training, load_checkpoint, save_c
 from impl.data_parallel import DataParallel
 from impl.groups import build_groups
 from impl.initialise import initialise_whole, transformer_rule
-from impl.model import ModelConfig, build_model, tie_embeddings
+from impl.model import build_model, tie_embeddings
+from impl.model_config import ModelConfig
 from impl.optimizer.adam import AdamW
 from impl.optimizer.mixed import Optimizer, ParameterGroup
 from impl.optimizer.schedule import Schedule

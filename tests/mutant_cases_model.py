@@ -58,6 +58,22 @@ def cases() -> Iterator[tuple[str, Case]]:
         "equivalence",
         case_of("gpt_training", stages, {**single, "layers": 3, "vocabulary": 3}, first=2, **PLAIN),
     )
+    further = {**single, "sequence": 8, "batch": 2, "layers": 1}
+    yield (
+        "equivalence",
+        case_of(
+            "gpt_training",
+            Layout(tp=2, cp=2, sequence_parallel=True),
+            further,
+            multi_token=2,
+            multi_token_scaling=0.5,
+            **PLAIN,
+        ),
+    )
+    apart = case_of(
+        "gpt_training", Layout(pp=2), {**further, "layers": 2}, multi_token=1, tied=False, **PLAIN
+    )
+    yield "equivalence", apart
     routed = {**single, "layers": 3, "experts": 2, "top_k": 1}
     yield (
         "equivalence",

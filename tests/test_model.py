@@ -14,7 +14,8 @@ from torch.nn.init import constant_
 from impl.data_parallel import DataParallel
 from impl.groups import build_groups
 from impl.initialise import initialise_whole, normal
-from impl.model import ModelConfig, build_model, layers_of, model_parameters, tie_embeddings
+from impl.model import build_model, model_parameters, tie_embeddings
+from impl.model_config import ModelConfig, layers_of
 from impl.moe.layer import ExpertsConfig
 from impl.moe.router import Choice
 from impl.optimizer.mixed import Optimizer, ParameterGroup

@@ -8,11 +8,13 @@ from torch.nn import ModuleList
 
 from impl.checkpoint.training import Training
 from impl.groups import Groups
-from impl.model import ModelConfig, model_parameters
+from impl.model import model_parameters
+from impl.model_config import ModelConfig
 from impl.optimizer.mixed import Optimizer
 from impl.random import RandomTracker
 
-_EMBEDDING, _OUTPUT = "embedding.tokens.weight", "output.weight"
+_EMBEDDING = "embedding.tokens.weight"
+_VOCABULARIES = (_EMBEDDING, "output.weight", "lookup.weight")
 
 
 def training_of(
@@ -25,14 +27,14 @@ def training_of(
     order: Mapping[str, int | str],
 ) -> Training:
     """The chunks of this stage and what trains them: of embeddings and logits the rows that are
-    tokens, and of a tied embedding's copy nothing of its own. `order` is what samples depend on."""
+    tokens, and of an embedding's copy nothing of its own. `order` is what samples depend on."""
     parameters = model_parameters(chunks)
     return Training(
         parameters=parameters,
         optimizer=optimizer,
         tracker=tracker,
         groups=groups,
-        rows=dict.fromkeys((_EMBEDDING, _OUTPUT), config.vocabulary),
+        rows=dict.fromkeys(_VOCABULARIES, config.vocabulary),
         copies={n: _EMBEDDING for n, p in parameters.items() if getattr(p, "shared", False)},
         order=order,
         model=_choices(config),

@@ -60,6 +60,18 @@ _TABLE: tuple[tuple[str, str, Any, str], ...] = (
     ("dropout", "--dropout --hidden-dropout", float, "Of hidden states."),
     ("experts", "--experts --num-experts", int, "Experts of a layer. Default: none."),
     ("top_k", "--top-k --moe-router-topk", int, "Experts of a token."),
+    (
+        "multi_token_layers",
+        "--multi-token-layers --mtp-num-layers",
+        int,
+        "Modules that predict tokens further on.",
+    ),
+    (
+        "multi_token_scaling",
+        "--multi-token-scaling --mtp-loss-scaling-factor",
+        float,
+        "Weight of the mean of their losses.",
+    ),
     ("recompute", "--recompute --recompute-granularity", _one_of(RECOMPUTED), "In backward."),
     ("init_std", "--init-method-std", float, "Standard deviation of initial weights."),
     ("vocabulary_multiple", "--make-vocab-size-divisible-by", int, "Of each rank's rows."),

@@ -9,7 +9,7 @@ from typing import Any
 
 from impl.context_parallel.attention import ALGORITHMS
 from impl.data import CORPUS
-from impl.model import ModelConfig, layers_of
+from impl.model_config import ModelConfig, layers_of
 from impl.moe.layer import ExpertsConfig
 from impl.moe.router import Choice
 from impl.optimizer.schedule import Schedule
@@ -56,6 +56,8 @@ class Options:
     dropout: float = 0.0
     experts: int | None = None
     top_k: int = 2
+    multi_token_layers: int = 0
+    multi_token_scaling: float = 0.1
     recompute: str | None = None
     init_std: float = 0.1
     vocabulary_multiple: int = 128
@@ -153,6 +155,8 @@ class Options:
             positions=POSITIONS[self.positions],  # type: ignore[arg-type]
             tied=self.tied,
             vocabulary_multiple=self.vocabulary_multiple,
+            multi_token_layers=self.multi_token_layers,
+            multi_token_scaling=self.multi_token_scaling,
         )
 
     def schedule(self) -> Schedule:

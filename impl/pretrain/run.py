@@ -20,7 +20,8 @@ from impl.data.tokens import open_tokens, token_file
 from impl.data_parallel import DataParallel
 from impl.groups import Groups, build_groups
 from impl.initialise import initialise_whole, transformer_rule
-from impl.model import ModelConfig, build_model, tie_embeddings
+from impl.model import build_model, tie_embeddings
+from impl.model_config import ModelConfig
 from impl.optimizer.adam import AdamW
 from impl.optimizer.mixed import Optimizer, ParameterGroup
 from impl.parameters import defer

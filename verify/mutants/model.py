@@ -7,22 +7,28 @@ from functools import partial
 from verify.mutants.mutant import Mutant
 
 _model = partial(Mutant, family="model", module="impl.model", caught_by=("gpt_training",))
+_config = partial(_model, module="impl.model_config")
 _training = partial(_model, module="impl.training")
+_further = partial(_model, module="impl.multi_token")
 _gradients = partial(_model, module="impl.gradients")
 _parallel = partial(_model, module="impl.data_parallel")
 
-_SHARED = "            self.output.weight.shared = True  # type: ignore[attr-defined]\n"
+_SHARED = "            copy.shared = True  # type: ignore[attr-defined]\n"
 _POSITIONS = "                placement=config.layer.placement,\n"
 _STREAM = 'self._stream = tracker.stream(stream_of(*["tp"] * parallel, "cp"))'
-_LAST = "x, _ = self.output(self.final_norm(x))"
+_LAST = "sums = [self._sum(self.final_norm(h), targets, mask)]"
 _LAST_NORM = """sequence_parallel=parallel,
-                **made,
-            )
-            self.output"""
+            **made,
+        )
+        self.output"""
 _LAYER = "str(index): TransformerLayer(config.layer_at(index), **own)"
-_SUM = "(last.losses(logits, microbatches[m].targets) * microbatches[m].mask).sum()"
+_NEEDED = "self.config.tied, self.config.tied or self.config.multi_token_layers > 0"
+_LOSSES = "last.losses(h, **vars(microbatches[m]))"
+_AHEAD = "yield in_order[..., ahead.clamp(max=length - 1)], ahead < length"
+_ONE_BY_ONE = """h = module(h, embedded)
+            yield module.final_norm(h), """
 _EMBEDDING = "            embedding_group=self.groups.embedding,\n"
-_BOTH = "loss, tokens = all_reduce(both, group=self.groups.pp)"
+_TOLD = "told = all_reduce(all_reduce(told, group=self.groups.dp_cp), group=self.groups.pp)"
 
 MODEL = (
     _model(
@@ -35,8 +41,8 @@ MODEL = (
     _model(
         name="model-tied-on-one-stage-only",
         wrong="The copy on the last stage is a weight of its own after the first step.",
-        snippet="        if config.tied:",
-        replacement="        if config.tied and layout.pp == 1:",
+        snippet=_NEEDED,
+        replacement="self.config.tied, False",
     ),
     _model(
         name="model-tied-copy-starts-apart",
@@ -47,17 +53,17 @@ MODEL = (
     _model(
         name="model-untied-on-one-stage",
         wrong="An embedding that is not tied shares its weight where one stage has it all.",
-        snippet="        if config.tied:",
-        replacement="        if config.tied or layout.pp == 1:",
+        snippet="            if tied:\n",
+        replacement="            if self.post_process:\n",
     ),
-    _model(
+    _config(
         name="model-chunks-stage-by-stage",
         wrong="The chunks of a stage have neighbouring layers, as if it computed them in a row.",
         snippet="place = chunk * layout.pp + stage",
         replacement="place = stage * layout.vpp + chunk",
         seen="PP-05",
     ),
-    _model(
+    _config(
         name="model-first-stage-as-the-last",
         wrong="The number of layers of the first stage is that of the last.",
         snippet="stages[0] = first",
@@ -100,7 +106,7 @@ MODEL = (
         name="model-without-last-norm",
         wrong="Logits are of states that are not normalised.",
         snippet=_LAST,
-        replacement="x, _ = self.output(x + 0.0 * self.final_norm(x))",
+        replacement="sums = [self._sum(h + 0.0 * self.final_norm(h), targets, mask)]",
     ),
     _model(
         name="model-last-norm-not-marked",
@@ -122,7 +128,7 @@ MODEL = (
         replacement="",
         seen="TP-08",
     ),
-    _model(
+    _config(
         name="model-padding-without-tp",
         wrong="The vocabulary is padded to a multiple that does not divide by tp.",
         snippet="multiple = self.vocabulary_multiple * tp",
@@ -133,34 +139,40 @@ STEP = (
     _training(
         name="step-mean-of-means",
         wrong="Every microbatch counts alike, however many of its tokens count.",
-        snippet=_SUM,
-        replacement=f"{_SUM} / microbatches[m].mask.sum().clamp_min(1)",
+        snippet=_LOSSES,
+        replacement=f"{_LOSSES} / microbatches[m].mask.sum().clamp_min(1)",
         seen="DP-01",
     ),
-    _training(
+    _model(
         name="step-mask-forgotten",
         wrong="Tokens that do not count are in the loss.",
-        snippet=_SUM,
-        replacement="last.losses(logits, microbatches[m].targets).sum()",
+        snippet="return (losses.transpose(0, 1) * mask).sum()",
+        replacement="return losses.sum()",
     ),
     _training(
         name="step-targets-of-the-first",
         wrong="The targets of every microbatch are those of the first.",
-        snippet=_SUM,
-        replacement="(last.losses(logits, microbatches[0].targets) * microbatches[m].mask).sum()",
+        snippet=_LOSSES,
+        replacement=_LOSSES.replace(
+            "**vars(microbatches[m])",
+            '**{**vars(microbatches[m]), "targets": microbatches[0].targets}',
+        ),
     ),
     _training(
         name="step-tokens-of-dp-only",
         wrong="The number of tokens, and the loss, are not summed over cp.",
-        snippet="group=self.groups.dp_cp))",
-        replacement="group=self.groups.dp))",
+        snippet="all_reduce(told, group=self.groups.dp_cp)",
+        replacement="all_reduce(told, group=self.groups.dp)",
         seen="CP-06",
     ),
     _training(
         name="step-tokens-of-the-last-stage",
         wrong="Only the last stage divides its gradients by the number of tokens.",
-        snippet=_BOTH,
-        replacement="loss, tokens = both + 0 * all_reduce(both, group=self.groups.pp)",
+        snippet=_TOLD,
+        replacement=(
+            "told = all_reduce(told, group=self.groups.dp_cp)\n"
+            "        told = told + 0 * all_reduce(told, group=self.groups.pp)"
+        ),
     ),
     _training(
         name="step-loss-not-scaled",
@@ -226,4 +238,91 @@ STEP = (
         seen="megatron/core/distributed/param_and_grad_buffer.py, shared_embedding",
     ),
 )
-MUTANTS = (*MODEL, *STEP)
+MULTI_TOKEN = (
+    _further(
+        name="multi-token-one-too-few",
+        wrong="Tokens and targets of a depth are those one place nearer.",
+        snippet="ahead = mine + k",
+        replacement="ahead = mine + k - 1",
+    ),
+    _further(
+        name="multi-token-rolled-in-the-chunk",
+        wrong="Each rank rolls its own chunks of the sequence.",
+        snippet=_AHEAD,
+        replacement="yield rows.roll(-k, -1), ahead < length",
+        seen="CP-04",
+    ),
+    _further(
+        name="multi-token-contiguous",
+        wrong="What is gathered of zigzag chunks is taken for the sequence.",
+        snippet="gathered[..., torch.cat(order).argsort().to(rows.device)]",
+        replacement="gathered",
+    ),
+    _further(
+        name="multi-token-last-counts",
+        wrong="The last tokens of a sequence, which nothing follows, are in the loss.",
+        snippet="counts * inside",
+        replacement="counts",
+    ),
+    _further(
+        name="multi-token-targets-stay",
+        wrong="Tokens are those of the depth, targets those of the main loss.",
+        snippet="torch.stack([tokens, targets, counts * inside])",
+        replacement="torch.stack([tokens, rows[1], counts * inside])",
+    ),
+    _further(
+        name="multi-token-each-of-the-model",
+        wrong="Every depth begins with the model's hidden states, not those of the one before.",
+        snippet=_ONE_BY_ONE,
+        replacement=_ONE_BY_ONE.replace("h = module", "states = module").replace(
+            "(h),", "(states),"
+        ),
+    ),
+    _further(
+        name="multi-token-normalised-on",
+        wrong="A depth hands on states that are normalised for the logits.",
+        snippet=_ONE_BY_ONE,
+        replacement=_ONE_BY_ONE.replace(
+            "module(h, embedded)", "module.final_norm(module(h, embedded))"
+        ).replace("module.final_norm(h)", "h"),
+    ),
+    _further(
+        name="multi-token-halves-exchanged",
+        wrong="The embedding has the columns of the weight that are for hidden states.",
+        snippet="[self.hidden_norm(h), self.embedding_norm(embedded)]",
+        replacement="[self.embedding_norm(embedded), self.hidden_norm(h)]",
+    ),
+    _further(
+        name="multi-token-weight-not-marked",
+        wrong="The gradient of the weight that joins both is not summed over tp.",
+        snippet="2 * config.hidden, init=init, sequence_parallel=parallel, **made",
+        replacement="2 * config.hidden, init=init, **made",
+        seen="SP-01",
+    ),
+    _further(
+        name="multi-token-embedding-not-trained",
+        wrong="The embedding gets no gradient of the tokens further on.",
+        snippet="            h = module(h, embedded)\n",
+        replacement="            h = module(h, embedded.detach())\n",
+    ),
+    _model(
+        name="multi-token-copy-apart",
+        wrong="The copy of an embedding that is not tied follows its own gradient.",
+        snippet=_NEEDED,
+        replacement="self.config.tied, self.config.tied",
+        seen="PP-02",
+    ),
+    _training(
+        name="multi-token-sum-of-depths",
+        wrong="The losses of the depths are added, not averaged.",
+        snippet=" / max(self.config.multi_token_layers, 1)",
+        replacement="",
+    ),
+    _training(
+        name="multi-token-not-scaled",
+        wrong="Further tokens count as much as the next one.",
+        snippet="self.config.multi_token_scaling / max",
+        replacement="1.0 / max",
+    ),
+)
+MUTANTS = (*MODEL, *STEP, *MULTI_TOKEN)

@@ -39,6 +39,7 @@ ROUND_TRIP_OPTIONS = (
     "first",
     "last",
     "split",
+    "multi_token",
     "distributed",
     "bucket",
     "saved",

@@ -28,6 +28,7 @@ from verify.strategies.training import OPTIONS as _TRAINING
 SMALL, LARGE = (2, 4, 4, 4), (2, 4, 4, 4, 8, 8, 16, 64)
 DTYPES = ("float32", "float32", "bfloat16")
 PLACEMENTS = ("zigzag", "contiguous")
+SCALINGS = (0.1, 1.0)
 PIPELINES = ("default", "gpipe", "1f1b", "zb-h1")
 _FLAGS = (False, True)
 _STEPS = _TRAINING["training_steps"]
@@ -99,6 +100,7 @@ def model_cases(
     evaluated: Sequence[bool] = _FLAGS,
     uneven: Sequence[bool] = (False, True),
     experts: Sequence[bool] = (False,),
+    multi_token: Sequence[int] = (0, 0, 0, 1, 2),
     steps: Sequence[int] = (1, 1, 2),
     one_padding: bool = False,
     min_pp: int = 1,
@@ -124,7 +126,9 @@ def model_cases(
         inner = draw(st.sampled_from(divisors(layout.cp)))
         layout = dataclasses.replace(layout, hierarchical_cp=(inner, layout.cp // inner))
     placement = draw(st.sampled_from(PLACEMENTS))
-    shape = draw(_sizes(layout, algorithm, placement, routed=routed))
+    depths = draw(st.sampled_from(list(multi_token)))
+    # A token that attends to itself only has a gradient of zero, of which rounding errors are seen.
+    shape = draw(_sizes(layout, algorithm, placement, routed=routed, least=2 + depths))
     shape["steps"] = draw(st.sampled_from(list(steps)))
     case = Case(concept="gpt_training", layout=layout, shape=shape)
     where = draw(st.sampled_from(list(positions)))
@@ -140,6 +144,8 @@ def model_cases(
         ("recompute", draw(st.sampled_from(list(recompute))), ""),
         ("evaluated", draw(st.sampled_from(list(evaluated))), False),
         ("every", draw(st.integers(1, 2)) if routed else 1, 1),
+        ("multi_token", depths, 0),
+        ("multi_token_scaling", draw(st.sampled_from(SCALINGS)) if depths else 0.1, 0.1),
     ]
     case = draw(_with_layers(_with_options(case, given), routed=routed))
     case = draw(_padded(case, one_padding=one_padding))
@@ -197,9 +203,10 @@ def _padded(draw: st.DrawFn, case: Case, *, one_padding: bool) -> Case:
 
 @st.composite
 def _sizes(
-    draw: st.DrawFn, layout: Layout, algorithm: str, placement: str, *, routed: bool
+    draw: st.DrawFn, layout: Layout, algorithm: str, placement: str, *, routed: bool, least: int
 ) -> dict[str, int]:
-    """Sizes that divide as the layout asks, and no larger than that by much."""
+    """Sizes that divide as the layout asks, and no larger than that by much; sequences have `least`
+    tokens or more."""
     tp, chunks = layout.tp, layout.pp * layout.vpp
     shared = shared_by(layout, algorithm)
     groups = draw(st.sampled_from([tp * shared, tp, *divisors(tp)]))
@@ -211,7 +218,7 @@ def _sizes(
     microbatches = layout.pp if grouped else draw(st.sampled_from((1, 2, 2, 3)))
     shape = {
         "microbatches": microbatches,
-        "sequence": max(unit * draw(st.integers(1, 2)), 2),
+        "sequence": unit * max(draw(st.integers(1, 2)), -(-least // unit)),
         "batch": layout.dp * draw(st.integers(1, 2)),
         "hidden": draw(st.integers(3, 5)),
         "heads": tp * shared * draw(st.integers(1, 2)),
@@ -293,6 +300,8 @@ def refusable_model_cases(draw: st.DrawFn) -> Case:
         ({}, {"hidden_dropout": 1.0}),
         ({}, {"multiple": -2}),
         ({}, {"clip": -1.0}),
+        ({}, {"multi_token": -2}),
+        ({}, {"multi_token_scaling": -0.5}),
     ]
     if case.layout.vpp > 1:
         faults.append(({"microbatches": case.layout.pp * 2 + 1}, {}))

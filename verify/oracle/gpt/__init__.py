@@ -30,12 +30,15 @@ def gpt_training(case: Case) -> Contract:
 
     Of every step: `loss`, the mean over all tokens that count; `norm` of all gradients before
     clipping, each parameter counted once; the `scale` of the loss; the learning `rates`; with
-    `evaluated`, the loss of the same data afterwards, without dropout; on every rank. `gradient
+    `evaluated`, the loss of the same data afterwards, without dropout; with `multi_token` modules
+    the mean loss of each, `further` [steps, multi_token]; on every rank. `gradient
     NAME` after finalisation and `new NAME` after the step, of every stack of parameters (see
     `verify.oracle.gpt.parameters`), the first dimension being the step; with `distributed`, a
     gradient is the sum over dp and cp, of experts over edp, of shards with zeros around them.
 
-    A tied embedding is on the first stage and on the last, and starts with what the first one has.
+    An embedding that is tied, or that `multi_token` modules look tokens up in, is on the first
+    stage and on the last, and starts with what the first one has. Of their losses the mean times
+    `multi_token_scaling` is trained beside the main loss.
 
     Options: those of `transformer_layer`, of one sequence; of `training_steps`, the order of the
     norm being `order`; `positions`, none, rotary (with a rotary_dim) or learned; `tied`; the
@@ -56,7 +59,7 @@ def gpt_training(case: Case) -> Contract:
         axes=AXES,
         inputs={name: TensorSpec(size, placed, None, high=high) for name, high in highs.items()},
         parameters={name: stack.full for name, stack in stacks.items()},
-        outputs=_outputs(case, plan, stacks),
+        outputs=_outputs(model, plan, stacks),
         reference=training.run,
         frozen=frozenset(stacks),
         masks=masks_of(model),
@@ -83,9 +86,9 @@ def _divided(model: Model) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
     return divided, over
 
 
-def _outputs(case: Case, plan: ModelPlan, stacks: Mapping[str, Stack]) -> dict[str, TensorSpec]:
+def _outputs(model: Model, plan: ModelPlan, stacks: Mapping[str, Stack]) -> dict[str, TensorSpec]:
     """Causes first: the losses of all steps but the first depend on all the rest."""
-    steps = case.shape["steps"]
+    case, steps = model.case, model.case.shape["steps"]
     told = TensorSpec((steps,), grad_placements=None)
     found = {"scale": told, "rates": TensorSpec((steps, len(FACTORS[plan.groups])), {}, None)}
     for name, stack in stacks.items():
@@ -97,6 +100,8 @@ def _outputs(case: Case, plan: ModelPlan, stacks: Mapping[str, Stack]) -> dict[s
     for name, stack in stacks.items():
         found[f"new {name}"] = TensorSpec((steps, *stack.full), later(stack.placements), None)
     found |= {"norm": told, "loss": told}
+    if model.depths:
+        found["further"] = TensorSpec((steps, model.depths), {}, None)
     return found | ({"evaluation": told} if case.options.get("evaluated", False) else {})
 
 

@@ -21,7 +21,8 @@ from verify.placement import Placements, Replicate, Shard
 
 
 def masks_of(model: Model) -> dict[str, Mask]:
-    """All dropouts by name, `STEP.MICROBATCH.embedding` or `STEP.MICROBATCH.LAYER.attended`."""
+    """All dropouts by name, `STEP.MICROBATCH.embedding` or `STEP.MICROBATCH.LAYER.attended`; the
+    layers of multi-token prediction come after those of the last chunk."""
     found: dict[str, Mask] = {}
     if not (model.layer.hidden_dropout or model.layer.attention_dropout):
         return found
@@ -66,7 +67,10 @@ def _of_chunk(model: Model, place: int) -> Iterator[tuple[str, Mask]]:
     if place == 0 and layer.hidden_dropout:
         yield "embedding", hidden
     ends = (0, *accumulate(model.counts))
-    for index in range(ends[place], ends[place + 1]):
+    own = [*range(ends[place], ends[place + 1])]
+    if place == len(model.counts) - 1:
+        own += range(ends[-1], ends[-1] + model.depths)
+    for index in own:
         if layer.attention_dropout:
             yield f"{index}.shares", shares
         if layer.hidden_dropout:

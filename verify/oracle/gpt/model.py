@@ -11,13 +11,14 @@ from verify.case import Case, Option
 from verify.errors import BadArgument
 from verify.oracle.context import Sequences
 from verify.oracle.contract import Contract
+from verify.oracle.transformer import OPTIONS as _LAYER
+from verify.oracle.transformer import Layer
 from verify.oracle.moe.layer import moe_layer
 from verify.oracle.moe.rules import Rules, rules
 from verify.oracle.pipeline import SCHEDULES
-from verify.oracle.terms import known_options, one_of, sizes, switches, whole_number
+from verify.oracle.terms import known_options, number, one_of, sizes, switches, whole_number
 from verify.oracle.training_plan import OPTIONS as _TRAINING
-from verify.oracle.transformer import OPTIONS as _LAYER
-from verify.oracle.transformer import Layer, transformer_layer
+from verify.oracle.transformer import transformer_layer
 
 POSITIONS = ("none", "rotary", "learned")
 SIZES = (
@@ -48,6 +49,8 @@ OWN = (
     "split",
     "pipeline",
     "dispatcher",
+    "multi_token",
+    "multi_token_scaling",
     "evaluated",
     "order",
 )
@@ -57,7 +60,9 @@ OPTIONS = (*OWN, *LAYER, *TRAINING)
 @dataclass(frozen=True)
 class Model:
     """A checked case. `counts` are the layers of every chunk in the order of the model; `rule` is
-    how tokens choose experts, in every `every`-th layer, None without experts."""
+    how tokens choose experts, in every `every`-th layer, None without experts. `depths` are the
+    modules of multi-token prediction, whose layers are numbered on, and `scaling` is the weight of
+    the mean of their losses."""
 
     case: Case
     layer: Layer
@@ -68,6 +73,8 @@ class Model:
     every: int
     padded: int
     counts: tuple[int, ...]
+    depths: int
+    scaling: float
 
     @staticmethod
     def of(case: Case) -> Model:
@@ -96,6 +103,8 @@ class Model:
             every=every,
             padded=-(-case.shape["vocabulary"] // unit) * unit,
             counts=_counts(case),
+            depths=whole_number(case, "multi_token", least=0) or 0,
+            scaling=_scaling(case),
         )
 
     @property
@@ -137,6 +146,12 @@ def expert_case(case: Case) -> Case:
     shape = {name: case.shape[name] for name in names if name in case.shape}
     options = {n: v for n, v in case.options.items() if n in ("dispatcher", "activation")}
     return dataclasses.replace(case, concept="moe_layer", shape=shape, options=options)
+
+
+def _scaling(case: Case) -> float:
+    """That of the losses of multi-token prediction: Megatron-LM's default, where none is given."""
+    found = number(case, "multi_token_scaling", least=0.0)
+    return 0.1 if found is None else found
 
 
 def _rule(case: Case) -> Rules | None:

@@ -15,6 +15,8 @@ from verify.placement import Listed, Placements, Shard
 # The dimension that is cut over tp, where it is not the first one of weights and biases of a layer.
 _INNER = {"attention.proj.weight": 1, "mlp.fc2.weight": 1, "mlp.shared.fc2.weight": 1}
 _REPLICATED = ("norm", "proj.bias", "fc2.bias", "router.weight", "positions.weight")
+# The one that joins hidden states and embeddings in a module of multi-token prediction.
+_JOIN = "multi_token.weight"
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ def stacks_of(model: Model) -> dict[str, Stack]:
     """All stacks by name, in the order of the model."""
     hidden, pp = model.case.shape["hidden"], model.case.layout.pp
     first, last = frozenset({0}), frozenset({pp - 1})
+    copied = model.tied or model.depths
     once: dict[str, tuple[tuple[int, ...], frozenset[int]]] = {
-        "embedding.tokens.weight": ((model.padded, hidden), first | last if model.tied else first)
+        "embedding.tokens.weight": ((model.padded, hidden), first | last if copied else first)
     }
     if model.positions == "learned":
         once["embedding.positions.weight"] = ((model.case.shape["sequence"], hidden), first)
@@ -51,14 +54,40 @@ def stacks_of(model: Model) -> dict[str, Stack]:
     for name, (shape, members) in by_name.items():
         stages = tuple(frozenset({model.stage_of(layer)}) for layer in members)
         found[name] = _stack(model, name, shape, tuple(members), stages)
-    for name in ("weight", "bias") if model.layer.norm == "layer" else ("weight",):
+    for name in _of_norm(model):
         full = f"final_norm.{name}"
         found[full] = _stack(model, full, (hidden,), (0,), (last,))
     if not model.tied:
         found["output.weight"] = _stack(
             model, "output.weight", (model.padded, hidden), (0,), (last,)
         )
-    return found
+    return found | _further(model)
+
+
+def _of_norm(model: Model) -> tuple[str, ...]:
+    return ("weight", "bias") if model.layer.norm == "layer" else ("weight",)
+
+
+def _further(model: Model) -> dict[str, Stack]:
+    """The stacks over the depths of multi-token prediction, `multi_token.NAME`, all on the last
+    stage: three norms, `weight`, and those of a layer."""
+    hidden = model.case.shape["hidden"]
+    by_name: dict[str, tuple[tuple[int, ...], list[int]]] = {}
+    for depth in range(model.depths):
+        own: dict[str, tuple[int, ...]] = {
+            f"{norm}_norm.{name}": (hidden,)
+            for norm in ("hidden", "embedding", "final")
+            for name in _of_norm(model)
+        }
+        layer = _of_layer(model, model.case.shape["layers"] + depth)
+        own |= {"weight": (hidden, 2 * hidden), **{f"layer.{n}": s for n, s in layer.items()}}
+        for name, shape in own.items():
+            by_name.setdefault(f"multi_token.{name}", (shape, []))[1].append(depth)
+    last = frozenset({model.case.layout.pp - 1})
+    return {
+        name: _stack(model, name, shape, tuple(members), (last,) * len(members))
+        for name, (shape, members) in by_name.items()
+    }
 
 
 def _of_layer(model: Model, layer: int) -> dict[str, tuple[int, ...]]:
@@ -88,7 +117,9 @@ def _stack(
 
 def _within(model: Model, name: str) -> Placements:
     """How each member lies on the ranks of a stage; the stack's own dimension comes first."""
-    plain = name.removeprefix("layers.")
+    if name == _JOIN:
+        return {}
+    plain = name.removeprefix("layers.").removeprefix("multi_token.layer.")
     gated = model.layer.activation in ("swiglu", "geglu")
     if plain.startswith("mlp.experts."):
         row = plain.endswith("fc2.weight")

@@ -15,12 +15,12 @@ from verify.oracle.dropout import dropped
 from verify.oracle.gpt.dropouts import kept_of
 from verify.oracle.gpt.model import Model, layer_case
 from verify.oracle.gpt.parameters import Stack
+from verify.oracle.transformer import attention_of
 from verify.oracle.mlp import mlp_of
 from verify.oracle.moe.layer import experts_of, shared_of
 from verify.oracle.moe.router import sum_of_products
 from verify.oracle.moe.routing import logits_of, route
 from verify.oracle.training_plan import FACTORS, Plan, Scale, clipped, optimizer_of
-from verify.oracle.transformer import attention_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Training:
         told: dict[str, list[Tensor]] = {}
         for step in range(len(inputs["tokens"])):
             model = {name: main[name].to(each.dtype, copy=True) for name, each in given.items()}
-            loss, gradients = self._gradients(step, inputs, model, main, scale)
+            losses, gradients = self._gradients(step, inputs, model, main, scale)
             factors = [self.rates[step] * factor for factor, _ in FACTORS[self.plan.groups]]
             found = {f"gradient {name}": each.clone() for name, each in gradients.items()}
             norm = clipped(list(gradients.values()), self.plan)
@@ -63,7 +63,8 @@ class Training:
                 group["lr"] = rate
             optimizer.step()
             found |= {f"new {n}": main[n].to(p.dtype, copy=True) for n, p in given.items()}
-            report = {"loss": loss, "scale": scale.value, "rates": factors}
+            report = {"loss": losses[0], "scale": scale.value, "rates": factors}
+            report |= {"further": losses[1:]} if self.model.depths else {}
             found |= {n: torch.as_tensor(v, dtype=torch.float64) for n, v in report.items()}
             found["norm"] = norm
             if self.model.case.options.get("evaluated", False):
@@ -76,67 +77,117 @@ class Training:
     def _gradients(
         self, step: int, inputs: Tensors, model: dict[str, Tensor], main: Tensors, scale: Scale
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss in float64, and its gradients, wide and unscaled."""
+        """The mean loss and those of further tokens, in float64, and the gradients of what is
+        trained, wide and unscaled."""
         leaves = {name: each.requires_grad_() for name, each in model.items()}
         sums = {name: torch.zeros_like(main[name]) for name in leaves}
-        loss, count = torch.zeros((), dtype=torch.float64), _count(inputs, step)
+        losses = torch.zeros(1 + self.model.depths, dtype=torch.float64)
+        count = _count(inputs, step)
         for microbatch in range(inputs["tokens"].shape[1]):
-            total = self._loss((step, microbatch), inputs, leaves, training=True)
+            own = self._losses((step, microbatch), inputs, leaves, training=True)
+            total = own[0]
+            if self.model.depths:
+                total = total + self.model.scaling * own[1:].mean()
             found = torch.autograd.grad(total * scale.value, list(leaves.values()))
             for name, each in zip(leaves, found, strict=True):
                 sums[name] += each
-            loss = loss + total.detach().double()
-        return loss / count, {n: each / (count * scale.value) for n, each in sums.items()}
+            losses += own.detach().double()
+        return losses / count, {n: each / (count * scale.value) for n, each in sums.items()}
 
     def _evaluated(self, step: int, inputs: Tensors, found: Tensors) -> Tensor:
         """The mean loss of the same data after the step, without dropout."""
         model = {name: found[f"new {name}"] for name in self.stacks}
         with torch.no_grad():
             losses = [
-                self._loss((step, m), inputs, model, training=False).double()
+                self._losses((step, m), inputs, model, training=False)[0].double()
                 for m in range(inputs["tokens"].shape[1])
             ]
         return torch.stack(losses).sum() / _count(inputs, step)
 
-    def _loss(
+    def _losses(
         self, at: tuple[int, int], inputs: Tensors, weights: Tensors, *, training: bool
     ) -> Tensor:
-        """The sum of the losses of a microbatch's tokens that count."""
+        """Sums over the tokens of a microbatch that count: of the loss, and in training of that of
+        the token 1, 2, ... further on."""
         kept = kept_of(inputs, at) if training else {}
-        real = self.model.case.shape["vocabulary"]
-        logits = _logits(inputs["tokens"][at], self.model, self.stacks, weights, kept)
+        tokens, targets, mask = (
+            inputs[n][at].transpose(0, 1) for n in ("tokens", "targets", "mask")
+        )
+        h = _hidden(tokens, self.model, self.stacks, weights, kept)
+        last = {n: each[0] for n, each in weights.items() if n.startswith("final_norm.")}
+        states = self.model.layer.normalised(h, last, "final_norm.")
+        sums = [self._sum(states, weights, targets, mask)]
+        for depth in range(self.model.depths if training else 0):
+            own = _members(weights, self.stacks, "multi_token.", depth)
+            h = _further(h, tokens, depth, self.model, own, weights, kept)
+            ahead = depth + 1
+            states = self.model.layer.normalised(h, own, "final_norm.")[: max(len(h) - ahead, 0)]
+            sums.append(self._sum(states, weights, targets[ahead:], mask[ahead:]))
+        return torch.stack(sums)
+
+    def _sum(self, states: Tensor, weights: Tensors, targets: Tensor, mask: Tensor) -> Tensor:
+        """The sum of the cross entropies of normalised states, each times its mask."""
+        name = "embedding.tokens.weight" if self.model.tied else "output.weight"
+        logits = F.linear(states, weights[name][0])
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        targets = inputs["targets"][at].transpose(0, 1)
+        real = self.model.case.shape["vocabulary"]
         losses = F.cross_entropy(wide[..., :real].movedim(-1, 1), targets, reduction="none")
-        return (losses * inputs["mask"][at].transpose(0, 1)).sum()
+        return (losses * mask).sum()
 
 
 def _count(inputs: Tensors, step: int) -> Tensor:
     return inputs["mask"][step].sum().clamp_min(1)
 
 
-def _logits(
+def _hidden(
     tokens: Tensor, model: Model, stacks: Mapping[str, Stack], weights: Tensors, kept: Tensors
 ) -> Tensor:
-    """[sequence, batch, padded vocabulary] of tokens [batch, sequence]."""
-    p = model.layer.hidden_dropout
-    table = weights["embedding.tokens.weight"][0]
-    x = F.embedding(tokens.transpose(0, 1), table)
+    """[sequence, batch, hidden] of tokens [sequence, batch], after the last layer."""
+    x = F.embedding(tokens, weights["embedding.tokens.weight"][0])
     if model.positions == "learned":
         x = x + weights["embedding.positions.weight"][0, : len(x), None]
-    x = dropped(x, kept.get("embedding"), p)
+    x = dropped(x, kept.get("embedding"), model.layer.hidden_dropout)
     for layer in range(model.case.shape["layers"]):
-        own = {
-            name.removeprefix("layers."): weights[name][stack.members.index(layer)]
-            for name, stack in stacks.items()
-            if name.startswith("layers.") and layer in stack.members
-        }
-        prefix = f"{layer}."
-        masks = {n.removeprefix(prefix): m for n, m in kept.items() if n.startswith(prefix)}
-        x = _layer(x, model, own, masks)
-    last = {n: each[0] for n, each in weights.items() if n.startswith("final_norm.")}
-    x = model.layer.normalised(x, last, "final_norm.")
-    return F.linear(x, table if model.tied else weights["output.weight"][0])
+        own = _members(weights, stacks, "layers.", layer)
+        x = _layer(x, model, own, _masks(kept, layer))
+    return x
+
+
+def _further(
+    h: Tensor,
+    tokens: Tensor,
+    depth: int,
+    model: Model,
+    own: Tensors,
+    weights: Tensors,
+    kept: Tensors,
+) -> Tensor:
+    """The hidden states of a depth, counted from 0, of those before it: arXiv:2412.19437, equations
+    21 and 22. At the end of a sequence there is no token to look up, and zeros instead."""
+    table, ahead = weights["embedding.tokens.weight"][0], tokens[depth + 1 :]
+    embedded = F.embedding(ahead, table)
+    nothing = embedded.new_zeros(len(tokens) - len(ahead), *embedded.shape[1:])
+    embedded = model.layer.normalised(torch.cat([embedded, nothing]), own, "embedding_norm.")
+    normal = model.layer.normalised(h, own, "hidden_norm.")
+    x = F.linear(torch.cat([normal, embedded], dim=-1), own["weight"])
+    inner = {n.removeprefix("layer."): w for n, w in own.items() if n.startswith("layer.")}
+    return _layer(x, model, inner, _masks(kept, model.case.shape["layers"] + depth))
+
+
+def _members(
+    weights: Tensors, stacks: Mapping[str, Stack], prefix: str, member: int
+) -> dict[str, Tensor]:
+    """What one layer, or one depth, has of the stacks that begin with a prefix."""
+    return {
+        name.removeprefix(prefix): weights[name][stack.members.index(member)]
+        for name, stack in stacks.items()
+        if name.startswith(prefix) and member in stack.members
+    }
+
+
+def _masks(kept: Tensors, layer: int) -> dict[str, Tensor]:
+    prefix = f"{layer}."
+    return {n.removeprefix(prefix): m for n, m in kept.items() if n.startswith(prefix)}
 
 
 def _layer(x: Tensor, model: Model, weights: Tensors, masks: Tensors) -> Tensor:

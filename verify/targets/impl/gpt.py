@@ -18,7 +18,8 @@ from torch.nn.init import constant_
 
 from impl.data_parallel import DataParallel
 from impl.groups import Groups
-from impl.model import ModelConfig, build_model, model_parameters, tie_embeddings
+from impl.model import build_model, model_parameters, tie_embeddings
+from impl.model_config import ModelConfig
 from impl.moe.layer import ExpertsConfig
 from impl.moe.router import Choice
 from impl.optimizer.mixed import Optimizer, ParameterGroup
@@ -55,6 +56,7 @@ def config_of(case: Case, groups: Groups) -> ModelConfig:
     turned = case.options.get("rotary_dim") is not None
     named = {"multiple": "vocabulary_multiple", "every": "experts_every"}
     named |= {"first": "first_stage_layers", "last": "last_stage_layers"}
+    named |= {"multi_token": "multi_token_layers", "multi_token_scaling": "multi_token_scaling"}
     given: dict[str, Any] = {
         argument: case.options[name] for name, argument in named.items() if name in case.options
     }
@@ -208,6 +210,8 @@ class GPTSubject:
         told = {"scale": scale, "rates": result.step.rates}
         found = {name: torch.tensor(v, dtype=torch.float64) for name, v in told.items()}
         found |= {**gradients, "loss": result.loss, "norm": result.step.norm}
+        if self.config.multi_token_layers:
+            found["further"] = result.further
         if self.case.options.get("evaluated", False):
             found["evaluation"] = trainer.evaluate(data)
         return found

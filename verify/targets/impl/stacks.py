@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from impl.data_parallel import of_expert
-from impl.model import ModelConfig, layers_of
+from impl.model_config import ModelConfig, layers_of
 from verify.case import Case
 from verify.layout import Layout
 from verify.oracle.gpt.model import Model
@@ -26,6 +26,7 @@ class Stacks:
 
     def __init__(self, case: Case, config: ModelConfig, own: Mapping[str, Parameter]) -> None:
         self.case, self.dtype = case, getattr(torch, case.dtype)
+        self.copied = config.tied or config.multi_token_layers > 0
         self.promised = stacks_of(Model.of(case))
         self.names = tuple(self.promised)
         self.layers = [_layers(case.layout, config, stage) for stage in range(case.layout.pp)]
@@ -78,15 +79,16 @@ class Stacks:
                 tuple(members.index(each) for each in own if each in members) for own in self.layers
             )
         stages = {0} if name.startswith("embedding.") else {pp - 1}
-        if name == "embedding.tokens.weight" and self.case.options.get("tied", True):
+        if name == "embedding.tokens.weight" and self.copied:
             stages |= {pp - 1}
-        return tuple((0,) if stage in stages else () for stage in range(pp))
+        own = tuple(range(len(promised.members)))
+        return tuple(own if stage in stages else () for stage in range(pp))
 
     def _stack_of(self, name: str) -> str:
         """The stack of a parameter by its name in the model."""
-        if name == "output.weight" and name not in self.names:
+        if name == "lookup.weight" or (name == "output.weight" and name not in self.names):
             return "embedding.tokens.weight"
-        return re.sub(r"^layers\.\d+\.", "layers.", name)
+        return re.sub(r"^(layers|multi_token)\.\d+\.", r"\1.", name)
 
     def _local(self, name: str) -> tuple[int, ...]:
         """The shape of one member on this rank, of which it has none."""

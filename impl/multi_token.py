@@ -1,0 +1,126 @@
+"""Multi-token prediction: modules that predict tokens further on, one after the other.
+
+    h[k] = layer(weight [norm(h[k - 1]), norm(embedding(t[i + k]))]),   k = 1 .. D
+
+h[0] are the hidden states that the model ends with, before its last norm. The logits of norm(h[k])
+are of the token after t[i + k], by the model's own output weights; its own embedding, too, looks up
+the tokens. So a loss of depth k has nothing to say of the last k tokens of a sequence. DeepSeek-AI,
+arXiv:2412.19437, section 2.2, equations 21 to 25; a module has a last norm of its own, as in their
+checkpoints and in Megatron-LM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import Module, ModuleList
+from torch.nn.functional import linear
+
+from impl.collectives import all_gather
+from impl.context_parallel.zigzag import PackedSequences, Placement, chunks_by_rank, positions
+from impl.embedding import VocabParallelEmbedding
+from impl.groups import Groups
+from impl.norm import NORMS
+from impl.parameters import Initialiser, replicated_parameter
+from impl.random import RandomTracker
+from impl.transformer import LayerConfig, TransformerLayer
+
+NOTHING = -1
+"""The token of a place after the end of a sequence, whose embedding is zeros."""
+
+
+class PredictionModule(Module):
+    """h[k] of h[k - 1] and the embeddings of the tokens k places further on.
+
+    All are [sequence, batch, hidden], and lie as a transformer layer's do. `weight` [hidden, 2
+    hidden] is Replicate, and each rank applies it to its own tokens: its gradient is Partial over
+    tp with sequence parallelism. `final_norm` is for who makes logits. Collectives are the layer's.
+    """
+
+    def __init__(
+        self,
+        config: LayerConfig,
+        *,
+        groups: Groups,
+        tracker: RandomTracker,
+        init: Initialiser,
+        **made: Any,
+    ) -> None:
+        super().__init__()
+        parallel = groups.layout.sequence_parallel
+        self.hidden_norm, self.embedding_norm, self.final_norm = (
+            NORMS[config.norm](
+                config.hidden,
+                zero_centered=config.zero_centered,
+                sequence_parallel=parallel,
+                **made,
+            )
+            for _ in range(3)
+        )
+        self.weight = replicated_parameter(
+            config.hidden, 2 * config.hidden, init=init, sequence_parallel=parallel, **made
+        )
+        self.layer = TransformerLayer(config, groups=groups, tracker=tracker, init=init, **made)
+
+    def forward(self, h: Tensor, embedded: Tensor) -> Tensor:
+        """The next hidden states."""
+        joined = torch.cat([self.hidden_norm(h), self.embedding_norm(embedded)], dim=-1)
+        return self.layer(linear(joined, self.weight))
+
+
+class MultiTokenPrediction(ModuleList):
+    """The modules of all depths, in their order, whose layers are as `configs` say."""
+
+    def __init__(self, configs: Sequence[LayerConfig], *, groups: Groups, **own: Any) -> None:
+        super().__init__(PredictionModule(each, groups=groups, **own) for each in configs)
+        self.groups, self.placement = groups, configs[0].placement
+
+    def forward(
+        self, h: Tensor, rows: Tensor, *, embedding: VocabParallelEmbedding
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each depth the states to make logits of, normalised, and the `rows` that they are for.
+
+        `h` are the hidden states of this rank. `rows` [3, batch, sequence], int, are its tokens,
+        what should follow each, and how much that counts; those of a depth are k places further on,
+        and count nothing where there are none. Forward: an all-gather of `rows` over cp, and the
+        collectives of the parts.
+        """
+        ahead = look_ahead(rows, depths=len(self), group=self.groups.cp, placement=self.placement)
+        for module, (moved, inside) in zip(self, ahead, strict=True):
+            assert isinstance(module, PredictionModule)
+            tokens, targets, counts = moved
+            embedded = embedding(tokens.where(inside, NOTHING))
+            if not embedding.scatter_to_sequence:
+                embedded = embedded.transpose(0, 1)
+            h = module(h, embedded)
+            yield module.final_norm(h), torch.stack([tokens, targets, counts * inside])
+
+
+def look_ahead(
+    rows: Tensor, *, depths: int, group: ProcessGroup, placement: Placement
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For k = 1 .. `depths` what lies k places further on in the whole sequence, and where that is.
+
+    `rows` [..., sequence] and what comes of them are this rank's places of cp, in their order, and
+    bool [sequence] says at which of them there is such a place: at others values mean nothing. A
+    place further on may be on any rank, so that there is one all-gather of `rows`, and no backward.
+    """
+    size = dist.get_world_size(group)
+    length = rows.shape[-1] * size
+    whole = PackedSequences((length,), (length,))
+    order = [
+        torch.arange(chunk.position, chunk.position + chunk.length)
+        for chunks in chunks_by_rank(whole, size=size, placement=placement)
+        for chunk in chunks
+    ]
+    gathered = all_gather(rows, dim=-1, group=group)
+    in_order = gathered[..., torch.cat(order).argsort().to(rows.device)]
+    mine = positions(length, group=group, placement=placement).to(rows.device)
+    for k in range(1, depths + 1):
+        ahead = mine + k
+        yield in_order[..., ahead.clamp(max=length - 1)], ahead < length
