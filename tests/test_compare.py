@@ -1,5 +1,7 @@
 """Comparison and tolerance: what is right passes, and what is wrong is found where it is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -253,6 +255,18 @@ def test_a_wrong_accumulation_dtype_is_beyond_the_native_bound():
     found = Tolerance(reference).excess("y", low, reference.results["y"], lambda full: full)
     assert found is not None
     assert found.error > 100 * found.bound
+
+
+def test_more_ranks_than_32_round_more():
+    bounds = []
+    for ranks in (8, 32, 128):
+        small = scene("native", "float32", layout=Layout()).references[""]
+        reference = replace(small, case=replace(small.case, layout=Layout(dp=ranks)))
+        tolerance = Tolerance(reference)
+        _, whole = tolerance.bounds("y", reference.results["y"], lambda t: t, disturbed=4)
+        bounds.append(whole)
+    assert bounds[0] == bounds[1]
+    assert bounds[2] / bounds[1] == pytest.approx(2.0)
 
 
 def test_errors_that_rows_may_have_singly_they_may_not_have_together():

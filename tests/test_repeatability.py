@@ -108,3 +108,11 @@ def test_a_folder_of_other_options_is_refused(count, tmp_path):
     result, _ = count("--examples", "20")
     assert result.exit_code == 2
     assert "is no journal" in result.output
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"),
+    [([], "none"), ([4], "4"), ([3, 1, 2], "1 to 3"), ([7, 1, 2, 9, 8, 4], "1 to 2, 4, 7 to 9")],
+)
+def test_seeds_are_told_by_their_ranges(seeds, said):
+    assert alarms._ranges(seeds) == said

@@ -28,7 +28,7 @@ are rounded once each (a scale, the inverse of a count) do to everything.
 The multiples. `fp64` is for algebra, not for rounding: 1e3 unit roundoffs are 1e-13 of a tensor's
 scale, below any wrong term and above any order of summation at the sizes that are drawn. `native`:
 a sum over n ranks rounds n partial sums and n - 1 additions where the reference rounds once; these
-are independent, so the error grows as sqrt(2 n), 8 for the 32 ranks of the largest drawn layout.
+are independent, so the error grows as sqrt(2 n); 8, of 32 ranks, for all that have no more.
 `exact` allows nothing.
 """
 
@@ -147,7 +147,7 @@ class Tolerance:
     ) -> tuple[Tensor, Tensor]:
         dtype = self.reference.dtypes[name]
         roundoff = torch.finfo(dtype if dtype.is_floating_point else torch.float64).eps / 2
-        multiple = self.slack * MULTIPLES[self.reference.case.lens]
+        multiple = self.slack * self._multiple
         right = _rows(expected)
         least = max(self._rms_of(name) * right.shape[1] ** 0.5, self._terms_of(name))
         scale = _norms(right).clamp_min(least)
@@ -165,11 +165,18 @@ class Tolerance:
         roundoff = torch.finfo(dtype_of(self.reference.case)).eps / 2
         factor = abs(_projection(_rows(difference), right))
         measured = max((abs(_projection(each, right)) for each in deviations), default=0.0)
-        allowed = self.slack * max(COHERENT * roundoff, MULTIPLES["native"] * measured)
+        allowed = self.slack * max(COHERENT * roundoff, self._multiple * measured)
         if factor <= allowed:
             return None
         index = _largest(difference)
         return _at(index, candidate, expected, difference, allowed, "factor", factor)
+
+    @property
+    def _multiple(self) -> float:
+        case = self.reference.case
+        if case.lens != "native":
+            return MULTIPLES[case.lens]
+        return max(MULTIPLES["native"], (2 * case.layout.world_size) ** 0.5)
 
     def _rms_of(self, name: str) -> float:
         if name not in self._rms:

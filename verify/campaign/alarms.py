@@ -203,7 +203,12 @@ def text_of(document: Mapping[str, Any], wanted: int) -> str:
 
 
 def _ranges(seeds: Sequence[int]) -> str:
-    return f"{min(seeds)} to {max(seeds)}" if seeds else "none"
+    """`1 to 3, 7`."""
+    ordered = sorted(seeds)
+    starts = [seed for seed in ordered if seed - 1 not in seeds]
+    ends = [seed for seed in ordered if seed + 1 not in seeds]
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(f"{a} to {b}" if a < b else str(a) for a, b in pairs) or "none"
 
 
 if __name__ == "__main__":
