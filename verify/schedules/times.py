@@ -1,11 +1,12 @@
 """When a pipeline schedule does what, in the model of the papers: transfers take no time, and a
-stage never waits for what it sends. Time is in forwards of one chunk (`DURATIONS`).
+stage never waits for what it sends. Time is in forwards of one chunk (`DURATIONS`), or in what
+measured durations are in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from verify.errors import Mismatch
@@ -23,13 +24,14 @@ class Timed:
 
 @dataclass(frozen=True)
 class Times:
-    """The times of a table of `vpp` chunks a stage.
+    """The times of a table of `vpp` chunks a stage, where works take so long.
 
     Raises Mismatch, when it is asked, where a stage waits for what nobody computes before it.
     """
 
     table: Table
     vpp: int
+    durations: Mapping[str, int] = field(default_factory=lambda: DURATIONS)
 
     @cached_property
     def stages(self) -> tuple[tuple[Timed, ...], ...]:
@@ -46,7 +48,7 @@ class Times:
                     begin = self._begin(compute, stage, found[stage], ends)
                     if begin is None:
                         break
-                    end = begin + DURATIONS[compute.work]
+                    end = begin + self.durations[compute.work]
                     found[stage].append(Timed(compute, begin, end))
                     ends[self._made(compute, stage)] = end
                     moving = True
