@@ -192,7 +192,7 @@ def text_of(document: Mapping[str, Any], wanted: int) -> str:
         "|---|---:|",
         *(f"| {name} | {n:,} |" for name, n in document["arithmetic"].items()),
         "",
-        "| concept | checks passed |",
+        "| concept | examples |",
         "|---|---:|",
         *(f"| {name} | {n:,} |" for name, n in document["concepts"].items()),
     ]

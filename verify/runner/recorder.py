@@ -59,11 +59,13 @@ class Recorder:
         self._not_supported: dict[str, Unsupported] = {}
         self._started = time.monotonic()
         self._in_example: list[Verdict] = []
+        self._rows_in_example: set[str] = set()
 
     @contextmanager
     def example(self, drawn: Mapping[str, object]) -> Iterator[None]:
         """One example with what was drawn for it; an example that is rejected is none."""
         self._in_example = []
+        self._rows_in_example = set()
         try:
             yield
         except UnsatisfiedAssumption:
@@ -78,6 +80,7 @@ class Recorder:
                 self._cover(drawn.values())
                 self._in_example = [Verdict.PASSED]
             self._verdicts.update(self._in_example)
+            self._rows.update(self._rows_in_example)
         self._count(drawn)
 
     def reached(self, check: str, case: Case) -> None:
@@ -93,7 +96,7 @@ class Recorder:
             self.compared += compared
             self._cover((case,))
             if check != "refusal":
-                self._rows[row_key(case.concept, self.steering.checked(case))] += 1
+                self._rows_in_example.add(row_key(case.concept, self.steering.checked(case)))
 
     def failed(self, mismatch: Mismatch) -> None:
         """The case failed."""
