@@ -110,6 +110,13 @@ def _shares(
     return torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1]
 
 
+def checked_layer_number(number: int | None) -> int:
+    """The number, 1 for None, which scales by nothing. ValueError for one below 1."""
+    if number is not None and number < 1:
+        raise ValueError(f"layer_number: {number} is below 1; layers count from 1")
+    return 1 if number is None else number
+
+
 class CoreAttention(Module):
     """Attention of this rank's heads, out of `heads` over the group.
 
@@ -146,11 +153,9 @@ class CoreAttention(Module):
         self.heads = divide(heads, group=group, name="heads")
         if window is not None and window < 1:
             raise ValueError(f"window: {window} is below 1; give 1 for the query's own key only")
-        if layer_number is not None and layer_number < 1:
-            raise ValueError(f"layer_number: {layer_number} is below 1; layers count from 1")
+        self.layer_number = checked_layer_number(layer_number)
         check_probability(dropout, name="dropout")
         self.causal, self.window, self.scale = causal, window, scale
-        self.layer_number = layer_number or 1
         self.dropout, self.dropout_stream = dropout, dropout_stream
         slopes = alibi_slopes(heads, group=group).to(device) if alibi else None
         self.register_buffer("slopes", slopes, persistent=False)

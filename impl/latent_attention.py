@@ -8,13 +8,13 @@ each head's query, and of one key that all heads share.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
-from torch.nn.functional import linear
 
 from impl.attention import Core, PerHead
 from impl.linear import ColumnParallelLinear, RowParallelLinear
@@ -24,9 +24,26 @@ from impl.mappings import (
 )
 from impl.parameters import Initialiser, replicated_parameter
 from impl.partition import divide
+from impl.weight_pass import linear
 
 Norm = Callable[[Tensor], Tensor]
 """Of [sequence, batch, rank of the latent], to the same shape, token by token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSizes:
+    """The sizes that latent attention has beside those of heads: see `LatentAttention`. ValueError
+    for one below 1."""
+
+    kv_lora_rank: int
+    rope_size: int
+    value_size: int
+    q_lora_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, size in asdict(self).items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name}: {size} is no size; give 1 or more")
 
 
 class DownProjection(Module):

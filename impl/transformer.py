@@ -24,7 +24,8 @@ fc1. Other algorithms of context parallelism take the place of the second line.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -33,14 +34,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 
-from impl.attention import Core, SelfAttention
-from impl.context_parallel.attention import CAUSAL, context_attention
+from impl.attention import SelfAttention
+from impl.context_parallel.attention import CAUSAL
+from impl.context_parallel.core import ContextAttention
 from impl.context_parallel.dropout import ShareDropout
 from impl.context_parallel.mask import AttentionMask
 from impl.context_parallel.plan import ContextGroups
 from impl.context_parallel.zigzag import PackedSequences, Placement, positions
 from impl.dropout import bias_dropout_add, check_probability
 from impl.groups import Groups
+from impl.latent_attention import LatentAttention, LatentSizes
 from impl.mlp import MLP
 from impl.moe.layer import ExpertsConfig, RoutedExperts
 from impl.norm import NORMS
@@ -49,7 +52,7 @@ from impl.random import RandomTracker, stream_of
 from impl.recompute import checkpoint
 from impl.rotary import RotaryEmbedding, Rotation
 
-Recompute = Literal["full", "selective"]
+Recompute = Literal["full", "full_distributed", "selective"]
 RECOMPUTED = get_args(Recompute)
 
 
@@ -57,12 +60,20 @@ RECOMPUTED = get_args(Recompute)
 class LayerConfig:
     """The sizes and choices of a layer.
 
-    `groups` of heads share keys and values, as many as heads unless given. `norm` is layer or rms;
-    `qk_norm` normalises queries and keys head by head too. `bias` is of the linear layers.
+    `groups` of heads share keys and values, as many as heads unless given. With `latent` sizes
+    attention is multi-latent: every head has keys of its own, `head_size` is the part of them
+    without positions, and its linear layers have no bias. `norm` is layer or rms; `qk_norm`
+    normalises queries and keys head by head too, or the latents. `bias` is of the linear layers.
     `activation` is one of `impl.mlp`'s, the gate packed; with `experts` it is theirs, in the
-    perceptron's place. Over cp the sequence lies as `placement` says, and attention is by
-    `algorithm`, of `mask`. `recompute`: `full` keeps the input only, `selective` all but what core
-    attention keeps.
+    perceptron's place.
+
+    Over cp the sequence lies as `placement` says, and attention is by `algorithm`, of `mask`. Its
+    scores are multiplied by `scale`, 1 / sqrt(d) unless given, and biased by distance with `alibi`;
+    with `layer_scaling` products are divided by the layer's number first, and multiplied by it
+    after. `sink` gives each head a learnable one.
+
+    `recompute`: `full` keeps the input only, `full_distributed` 1/tp of it on each rank, and
+    `selective` all but what core attention keeps.
     """
 
     hidden: int
@@ -70,6 +81,7 @@ class LayerConfig:
     head_size: int
     ffn: int
     groups: int | None = None
+    latent: LatentSizes | None = None
     norm: str = "layer"
     zero_centered: bool = False
     qk_norm: bool = False
@@ -80,6 +92,10 @@ class LayerConfig:
     algorithm: str = "all_gather"
     placement: Placement = "zigzag"
     mask: AttentionMask = CAUSAL
+    scale: float | None = None
+    alibi: bool = False
+    layer_scaling: bool = False
+    sink: bool = False
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     recompute: Recompute | None = None
@@ -93,6 +109,11 @@ class LayerConfig:
             )
         check_probability(self.hidden_dropout, name="hidden_dropout")
         check_probability(self.attention_dropout, name="attention_dropout")
+        if self.latent is not None and self.groups not in (None, self.heads):
+            raise ValueError(
+                f"groups: {self.groups} of {self.heads} heads; with latent attention each head has"
+                " its own keys and values: give as many groups as heads, or none"
+            )
 
 
 class TransformerLayer(Module):
@@ -104,8 +125,10 @@ class TransformerLayer(Module):
     `sum_gradients`, over cp. Hidden states are dropped in the stream of the axes that they are
     split over, shares of attention in that of tp and cp, whose ranks have other heads or rows.
 
-    Attention is computed block by block (`impl.context_parallel`) and keeps no shares. ValueError
-    as the parts raise it.
+    Attention is computed block by block (`impl.context_parallel`) and keeps no shares.
+    `layer_number`, from 1 in the whole model, is needed for `layer_scaling` only. ValueError where
+    it lacks, where an input is to be distributed that sequence parallelism splits already, and as
+    the parts raise it.
     """
 
     def __init__(
@@ -115,42 +138,37 @@ class TransformerLayer(Module):
         groups: Groups,
         tracker: RandomTracker,
         init: Initialiser,
+        layer_number: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.config, self.groups, self.tracker = config, groups, tracker
+        self._check(layer_number)
         parallel = self.sequence_parallel = groups.layout.sequence_parallel
         made: dict[str, Any] = {"dtype": dtype, "device": device}
-        split: dict[str, Any] = {"group": groups.tp, "init": init, "sequence_parallel": parallel}
         norm = partial(NORMS[config.norm], zero_centered=config.zero_centered, **made)
-        of_heads = partial(norm, config.head_size, sharded_heads=True)
         self.input_norm = norm(config.hidden, sequence_parallel=parallel)
-        self.attention = SelfAttention(
-            config.hidden,
-            heads=config.heads,
-            groups=config.groups,
-            head_size=config.head_size,
-            core=_Core(config, groups, tracker),
-            query_norm=of_heads() if config.qk_norm else None,
-            key_norm=of_heads() if config.qk_norm else None,
-            bias=config.bias,
-            **split,
-            **made,
-        )
+        core = _core(config, groups, tracker, layer_number, made)
+        self.attention = _attention(config, groups, core, norm, {**made, "init": init})
         self.mlp_norm = norm(config.hidden, sequence_parallel=parallel)
         self.mlp = _feed_forward(config, groups, init, made)
         self._stream = tracker.stream(stream_of(*["tp"] * parallel, "cp"))
 
-    def forward(self, x: Tensor, *, packed: PackedSequences | None = None) -> Tensor:
-        """`y` of x; `packed` are the sequences of all ranks of cp."""
-        if self.config.recompute == "full":
-            return checkpoint(self._run, x, packed, tracker=self.tracker)
-        return self._run(x, packed)
+    def forward(
+        self, x: Tensor, *, packed: PackedSequences | None = None, padding: Tensor | None = None
+    ) -> Tensor:
+        """`y` of x; `packed` are the sequences of all ranks of cp. `padding`, bool [batch, tokens],
+        marks those of this rank of cp that are not attended to, all of the ranks' of tp."""
+        if self.config.recompute in ("full", "full_distributed"):
+            group = self.groups.tp if self.config.recompute == "full_distributed" else None
+            return checkpoint(self._run, x, packed, padding, tracker=self.tracker, group=group)
+        return self._run(x, packed, padding)
 
-    def _run(self, x: Tensor, packed: PackedSequences | None) -> Tensor:
+    def _run(self, x: Tensor, packed: PackedSequences | None, padding: Tensor | None) -> Tensor:
+        given: dict[str, Any] = {"packed": packed, "padding": padding}
         rotary = self._rotation(x, packed)
-        attended = self.attention(self.input_norm(x), rotary=rotary, packed=packed)
+        attended = self.attention(self.input_norm(x), rotary=rotary, **given)
         h = self._add(attended, x)
         return self._add(self.mlp(self.mlp_norm(h)), h)
 
@@ -171,6 +189,63 @@ class TransformerLayer(Module):
             y, bias=None, residual=residual, p=p, stream=self._stream, training=training
         )
 
+    def _check(self, layer_number: int | None) -> None:
+        if self.config.layer_scaling and layer_number is None:
+            raise ValueError("layer_number: layer_scaling=True needs it; give 1 or more")
+        if self.config.recompute == "full_distributed" and self.groups.layout.sequence_parallel:
+            raise ValueError(
+                "recompute: full_distributed does not go with sequence_parallel=True, which splits"
+                " the input already; give full"
+            )
+
+
+def _attention(
+    config: LayerConfig,
+    groups: Groups,
+    core: ContextAttention,
+    norm: Callable[..., Module],
+    made: dict[str, Any],
+) -> Module:
+    """Attention with `core`, multi-latent where there are sizes for it."""
+    parallel = groups.layout.sequence_parallel
+    made = {**made, "core": core, "group": groups.tp, "sequence_parallel": parallel}
+    made |= {"heads": config.heads, "head_size": config.head_size}
+    if config.latent is not None:
+        sizes: dict[str, Any] = asdict(config.latent)
+        for name, rank in (("query_norm", "q_lora_rank"), ("kv_norm", "kv_lora_rank")):
+            if config.qk_norm and sizes[rank] is not None:
+                made[name] = norm(sizes[rank], sequence_parallel=parallel)
+        return LatentAttention(config.hidden, **sizes, **made)
+    if config.qk_norm:
+        of_heads = partial(norm, config.head_size, sharded_heads=True)
+        made |= {"query_norm": of_heads(), "key_norm": of_heads()}
+    return SelfAttention(config.hidden, groups=config.groups, bias=config.bias, **made)
+
+
+def _core(
+    config: LayerConfig,
+    groups: Groups,
+    tracker: RandomTracker,
+    layer_number: int | None,
+    made: dict[str, Any],
+) -> ContextAttention:
+    """Core attention, computed again in backward if the configuration says so."""
+    return ContextAttention(
+        config.heads,
+        tp_group=groups.tp,
+        groups=ContextGroups(cp=groups.cp, levels=groups.hcp),
+        algorithm=config.algorithm,
+        placement=config.placement,
+        mask=config.mask,
+        scale=config.scale,
+        layer_number=layer_number if config.layer_scaling else None,
+        alibi=config.alibi,
+        sink=config.sink,
+        dropout=ShareDropout(config.attention_dropout, tracker.stream(stream_of("tp", "cp"))),
+        recomputed_by=tracker if config.recompute == "selective" else None,
+        **made,
+    )
+
 
 def _feed_forward(
     config: LayerConfig, groups: Groups, init: Initialiser, made: dict[str, Any]
@@ -181,27 +256,3 @@ def _feed_forward(
     if config.experts is not None:
         return RoutedExperts(config.hidden, config=config.experts, groups=groups, **made)
     return MLP(config.hidden, ffn=config.ffn, bias=config.bias, group=groups.tp, **made)
-
-
-class _Core(Module):
-    """Core attention as the configuration has it, computed again in backward if that says so."""
-
-    def __init__(self, config: LayerConfig, groups: Groups, tracker: RandomTracker) -> None:
-        super().__init__()
-        self.tracker = tracker if config.recompute == "selective" else None
-        self.core: Core = partial(
-            context_attention,
-            algorithm=config.algorithm,
-            groups=ContextGroups(cp=groups.cp, levels=groups.hcp),
-            placement=config.placement,
-            mask=config.mask,
-        )
-        self.dropout = ShareDropout(config.attention_dropout, tracker.stream(stream_of("tp", "cp")))
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, packed: PackedSequences | None) -> Tensor:
-        """Of this rank's heads, [sequence, batch, heads, d]."""
-        dropout = self.dropout if self.training else None
-        core = partial(self.core, packed=packed, dropout=dropout)
-        if self.tracker is None:
-            return core(q, k, v)
-        return checkpoint(core, q, k, v, tracker=self.tracker)

@@ -48,6 +48,9 @@ def _equivalent() -> Iterator[Case]:
     yield _attention(magnitude=1024, zeros="grad out")
     yield _attention(TWICE, algorithm="ring", dropout=0.25)
     yield _attention(algorithm="ulysses", dropout=0.5)
+    scored = {"padding": True, "alibi": True, "sink": True, "layer_number": 5}
+    for algorithm in ("all_gather", "ulysses"):
+        yield _attention(TWICE, algorithm=algorithm, **scored)
 
 
 def _refused() -> Iterator[Case]:

@@ -81,6 +81,12 @@ def _layers() -> Iterator[tuple[str, Case]]:
     yield "communication", layer(SPLIT, sizes, recompute="selective")
     yield "memory", layer(SPLIT, sizes, recompute="full")
     yield "equivalence", layer(SPLIT, {**sizes, "batch": 4}, attention_dropout=0.5)
+    scored = {"padding": True, "alibi": True, "sink": True, "layer_number": 5}
+    yield "equivalence", layer(apart, sizes, algorithm="ulysses", **scored)
+    yield "recomputation", layer(apart, {**sizes, "hidden": 4}, recompute="full_distributed")
+    yield "memory", layer(TP2, {**sizes, "hidden": 4}, recompute="full_distributed")
+    latent = {**sizes, "groups": 4, "kv_lora": 4, "rope_size": 2, "value_size": 3}
+    yield "equivalence", layer(SPLIT, latent, rotary_dim=2, qk_norm=True)
 
 
 def _losses() -> Iterator[tuple[str, Case]]:

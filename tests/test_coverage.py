@@ -21,10 +21,10 @@ from verify.runner.record import Record
 from verify.strategies.attention import attention_cases
 from verify.strategies.cases import cases, with_option
 from verify.strategies.context import block_cases
-from verify.strategies.layer import layer_cases
 from verify.strategies.moe import moe_cases
 from verify.strategies.pipeline import pipeline_cases
 from verify.strategies.random import recomputed_cases
+from verify.strategies.transformer import layer_cases
 from verify.verdict import Verdict
 
 pytest_plugins = ["pytester"]

@@ -15,18 +15,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from impl.collectives import start_all_gather, start_reduce_scatter
-from impl.context_parallel.plan import Plan
+from impl.context_parallel.plan import Extras, Plan
 from impl.context_parallel.sweep import BackwardSweep, ForwardSweep
 
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink: Tensor | None,
+        marks: Tensor | None,
+        plan: Plan,
+    ) -> Tensor:
         cp = plan.groups.cp
         gathering = [start_all_gather(x, group=cp) for x in (k, v)]
         (everything,) = plan.together(len(plan.chunks))
         own = plan.chunks[dist.get_rank(cp)]
-        sweep = ForwardSweep(q, chunks=own, value_dim=v.shape[-1], plan=plan)
+        extras = Extras(sink, marks)
+        sweep = ForwardSweep(q, extras, chunks=own, value_dim=v.shape[-1], plan=plan)
         all_k, all_v = (each.wait() for each in gathering)
         sweep.show(all_k, all_v, everything)
         ctx.everything = everything
@@ -34,7 +43,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         cp = ctx.plan.groups.cp
         sweep = BackwardSweep(ctx, gradient)
         gathering = [start_all_gather(x, group=cp) for x in (sweep.k, sweep.v)]
@@ -45,11 +54,11 @@ class _AllGather(torch.autograd.Function):
         return *sweep.gradients(dk, dv), None
 
 
-def all_gather_attention(q: Tensor, k: Tensor, v: Tensor, *, plan: Plan) -> Tensor:
+def all_gather_attention(q: Tensor, k: Tensor, v: Tensor, extras: Extras, *, plan: Plan) -> Tensor:
     """Attention of q, k, v and output Shard(0) or ZigzagShard(0) over cp.
 
     Forward: all-gather of k and of v. Backward: the same again, and the reduce-scatter of their
     gradients, in the accumulation dtype. Kept: q, k, v, output, peak and total of this rank's
-    tokens.
+    tokens, and the extras.
     """
-    return _AllGather.apply(q, k, v, plan)
+    return _AllGather.apply(q, k, v, *extras, plan)

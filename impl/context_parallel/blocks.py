@@ -7,9 +7,10 @@ arXiv:2205.14135, section 3.1). Backward computes the weights of a block again. 
 kept apart for that, not as the one number lse = peak + log(total): where a softmax is nearly
 certain its gradient is a small difference, which the rounding of a large lse would drown.
 
-Queries are [s, b, heads, d], keys and values [t, b, kv_heads, d]: heads lie in order of the
-kv head that they share (grouped-query attention, Ainslie et al., arXiv:2305.13245). Everything is
-computed in `accumulation_dtype`.
+A sink, one more score of every row whose share goes nowhere (Xiao et al., arXiv:2309.17453,
+learnable as in gpt-oss), is what a row begins with: a peak and a total, and no values.
+
+Shapes are those of `impl.context_parallel.scores`; all is computed in `accumulation_dtype`.
 """
 
 from __future__ import annotations
@@ -19,32 +20,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, einsum
 
-MINUS_INFINITY = float("-inf")
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for what is narrower, else the dtype itself."""
-    return torch.promote_types(dtype, torch.float32)
+from impl.context_parallel.scores import MINUS_INFINITY, accumulation_dtype, grouped
 
 
 @dataclass(frozen=True)
 class Rows:
     """What rows of queries have of the keys they were shown: `weighted` values [s, b, heads, d],
-    `peak` and `total` [s, b, heads]. Without a key: zeros, a peak of minus infinity."""
+    `peak` and `total` [s, b, heads]. Without a key: zeros, a peak of minus infinity; with a sink
+    its score, and a total of one."""
 
     weighted: Tensor
     peak: Tensor
     total: Tensor
 
     @staticmethod
-    def without_keys(q: Tensor, *, value_dim: int) -> Rows:
-        """The rows of `q` before anything was shown."""
+    def without_keys(q: Tensor, *, value_dim: int, sink: Tensor | None = None) -> Rows:
+        """The rows of `q` before anything was shown but a `sink` [heads]."""
         dtype = accumulation_dtype(q.dtype)
-        return Rows(
-            q.new_zeros((*q.shape[:3], value_dim), dtype=dtype),
-            q.new_full(q.shape[:3], MINUS_INFINITY, dtype=dtype),
-            q.new_zeros(q.shape[:3], dtype=dtype),
-        )
+        peak = q.new_full(q.shape[:3], MINUS_INFINITY, dtype=dtype)
+        total = q.new_zeros(q.shape[:3], dtype=dtype)
+        if sink is not None:
+            peak.copy_(sink)
+            total.fill_(1.0)
+        return Rows(q.new_zeros((*q.shape[:3], value_dim), dtype=dtype), peak, total)
 
     def merge(self, rows: slice, block: Rows) -> None:
         """Add to some rows, in place, a block of keys that they were not shown yet."""
@@ -62,27 +60,19 @@ class Rows:
         return self.weighted / _nonzero(self.total)[..., None]
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    allowed: Tensor | None,
-    kept: Tensor | None = None,
-) -> Rows:
-    """The rows of a block. `allowed` is bool [s, t], None for all. `kept` [s, b, heads, t], by what
-    dropout multiplies shares, does so to what is weighted, and leaves the totals alone."""
-    scores = _scores(q, k, scale=scale, allowed=allowed)
+def attend(scores: Tensor, v: Tensor, *, kept: Tensor | None = None) -> Rows:
+    """The rows of a block. `kept` [s, b, heads, t], by what dropout multiplies shares, does so to
+    what is weighted, and leaves the totals alone."""
     peak = scores.amax(-1)
     weights = torch.exp(scores - _finite(peak)[..., None])
-    left = weights if kept is None else weights * _grouped(kept, k.shape[2])
+    left = weights if kept is None else weights * grouped(kept, v.shape[2])
     weighted = einsum("sbgrt,tbgd->sbgrd", left, v.to(weights.dtype))
     return Rows(*(x.flatten(2, 3) for x in (weighted, peak, weights.sum(-1))))
 
 
 def attend_backward(
     gradient: Tensor,
+    scores: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -91,45 +81,37 @@ def attend_backward(
     total: Tensor,
     delta: Tensor,
     scale: float,
-    allowed: Tensor | None,
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a block adds to the gradients of q, k and v, in the accumulation dtype.
 
     `peak`, `total` and `delta` [s, b, heads] are of whole rows; delta is the sum of gradient * out
     over d, which is what the softmax's own gradient subtracts (arXiv:2205.14135, appendix B.4), as
-    much with dropout: `kept` is what `attend` was given.
+    much with dropout: `scores` and `kept` are what `attend` was given.
     """
     kv_heads = k.shape[2]
     peak, total, delta = (
-        _grouped(x, kv_heads)[..., None] for x in (_finite(peak), _nonzero(total), delta)
+        grouped(x, kv_heads)[..., None] for x in (_finite(peak), _nonzero(total), delta)
     )
-    weights = torch.exp(_scores(q, k, scale=scale, allowed=allowed) - peak) / total
-    given = _grouped(gradient.to(weights.dtype), kv_heads)
+    weights = torch.exp(scores - peak) / total
+    given = grouped(gradient.to(weights.dtype), kv_heads)
     of_weights = einsum("sbgrd,tbgd->sbgrt", given, v.to(weights.dtype))
     left = weights
     if kept is not None:
-        by = _grouped(kept, kv_heads)
+        by = grouped(kept, kv_heads)
         left, of_weights = weights * by, of_weights * by
     dv = einsum("sbgrt,sbgrd->tbgd", left, given)
     of_scores = weights * (of_weights - delta) * scale
     dq = einsum("sbgrt,tbgd->sbgrd", of_scores, k.to(weights.dtype))
-    dk = einsum("sbgrt,sbgrd->tbgd", of_scores, _grouped(q.to(weights.dtype), kv_heads))
+    dk = einsum("sbgrt,sbgrd->tbgd", of_scores, grouped(q.to(weights.dtype), kv_heads))
     return dq.flatten(2, 3), dk, dv
 
 
-def _scores(q: Tensor, k: Tensor, *, scale: float, allowed: Tensor | None) -> Tensor:
-    """[s, b, kv_heads, heads / kv_heads, t]."""
-    dtype = accumulation_dtype(q.dtype)
-    scores = einsum("sbgrd,tbgd->sbgrt", _grouped(q.to(dtype), k.shape[2]), k.to(dtype)) * scale
-    if allowed is None:
-        return scores
-    return scores.masked_fill(~allowed[:, None, None, None, :], MINUS_INFINITY)
-
-
-def _grouped(x: Tensor, kv_heads: int) -> Tensor:
-    """[s, b, heads, ...] with the heads of each kv head together in a dimension of their own."""
-    return x.unflatten(2, (kv_heads, x.shape[2] // kv_heads))
+def sink_gradient(sink: Tensor, *, peak: Tensor, total: Tensor, delta: Tensor) -> Tensor:
+    """The gradient of a `sink` [heads], of these rows: its share of each, times minus delta, for
+    it weights nothing. Arguments are as in `attend_backward`."""
+    shares = torch.exp(sink.to(peak.dtype) - peak) / total
+    return -(shares * delta).sum((0, 1))
 
 
 def _finite(peak: Tensor) -> Tensor:

@@ -11,12 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from impl.context_parallel.plan import ContextGroups, Plan
+from impl.context_parallel.plan import ContextGroups, Extras, Plan
 from impl.context_parallel.ring import ring_attention, ring_over
 from impl.context_parallel.ulysses import with_heads_exchanged
 
 
-def hierarchical_attention(q: Tensor, k: Tensor, v: Tensor, *, plan: Plan) -> Tensor:
+def hierarchical_attention(
+    q: Tensor, k: Tensor, v: Tensor, extras: Extras, *, plan: Plan
+) -> Tensor:
     """Attention of q, k, v and output Shard(0) or ZigzagShard(0) over cp, by `with_heads_exchanged`
     over the inner level of `ring_over` the outer one.
 
@@ -24,17 +26,15 @@ def hierarchical_attention(q: Tensor, k: Tensor, v: Tensor, *, plan: Plan) -> Te
     ranks, and for groups that have not two levels, which a single rank does not need.
     """
     if dist.get_world_size(plan.groups.cp) == 1:
-        return ring_attention(q, k, v, plan=plan)
+        return ring_attention(q, k, v, extras, plan=plan)
     inner, outer = _levels(plan.groups)
     plan.require_heads(heads=q.shape[2], kv_heads=k.shape[2], group=inner, name="hierarchical")
     chunks = plan.together(dist.get_world_size(inner))
-    return with_heads_exchanged(
-        q,
-        k,
-        v,
-        group=inner,
-        attend=lambda q, k, v: ring_over(q, k, v, group=outer, chunks=chunks, plan=plan),
-    )
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, extras: Extras, plan: Plan) -> Tensor:
+        return ring_over(q, k, v, extras, group=outer, chunks=chunks, plan=plan)
+
+    return with_heads_exchanged(q, k, v, extras, group=inner, plan=plan, attend=attend)
 
 
 def _levels(groups: ContextGroups) -> tuple[ProcessGroup, ProcessGroup]:

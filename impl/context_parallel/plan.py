@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from impl.context_parallel.dropout import KeptShares, ShareDropout
-from impl.context_parallel.mask import AttentionMask
+from impl.context_parallel.scores import KeyPadding, Scoring
 from impl.context_parallel.zigzag import Chunk, Chunks, side_by_side
 
 OnBlock = Callable[[Chunk, Chunk], None]
@@ -30,15 +31,22 @@ class ContextGroups:
     levels: tuple[ProcessGroup, ...] = ()
 
 
+class Extras(NamedTuple):
+    """Tensors beside q, k and v: the `sink` of each head, [heads], and the `marks` of padding among
+    all keys, bool [sequence, batch]; None for none."""
+
+    sink: Tensor | None = None
+    marks: Tensor | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """`chunks` has, for each rank of `groups.cp`, what it holds of the sequence; `scale` multiplies
-    the scores before the softmax; `dropout` is of what comes of it."""
+    """`chunks` has, for each rank of `groups.cp`, what it holds of the sequence; `scoring` is what
+    comes before the softmax; `dropout` is of what comes of it."""
 
     groups: ContextGroups
     chunks: tuple[Chunks, ...]
-    mask: AttentionMask
-    scale: float
+    scoring: Scoring
     dropout: ShareDropout | None = None
     on_block: OnBlock | None = None
 
@@ -46,6 +54,17 @@ class Plan:
         """The chunks of every `size` neighbours in one tensor, in the order of their ranks."""
         neighbours = (self.chunks[i : i + size] for i in range(0, len(self.chunks), size))
         return tuple(side_by_side([*chain.from_iterable(each)]) for each in neighbours)
+
+    def padding(self, marks: Tensor | None) -> KeyPadding | None:
+        """The padding that `marks` of all keys say, in the order of the ranks of `groups.cp`."""
+        if marks is None:
+            return None
+        (everything,) = self.together(len(self.chunks))
+        return KeyPadding(marks, everything)
+
+    def of_heads(self, heads: slice) -> Plan:
+        """The same for some of the heads."""
+        return replace(self, scoring=self.scoring.of_heads(heads))
 
     def kept_shares(
         self, q: Tensor, queries: Chunks, *, state: Tensor | None = None

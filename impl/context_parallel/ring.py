@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from impl.context_parallel.plan import Plan
+from impl.context_parallel.plan import Extras, Plan
 from impl.context_parallel.sweep import BackwardSweep, ForwardSweep
 from impl.context_parallel.zigzag import Chunks
 
@@ -59,12 +59,15 @@ class _Ring(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        sink: Tensor | None,
+        marks: Tensor | None,
         group: ProcessGroup,
         chunks: tuple[Chunks, ...],
         plan: Plan,
     ) -> Tensor:
         ctx.sources = _sources(group)
-        sweep = ForwardSweep(q, chunks=chunks[ctx.sources[0]], value_dim=v.shape[-1], plan=plan)
+        own, extras = chunks[ctx.sources[0]], Extras(sink, marks)
+        sweep = ForwardSweep(q, extras, chunks=own, value_dim=v.shape[-1], plan=plan)
         here: tuple[Tensor, ...] = (k, v)
         for source in ctx.sources:
             last = source == ctx.sources[-1]
@@ -105,6 +108,7 @@ def ring_over(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    extras: Extras,
     *,
     group: ProcessGroup,
     chunks: tuple[Chunks, ...],
@@ -113,11 +117,12 @@ def ring_over(
     """Attention of what the ranks of `group` hold, which lies as `chunks`, for each of them.
 
     Forward: n - 1 times k and v to the next rank. Backward: the same, and n times their gradients,
-    in the accumulation dtype. Kept: q, k, v, output, peak and total of this rank's tokens.
+    in the accumulation dtype. Kept: q, k, v, output, peak and total of this rank's tokens, and
+    the extras.
     """
-    return _Ring.apply(q, k, v, group, chunks, plan)
+    return _Ring.apply(q, k, v, *extras, group, chunks, plan)
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, plan: Plan) -> Tensor:
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, extras: Extras, *, plan: Plan) -> Tensor:
     """Attention of q, k, v and output Shard(0) or ZigzagShard(0) over cp, by `ring_over` cp."""
-    return ring_over(q, k, v, group=plan.groups.cp, chunks=plan.chunks, plan=plan)
+    return ring_over(q, k, v, extras, group=plan.groups.cp, chunks=plan.chunks, plan=plan)

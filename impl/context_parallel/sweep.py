@@ -8,31 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from impl.context_parallel.blocks import Rows, attend, attend_backward
+from impl.context_parallel.blocks import Rows, attend, attend_backward, sink_gradient
 from impl.context_parallel.dropout import KeptShares
-from impl.context_parallel.plan import Plan
+from impl.context_parallel.plan import Extras, Plan
 from impl.context_parallel.zigzag import Chunk, Chunks
 
 
 class ForwardSweep:
     """The output of queries `q` [s, b, heads, d] that lie as `chunks`, of the keys it is shown."""
 
-    def __init__(self, q: Tensor, *, chunks: Chunks, value_dim: int, plan: Plan) -> None:
-        self._q, self._chunks, self._plan = q, chunks, plan
-        self._kept = plan.kept_shares(q, chunks)
-        self.rows = Rows.without_keys(q, value_dim=value_dim)
+    def __init__(
+        self, q: Tensor, extras: Extras, *, chunks: Chunks, value_dim: int, plan: Plan
+    ) -> None:
+        self._q, self._extras, self._chunks, self._plan = q, extras, chunks, plan
+        self._kept, self._padding = plan.kept_shares(q, chunks), plan.padding(extras.marks)
+        self.rows = Rows.without_keys(q, value_dim=value_dim, sink=extras.sink)
 
     def show(self, k: Tensor, v: Tensor, chunks: Chunks) -> None:
         """Attend to keys and values that lie as `chunks`. Each is shown once."""
         for mine, theirs in _blocks(self._plan, self._chunks, chunks):
-            block = attend(
+            scores = self._plan.scoring.scores(
                 self._q[mine.rows],
                 k[theirs.rows],
-                v[theirs.rows],
-                scale=self._plan.scale,
-                allowed=self._plan.mask.allowed(mine, theirs, device=k.device),
-                kept=_of_block(self._kept, mine, theirs, self.rows.total.dtype),
+                queries=mine,
+                keys=theirs,
+                padding=self._padding,
             )
+            kept = _of_block(self._kept, mine, theirs, self.rows.total.dtype)
+            block = attend(scores, v[theirs.rows], kept=kept)
             self.rows.merge(mine.rows, block)
             if self._plan.on_block is not None:
                 self._plan.on_block(mine, theirs)
@@ -40,7 +43,7 @@ class ForwardSweep:
     def save(self, ctx: Any, k: Tensor, v: Tensor) -> Tensor:
         """Keep for a `BackwardSweep` what it needs, with k and v; the output, in q's dtype."""
         out = self.rows.out.to(self._q.dtype)
-        ctx.save_for_backward(self._q, k, v, out, self.rows.peak, self.rows.total)
+        ctx.save_for_backward(self._q, k, v, out, self.rows.peak, self.rows.total, *self._extras)
         ctx.queries, ctx.plan = self._chunks, self._plan
         ctx.random_state = None if self._kept is None else self._kept.state
         return out
@@ -51,8 +54,10 @@ class BackwardSweep:
     the accumulation dtype. `k` and `v` are those that were saved."""
 
     def __init__(self, ctx: Any, gradient: Tensor) -> None:
-        self._q, self.k, self.v, out, self._peak, self._total = ctx.saved_tensors
+        self._q, self.k, self.v, out, self._peak, self._total, *extras = ctx.saved_tensors
         self._gradient, self._chunks, self._plan = gradient, ctx.queries, ctx.plan
+        self._sink, marks = extras
+        self._padding = self._plan.padding(marks)
         self._dtype = self._total.dtype
         self._kept = self._plan.kept_shares(self._q, self._chunks, state=ctx.random_state)
         self._delta = (gradient.to(self._dtype) * out.to(self._dtype)).sum(-1)
@@ -62,16 +67,20 @@ class BackwardSweep:
         """What these queries add to the gradients of k and v, in the accumulation dtype."""
         dk, dv = (torch.zeros_like(x, dtype=self._dtype) for x in (k, v))
         for mine, theirs in _blocks(self._plan, self._chunks, chunks):
+            q_block, k_block = self._q[mine.rows], k[theirs.rows]
+            scores = self._plan.scoring.scores(
+                q_block, k_block, queries=mine, keys=theirs, padding=self._padding
+            )
             of_q, of_k, of_v = attend_backward(
                 self._gradient[mine.rows],
-                self._q[mine.rows],
-                k[theirs.rows],
+                scores,
+                q_block,
+                k_block,
                 v[theirs.rows],
                 peak=self._peak[mine.rows],
                 total=self._total[mine.rows],
                 delta=self._delta[mine.rows],
-                scale=self._plan.scale,
-                allowed=self._plan.mask.allowed(mine, theirs, device=k.device),
+                scale=self._plan.scoring.scale,
                 kept=_of_block(self._kept, mine, theirs, self._dtype),
             )
             self.dq[mine.rows] += of_q
@@ -79,9 +88,14 @@ class BackwardSweep:
             dv[theirs.rows] += of_v
         return dk, dv
 
-    def gradients(self, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of q, k and v in their dtypes."""
-        return self.dq.to(self._q.dtype), dk.to(self.k.dtype), dv.to(self.v.dtype)
+    def gradients(self, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        """Those of q, k, v, the sink and the marks in their dtypes."""
+        of_sink = None
+        if self._sink is not None:
+            whole = {"peak": self._peak, "total": self._total, "delta": self._delta}
+            of_sink = sink_gradient(self._sink, **whole).to(self._sink.dtype)
+        found = self.dq.to(self._q.dtype), dk.to(self.k.dtype), dv.to(self.v.dtype)
+        return *found, of_sink, None
 
 
 def _of_block(
@@ -94,5 +108,5 @@ def _blocks(plan: Plan, queries: Chunks, keys: Chunks) -> Iterator[tuple[Chunk, 
     """The blocks in which any query attends to any key: all others are skipped."""
     for mine in queries:
         for theirs in keys:
-            if plan.mask.attends(mine, theirs):
+            if plan.scoring.mask.attends(mine, theirs):
                 yield mine, theirs

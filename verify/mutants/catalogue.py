@@ -12,6 +12,7 @@ from verify.mutants import (
     context,
     context_algorithms,
     context_dropout,
+    context_scores,
     data_parallel,
     embedding,
     experts,
@@ -72,6 +73,7 @@ CATALOGUE: Mapping[str, Mapping[str, Mutant]] = {
         context.MUTANTS,
         context_algorithms.MUTANTS,
         context_dropout.MUTANTS,
+        context_scores.MUTANTS,
         latent_attention.MUTANTS,
     )
 }

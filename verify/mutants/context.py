@@ -15,6 +15,11 @@ _blocks = partial(
     module="impl.context_parallel.blocks",
     caught_by=("context_attention", "context_attention_block"),
 )
+_scores = partial(
+    _mutant,
+    module="impl.context_parallel.scores",
+    caught_by=("context_attention", "context_attention_block"),
+)
 _sweep = partial(_mutant, module="impl.context_parallel.sweep")
 _attention = partial(_mutant, module="impl.context_parallel.attention")
 
@@ -171,7 +176,7 @@ MUTANTS = (
         snippet="(of_weights - delta) * scale",
         replacement="(of_weights - delta)",
     ),
-    _blocks(
+    _scores(
         name="blocks-heads-interleaved",
         wrong="Heads share their keys with the next but one, not with the next.",
         snippet="return x.unflatten(2, (kv_heads, x.shape[2] // kv_heads))",
@@ -180,8 +185,8 @@ MUTANTS = (
     _blocks(
         name="blocks-own-total-in-backward",
         wrong="Backward takes the softmax of each block for itself.",
-        snippet="weights = torch.exp(_scores(q, k, scale=scale, allowed=allowed) - peak) / total",
-        replacement=("weights = torch.softmax(_scores(q, k, scale=scale, allowed=allowed), -1)"),
+        snippet="weights = torch.exp(scores - peak) / total",
+        replacement="weights = torch.softmax(scores, -1)",
     ),
     _sweep(
         name="sweep-total-of-first-rows",

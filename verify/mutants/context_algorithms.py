@@ -24,7 +24,7 @@ _KEPT = f"""\
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         cp = ctx.plan.groups.cp
         sweep = BackwardSweep(ctx, gradient)
         gathering = [start_all_gather(x, group=cp) for x in (sweep.k, sweep.v)]

@@ -10,11 +10,16 @@ _mutant = partial(
     Mutant, family="transformer", module="impl.transformer", caught_by=("transformer_layer",)
 )
 
+_core = partial(_mutant, module="impl.context_parallel.core")
+
 _SECOND = "return self._add(self.mlp(self.mlp_norm(h)), h)"
 _STREAM = 'self._stream = tracker.stream(stream_of(*["tp"] * parallel, "cp"))'
 _ROTATION = "return self.config.rotary.rotation(where, dtype=x.dtype)"
 _OF_SHARES = 'tracker.stream(stream_of("tp", "cp"))'
-_CORE = "return checkpoint(core, q, k, v, tracker=self.tracker)"
+_CORE = "return checkpoint(self._attend, q, k, v, padding, packed, tracker=self.tracker)"
+_AGAIN = "return checkpoint(self._run, x, packed, padding, tracker=self.tracker, group=group)"
+_GIVEN = 'given: dict[str, Any] = {"packed": packed, "padding": padding}'
+_DISTRIBUTED = 'group = self.groups.tp if self.config.recompute == "full_distributed" else None'
 
 MUTANTS = (
     _mutant(
@@ -60,8 +65,8 @@ MUTANTS = (
     _mutant(
         name="layer-one-norm-of-heads",
         wrong="Keys are not normalised by an RMS norm, only by a layer norm.",
-        snippet="key_norm=of_heads() if config.qk_norm else None,",
-        replacement="key_norm=of_heads() if config.qk_norm and config.norm != 'rms' else None,",
+        snippet='"key_norm": of_heads()}',
+        replacement='"key_norm": of_heads() if config.norm != "rms" else None}',
     ),
     _mutant(
         name="layer-offset-of-one-norm",
@@ -97,8 +102,8 @@ MUTANTS = (
     _mutant(
         name="layer-packed-attends-as-one",
         wrong="The layer does not tell attention that sequences are packed.",
-        snippet="partial(self.core, packed=packed, dropout=dropout)",
-        replacement="partial(self.core, dropout=dropout)",
+        snippet=_GIVEN,
+        replacement=_GIVEN.replace('"packed": packed, ', ""),
     ),
     _mutant(
         name="layer-dropout-alike-over-cp",
@@ -139,45 +144,42 @@ MUTANTS = (
     _mutant(
         name="layer-recomputes-on-other-numbers",
         wrong="Recomputation draws numbers from another tracker, which knows nothing of forward.",
-        snippet="return checkpoint(self._run, x, packed, tracker=self.tracker)",
-        replacement=(
-            "other = RandomTracker()\n"
-            "            return checkpoint(self._run, x, packed, tracker=other)"
-        ),
+        snippet=_AGAIN,
+        replacement=_AGAIN.replace("self.tracker", "RandomTracker()"),
         seen="CP-08",
     ),
     _mutant(
         name="layer-recomputes-nothing",
         wrong="Full recomputation is accepted, and everything is kept.",
-        snippet='if self.config.recompute == "full":',
+        snippet='if self.config.recompute in ("full", "full_distributed"):',
         replacement='if self.config.recompute == "whole":',
     ),
-    _mutant(
+    _core(
         name="layer-recomputes-core-twice",
         wrong="Selective recomputation runs core attention once more than it must.",
         snippet=_CORE,
         replacement=(
-            "inner = partial(checkpoint, core, tracker=self.tracker)\n"
-            "        return checkpoint(inner, q, k, v, tracker=self.tracker)"
+            "again = lambda *args: checkpoint(self._attend, *args, tracker=self.tracker)\n"
+            "        return checkpoint(again, q, k, v, padding, packed, tracker=self.tracker)"
         ),
     ),
     _mutant(
         name="layer-gathers-for-itself",
         wrong="The layer gathers what the linear layers gather themselves.",
-        snippet="attended = self.attention(self.input_norm(x), rotary=rotary, packed=packed)",
+        snippet="attended = self.attention(self.input_norm(x), rotary=rotary, **given)",
         replacement=(
             "normal = self.input_norm(x)\n"
             "        torch.distributed.all_reduce(normal.detach().clone(), group=self.groups.tp)\n"
-            "        attended = self.attention(normal, rotary=rotary, packed=packed)"
+            "        attended = self.attention(normal, rotary=rotary, **given)"
         ),
     ),
-    _mutant(
+    _core(
         name="layer-no-shares-to-drop",
         wrong="Dropout of attention under context parallelism is accepted and left out.",
-        snippet="dropout = self.dropout if self.training else None",
+        snippet="dropout=self.dropout if self.training else None",
         replacement=(
-            'alone = self.core.keywords["groups"].cp.size() == 1\n'
-            "        dropout = self.dropout if self.training and alone else None"
+            "dropout=self.dropout"
+            ' if self.training and self.given["groups"].cp.size() == 1 else None'
         ),
     ),
     _mutant(
@@ -185,5 +187,44 @@ MUTANTS = (
         wrong="Different rows on ranks of a context-parallel group are dropped alike.",
         snippet=_OF_SHARES,
         replacement='tracker.stream(stream_of("tp"))',
+    ),
+    _mutant(
+        name="layer-padding-not-handed-on",
+        wrong="The layer takes marks of padding and does not tell attention.",
+        snippet=_GIVEN,
+        replacement=_GIVEN.replace(": padding}", ": None}"),
+        seen="ATT-06",
+    ),
+    _mutant(
+        name="layer-distributes-over-cp",
+        wrong="An input is shared out over cp, whose ranks have other tokens.",
+        snippet=_DISTRIBUTED,
+        replacement=_DISTRIBUTED.replace("groups.tp", "groups.cp"),
+    ),
+    _mutant(
+        name="layer-distributes-nothing",
+        wrong="An input that is to be distributed is kept whole.",
+        snippet=_DISTRIBUTED,
+        replacement="group = None",
+    ),
+    _mutant(
+        name="layer-norm-of-latents-not-marked",
+        wrong="The gradient of a latent's norm is not summed over tp under sequence parallelism.",
+        snippet="made[name] = norm(sizes[rank], sequence_parallel=parallel)",
+        replacement="made[name] = norm(sizes[rank])",
+        seen="SP-01",
+    ),
+    _core(
+        name="layer-no-distance-over-cp",
+        wrong="ALiBi is accepted and left out under context parallelism.",
+        snippet="slopes=self.slopes,",
+        replacement='slopes=self.slopes if self.given["groups"].cp.size() == 1 else None,',
+    ),
+    _core(
+        name="layer-slopes-of-own-heads",
+        wrong="The slopes are those of as many heads as a rank has, as if there were no others.",
+        snippet="alibi_slopes(heads, group=tp_group)",
+        replacement="alibi_slopes(heads, group=tp_group)[:1].expand(heads // tp_group.size())",
+        seen="ATT-03",
     ),
 )

@@ -21,6 +21,7 @@ from torch import Tensor
 from verify.case import Case
 from verify.errors import BadArgument
 from verify.oracle.context_costs import ALGORITHMS, Costs, Volume
+from verify.oracle.context_shares import SHARED, Shares, cancelling_terms
 from verify.oracle.contract import Contract, Mask, Tensors, TensorSpec
 from verify.oracle.terms import (
     exclude,
@@ -36,7 +37,7 @@ from verify.placement import Partial, Placement, Placements, Replicate, Shard, Z
 PLACEMENTS = ("zigzag", "contiguous")
 MASKS = ("causal", "full", "sliding_window")
 Pattern = tuple[str, int | None]
-OPTIONS = ("algorithm", "placement", "mask", "window", "scale", "dropout", "packed", "blocks")
+OPTIONS = ("algorithm", "placement", "mask", "window", *SHARED, "dropout", "packed", "blocks")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class Sequences:
         """How dimension 0 lies over cp."""
         lengths = self.padded if self.packed else ()
         return ZigzagShard(0, lengths) if placement == "zigzag" else Shard(0, lengths=lengths)
+
+    @property
+    def positions(self) -> Tensor:
+        """The position of every place in its sequence, int64."""
+        return torch.cat([torch.arange(length) for length in self.padded])
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
@@ -85,7 +91,7 @@ def context_split(case: Case) -> Contract:
     placement = one_of(case, "placement", PLACEMENTS)
     sequences = sequences_of(case, shape[0], placement)
     placed: Placements = {"cp": sequences.cut(placement)}
-    positions = torch.cat([torch.arange(length) for length in sequences.padded])
+    positions = sequences.positions
 
     def reference(inputs: Tensors, parameters: Tensors) -> Tensors:
         return {"y": inputs["x"].clone(), "positions": positions}
@@ -114,12 +120,14 @@ def context_attention(case: Case) -> Contract:
     value_dim, where given) to `out`; all ZigzagShard(0) or Shard(0) over cp and Shard(2) over tp,
     and so are their gradients.
 
-    Options: algorithm; placement; mask causal, full or sliding_window with its window; scale (1 /
-    sqrt(head_dim)); dropout of shares; packed, a number of sequences, each cut by itself, with
+    Options: algorithm; placement; mask causal, full or sliding_window with its window; those of
+    `Shares`, with the input `sink` [heads] Shard(0) over tp, whose gradient is Partial over cp, and
+    the marks `padding` cut over cp as tokens are, which are gathered once; dropout of shares;
+    packed, a number of sequences, each cut by itself, with
     padding at its end, whose lengths are the inputs cu_seqlens and cu_seqlens_padded; blocks: the
     output `blocks` is the number of blocks that a rank computes, chunks of queries that it attends
-    with times chunks of keys, those without an allowed pair left out: equal on all ranks where the
-    law of zigzag says so, else one number for each rank of cp.
+    with times chunks of keys, those without a pair that the mask allows left out: equal on all
+    ranks where the law of zigzag says so, else one number for each rank of cp.
 
     Raises BadArgument for an algorithm that cannot share out the heads, or lacks its levels.
     """
@@ -130,16 +138,17 @@ def context_attention(case: Case) -> Contract:
     placement, mask = one_of(case, "placement", PLACEMENTS), attention_mask(case)
     sequences = sequences_of(case, sequence, placement)
     cut, allowed = sequences.cut(placement), sequences.allowed(*mask)
-    scale = number(case, "scale", least=0.0)
     dropout = number(case, "dropout", least=0.0, below=1.0) or 0.0
+    shares = Shares.of(case, dropout=dropout)
     costs = attention_costs(case, Volume(sequence, batch, heads, kv_heads, dim, value_dim))
     counted = switches(case, {"blocks": False})["blocks"]
     balanced = placement == "zigzag" and not sequences.packed and mask[0] != "sliding_window"
     placed: Placements = {"cp": cut, "tp": Shard(2)}
 
     def reference(inputs: Tensors, parameters: Tensors) -> Tensors:
-        given: dict[str, Any] = {"scale": scale, "kept": inputs.get("shares"), "dropout": dropout}
-        out = plain_attention(*(inputs[name] for name in "qkv"), allowed=allowed, **given)
+        given: dict[str, Any] = {"allowed": allowed, "positions": sequences.positions}
+        q, k, v = (inputs[name] for name in "qkv")
+        out = shares.attention(q, k, v, inputs, **given, sink=inputs.get("sink"))
         if not counted:
             return {"out": out}
         blocks = _blocks(allowed, cut, case.layout.cp, costs.together)
@@ -149,13 +158,15 @@ def context_attention(case: Case) -> Contract:
     if counted:
         whose: Placements = {"cp": Replicate() if balanced else Shard(0), "tp": Replicate()}
         outputs["blocks"] = TensorSpec((1 if balanced else case.layout.cp,), whose, None)
-    terms = cancelling_terms(case, dim, value_dim, scale)
+    terms = cancelling_terms(case, dim, value_dim, shares.scale)
     keys, values = ((sequence, batch, kv_heads, each) for each in (dim, value_dim))
     return Contract(
         inputs={
             "q": TensorSpec((sequence, batch, heads, dim), placed, placed, terms=terms),
             "k": TensorSpec(keys, placed, placed, terms=terms),
             "v": TensorSpec(values, placed, placed),
+            **shares.inputs(cut),
+            **_sink(shares, heads),
             **sequences.inputs,
         },
         parameters={},
@@ -163,33 +174,17 @@ def context_attention(case: Case) -> Contract:
         reference=reference,
         axes=("tp", "cp"),
         masks={"shares": dropout_of_shares(case, heads, cut, dropout)} if dropout else {},
-        forward=costs.forward,
+        forward=costs.forward + shares.forward,
         backward=costs.backward,
         finish=(),
-        kept=costs.kept,
+        kept=costs.kept + shares.marks + (heads // case.layout.tp if shares.sink else 0),
     )
 
 
-def plain_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    allowed: Tensor,
-    scale: float | None,
-    kept: Tensor | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """[sequence, batch, heads, ...] on one device. Zeros for a query without an allowed key. `kept`
-    [batch, heads, queries, keys] is the mask of a dropout of shares."""
-    repeats = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = torch.einsum("sbhd,tbhd->bhst", q, k) * factor
-    idle = ~allowed.any(-1, keepdim=True)
-    shares = torch.softmax(scores.masked_fill(~(allowed | idle), -torch.inf), -1)
-    shares = shares * ~idle if kept is None else shares * ~idle * kept / (1 - dropout)
-    return torch.einsum("bhst,tbhd->sbhd", shares, v)
+def _sink(shares: Shares, heads: int) -> dict[str, TensorSpec]:
+    placed: Placements = {"tp": Shard(0)}
+    spec = TensorSpec((heads,), placed, {**placed, "cp": Partial()})
+    return {"sink": spec} if shares.sink else {}
 
 
 def dropout_of_shares(case: Case, heads: int, cut: Shard | ZigzagShard, p: float) -> Mask:
@@ -206,22 +201,6 @@ def dropout_of_shares(case: Case, heads: int, cut: Shard | ZigzagShard, p: float
         placed["cp"] = replace(cut, dim=2)
     sequence, batch = case.shape["sequence"], case.shape["batch"]
     return Mask((batch, heads, sequence, sequence), placed, p)
-
-
-def cancelling_terms(case: Case, dim: int, value_dim: int, scale: float | None) -> float:
-    """The norm of the terms of a row of the gradient of q or k: scale times upstream gradient times
-    v times k.
-
-    Where one key takes nearly all of a softmax, their difference is what is left of them, exactly
-    zero where a softmax computes it, a few rounding errors of products where the output stands for
-    their sum, as it does when weights are not kept (arXiv:2205.14135, appendix B.4). Drawn elements
-    have a deviation of 1.15; in the rows that matter, each of the three factors is up to twice 1.
-    Of 16 bits, only the output is rounded, once.
-    """
-    factor = dim**-0.5 if scale is None else scale
-    largest = 2.0 if case.dtype in ("bfloat16", "float16") else 8.0
-    magnitude = float(case.options.get("magnitude") or 1) ** 2
-    return largest * factor * (dim * value_dim) ** 0.5 * magnitude
 
 
 def _blocks(allowed: Tensor, cut: Shard | ZigzagShard, cp: int, together: int) -> Tensor:

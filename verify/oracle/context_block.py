@@ -5,14 +5,9 @@ from __future__ import annotations
 from torch.nn import functional as F
 
 from verify.case import Case
-from verify.oracle.context import (
-    attention_costs,
-    attention_mask,
-    cancelling_terms,
-    plain_attention,
-    whole_sequence,
-)
+from verify.oracle.context import attention_costs, attention_mask, whole_sequence
 from verify.oracle.context_costs import Costs, Volume
+from verify.oracle.context_shares import cancelling_terms, plain_attention
 from verify.oracle.contract import Contract, Step, Tensors, TensorSpec
 from verify.oracle.terms import known_options, sizes, switches
 from verify.placement import Placements, Replicate, Shard
@@ -48,7 +43,7 @@ def context_attention_block(case: Case) -> Contract:
         parts = qkv.unflatten(-1, (kv_heads, heads // kv_heads + 2, dim))
         q, k, v = parts.split((heads // kv_heads, 1, 1), dim=3)
         q, k, v = (part.flatten(2, 3) for part in (q, k, v))
-        out = plain_attention(q, k, v, allowed=allowed, scale=None).flatten(2)
+        out = plain_attention(q, k, v, allowed=allowed, factor=dim**-0.5).flatten(2)
         return {"y": F.linear(out, parameters["proj.weight"], parameters.get("proj.bias"))}
 
     rows = (heads + 2 * kv_heads) * dim

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from verify.case import Case
@@ -56,11 +59,11 @@ def latent_attention(case: Case) -> Contract:
     check_rotary(case, case.shape["rope_size"])
     ranks = {f"{n}_norm": case.shape[r] for n, r in _LATENTS.items() if r in case.shape}
     norms = norm_weights(case, ranks)
-    forward, backward = _communication(case)
+    forward, backward = latent_steps(case, sequence * batch)
     partial = _replicated(case) + sum(n for (n,) in norms.values())
     return Contract(
         inputs={"x": x, **padding_input(given, batch, sequence)},
-        parameters={**_weights(case), **norms, **sink_of(given, heads)},
+        parameters={**latent_weights(case), **norms, **sink_of(given, heads)},
         outputs={"y": x},
         reference=lambda inputs, parameters: _reference(inputs, parameters, case, given),
         divided={"heads": heads},
@@ -71,7 +74,8 @@ def latent_attention(case: Case) -> Contract:
     )
 
 
-def _weights(case: Case) -> dict[str, tuple[int, ...]]:
+def latent_weights(case: Case) -> dict[str, tuple[int, ...]]:
+    """The full shapes of the weights, by their names without a prefix."""
     hidden, heads, latent = case.shape["hidden"], case.shape["heads"], case.shape["kv_lora"]
     size, rope, value = (case.shape[f"{part}_size"] for part in ("head", "rope", "value"))
     rows, inner = heads * (size + rope), case.shape.get("q_lora")
@@ -87,21 +91,17 @@ def _weights(case: Case) -> dict[str, tuple[int, ...]]:
 
 
 def _reference(inputs: Tensors, parameters: Tensors, case: Case, given: Scoring) -> Tensors:
-    x, heads, rope = inputs["x"], case.shape["heads"], case.shape["rope_size"]
-    q = x
-    if "q_lora" in case.shape:
-        q = in_norm(case, F.linear(x, parameters["q_down.weight"]), parameters, "query_norm")
-    q = F.linear(q, parameters["q_up.weight" if "q_lora" in case.shape else "q.weight"])
-    q = q.unflatten(-1, (heads, -1))
-    down = F.linear(x, parameters["kv_down.weight"])
-    latent = in_norm(case, down[..., :-rope], parameters, "kv_norm")
-    up = F.linear(latent, parameters["kv_up.weight"]).unflatten(-1, (heads, -1))
-    shared = positioned(case, down[..., None, -rope:]).repeat_interleave(heads, dim=2)
-    size = case.shape["head_size"]
+    q, k, v = latent_heads(
+        inputs["x"],
+        parameters,
+        case,
+        normal=lambda x, name: in_norm(case, x, parameters, name),
+        turned=lambda x: positioned(case, x),
+    )
     out = attend(
-        torch.cat((q[..., :size], positioned(case, q[..., size:])), -1),
-        torch.cat((up[..., :size], shared), -1),
-        up[..., size:],
+        q,
+        k,
+        v,
         given,
         padding=inputs.get("padding"),
         sink=parameters.get("core.sink"),
@@ -110,16 +110,41 @@ def _reference(inputs: Tensors, parameters: Tensors, case: Case, given: Scoring)
     return {"y": F.linear(out.flatten(2), parameters["proj.weight"])}
 
 
+def latent_heads(
+    x: Tensor,
+    parameters: Tensors,
+    case: Case,
+    *,
+    normal: Callable[[Tensor, str], Tensor],
+    turned: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k [sequence, batch, heads, head_size + rope_size], v [sequence, batch, heads,
+    value_size] of x. `normal` normalises the latent of the norm that it is given the name of,
+    `turned` what has positions."""
+    heads, rope, size = (case.shape[name] for name in ("heads", "rope_size", "head_size"))
+    q = x
+    if "q_lora" in case.shape:
+        q = normal(F.linear(x, parameters["q_down.weight"]), "query_norm")
+    q = F.linear(q, parameters["q_up.weight" if "q_lora" in case.shape else "q.weight"])
+    q = q.unflatten(-1, (heads, -1))
+    down = F.linear(x, parameters["kv_down.weight"])
+    latent = normal(down[..., :-rope], "kv_norm")
+    up = F.linear(latent, parameters["kv_up.weight"]).unflatten(-1, (heads, -1))
+    shared = turned(down[..., None, -rope:]).repeat_interleave(heads, dim=2)
+    q = torch.cat((q[..., :size], turned(q[..., size:])), -1)
+    return q, torch.cat((up[..., :size], shared), -1), up[..., size:]
+
+
 def _replicated(case: Case) -> int:
     """The elements of the weights that every rank has."""
     shape = case.shape
     return (shape.get("q_lora", 0) + shape["kv_lora"] + shape["rope_size"]) * shape["hidden"]
 
 
-def _communication(case: Case) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
-    """Forward and backward: what DeepSeek-V2's narrow latents cost instead of x."""
+def latent_steps(case: Case, tokens: int) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """Forward and backward of so many tokens: what DeepSeek-V2's narrow latents cost instead of
+    x."""
     shape, tp = case.shape, case.layout.tp
-    tokens = shape["sequence"] * shape["batch"]
     whole, shared = tokens * shape["hidden"], tokens * shape["rope_size"]
     latents = [tokens * shape.get("q_lora", shape["hidden"]), tokens * shape["kv_lora"]]
     if not case.layout.sequence_parallel:

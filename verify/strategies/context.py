@@ -19,13 +19,22 @@ from verify.case import LENSES, Case, Lens
 from verify.coverage.steering import CONCEPT, chosen, note_default
 from verify.layout import DEFAULT_ORDER, Layout
 from verify.runner.limits import limits
-from verify.strategies.cases import STRIDES, completed
+from verify.strategies.cases import STRIDES, Choices, completed
 from verify.strategies.layouts import divisors
 
 ALGORITHMS = ("all_gather", "ring", "ulysses", "hierarchical")
+PLACEMENTS = ("zigzag", "contiguous")
 MASKS = ("causal", "full", "sliding_window")
 MAX_WORLD_SIZE = 8
 SHARING = ("ulysses", "hierarchical")
+# How scores become shares; the default comes first.
+SCORED: Choices = {
+    "padding": (False, True),
+    "alibi": (False, True),
+    "sink": (False, True),
+    "layer_number": (None, 1, 5),
+    "scale": (None, 0.25, 1.0),
+}
 _ORDERS = (DEFAULT_ORDER, "cp-tp-ep-dp-pp", "dp-cp-tp-ep-pp", "tp-dp-cp-ep-pp", "dp-tp-ep-cp-pp")
 # As the contracts have them.
 _DEFAULTS: Mapping[str, object] = {
@@ -34,7 +43,7 @@ _DEFAULTS: Mapping[str, object] = {
     "mask": "causal",
     "strides": STRIDES[0],
     "bias": True,
-    "scale": None,
+    **{name: values[0] for name, values in SCORED.items()},
     "blocks": False,
     "packed": 0,
 }
@@ -97,7 +106,7 @@ def attention_cases(
     if options["mask"] == "sliding_window":
         options["window"] = draw(st.integers(2, sequence + 1))
     options |= {"packed": count}
-    options |= {"scale": chosen(draw, "scale", (None, 0.25, 1.0))}
+    options |= {name: chosen(draw, name, values) for name, values in SCORED.items()}
     options |= {"strides": chosen(draw, "strides", strides), **fixed}
     shape = {
         "sequence": sequence,

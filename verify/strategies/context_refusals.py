@@ -27,7 +27,7 @@ from verify.strategies.context import (
 def refusable_cases(about: str) -> st.SearchStrategy[Case]:
     """One fault. About `tokens`: a sequence that does not divide; about `heads`: heads or kv heads
     that do not divide, levels that lack; about `options`: a window where none belongs, or none
-    where one does, a name that nothing has."""
+    where one does, a name that nothing has, a layer before the first."""
     return st.sampled_from(_FAULTS[about]).flatmap(lambda fault: fault())
 
 
@@ -98,6 +98,11 @@ def _name(draw: st.DrawFn) -> Case:
 
 
 @st.composite
+def _layer_number(draw: st.DrawFn) -> Case:
+    return _with(draw(attention_cases()), layer_number=draw(st.integers(-2, -1)))
+
+
+@st.composite
 def _groups_over_tp(draw: st.DrawFn) -> Case:
     """The kv heads of a layer neither divide by tp nor divide it."""
     case = draw(block_cases(algorithms=ALGORITHMS[:2], min_tp=2))
@@ -108,7 +113,7 @@ def _groups_over_tp(draw: st.DrawFn) -> Case:
 _FAULTS = {
     "tokens": (_odd_sequence, _packed_rest, _split_rest),
     "heads": (_heads, _kv_heads, _groups_over_tp, _levels),
-    "options": (_window, _name),
+    "options": (_window, _name, _layer_number),
 }
 
 

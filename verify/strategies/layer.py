@@ -1,4 +1,4 @@
-"""Hypothesis strategies of the layer's other parts: norms, positions, the loss, the whole layer.
+"""Hypothesis strategies of the layer's other parts: norms, positions, the loss.
 
 What every concept's strategies have in common is in `verify.strategies.cases`.
 """
@@ -7,21 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from math import gcd
 
 from hypothesis import strategies as st
 
 from verify.case import LENSES, Case, Lens, Option
 from verify.coverage.steering import CONCEPT, chosen
-from verify.layout import Layout
-from verify.oracle.mlp import ACTIVATIONS
 from verify.oracle.norm import KINDS
 from verify.strategies.cases import STRIDES, completed, with_option
 from verify.strategies.cases import layouts as layouts_over_tp
-from verify.strategies.context import ALGORITHMS, MASKS, layouts, shared_by
-from verify.strategies.layouts import divisors
-
-PLACEMENTS = ("zigzag", "contiguous")
+from verify.strategies.context import PLACEMENTS, layouts
 
 _FLAGS = (False, True)
 
@@ -119,119 +113,6 @@ def refusable_position_cases(draw: st.DrawFn) -> Case:
     )
     shape = {**case.shape, "head_size": size}
     return dataclasses.replace(case, shape=shape, options={**case.options, wrong[0]: wrong[1]})
-
-
-@st.composite
-def layer_cases(
-    draw: st.DrawFn,
-    *,
-    algorithms: Sequence[str] = ALGORITHMS,
-    dropout: Sequence[float] = (0.0,),
-    attention_dropout: Sequence[float] = (0.0,),
-    recompute: Sequence[str] = ("",),
-    packed: Sequence[int] = (0,),
-    min_tp: int = 1,
-    min_cp: int = 1,
-    sequence_parallel: Sequence[bool] = _FLAGS,
-    lenses: Sequence[Lens] = LENSES,
-    strides: Sequence[str] = STRIDES[:1],
-) -> Case:
-    """Cases of a whole layer, by any algorithm of context parallelism. Groups of heads are any that
-    tp divides or that divide tp."""
-    concept = chosen(draw, CONCEPT, ("transformer_layer",))
-    shares = chosen(draw, "attention_dropout", attention_dropout)
-    algorithm = chosen(draw, "algorithm", algorithms)
-    layout = draw(
-        layouts(
-            min_tp=min_tp,
-            min_cp=min_cp,
-            levels=algorithm == "hierarchical",
-            sequence_parallel=sequence_parallel,
-        )
-    )
-    case = Case(concept=concept, layout=layout)
-    placement = chosen(draw, "placement", PLACEMENTS)
-    count = chosen(draw, "packed", packed)
-    shape = draw(_layer_sizes(layout, algorithm, placement, count))
-    pairs = shape["head_size"] // 2
-    mask = chosen(draw, "mask", MASKS)
-    window = draw(st.integers(2, shape["sequence"] + 1)) if mask == "sliding_window" else None
-    kind, activation = chosen(draw, "norm", KINDS), chosen(draw, "activation", ACTIVATIONS)
-    given: list[tuple[str, Option, Option]] = [
-        ("algorithm", algorithm, ALGORITHMS[0]),
-        ("placement", placement, PLACEMENTS[0]),
-        ("mask", mask, MASKS[0]),
-        ("window", window, None),
-        ("packed", count, 0),
-        ("norm", kind, KINDS[0]),
-        ("activation", activation, ACTIVATIONS[0]),
-        ("rotary_dim", draw(st.sampled_from((None, *(2 * n for n in range(1, pairs + 1))))), None),
-        ("hidden_dropout", chosen(draw, "hidden_dropout", dropout), 0.0),
-        ("attention_dropout", shares, 0.0),
-        ("recompute", chosen(draw, "recompute", recompute), ""),
-        ("strides", chosen(draw, "strides", strides), STRIDES[0]),
-    ]
-    given += [(name, chosen(draw, name, _FLAGS), False) for name in ("zero_centered", "qk_norm")]
-    given += [("bias", chosen(draw, "bias", (True, False)), True)]
-    given += [("interleaved", chosen(draw, "interleaved", _FLAGS), False)]
-    case = dataclasses.replace(case, shape=shape)
-    for option, value, default in given:
-        case = with_option(case, option, value, default=default)
-    case = draw(completed(case, lenses))
-    if not case.adversary:
-        return case
-    hard = dataclasses.replace(case.adversary, rendezvous=draw(st.booleans()))
-    return dataclasses.replace(case, adversary=hard)
-
-
-@st.composite
-def _layer_sizes(
-    draw: st.DrawFn, layout: Layout, algorithm: str, placement: str, packed: int
-) -> dict[str, int]:
-    """Sizes with room for so many packed sequences."""
-    tp, shared = layout.tp, shared_by(layout, algorithm)
-    # Of a group that ranks of tp share each has a copy, as an algorithm's ranks have of one.
-    groups = draw(st.sampled_from([tp * shared, tp, *divisors(tp)]))
-    size = draw(st.integers(2, 5))
-    chunks = layout.cp * (2 if placement == "zigzag" else 1)
-    chunks *= tp if layout.sequence_parallel else 1
-    return {
-        "sequence": max(chunks * draw(st.integers(max(packed, 1), packed + 1)), 2),
-        "batch": draw(st.integers(1, 2)),
-        "hidden": draw(st.integers(3, 5)),
-        "heads": tp * shared * draw(st.integers(1, 2)),
-        "groups": groups,
-        "head_size": size * (tp // gcd(tp, 2 * groups * size)),
-        "ffn": tp * draw(st.integers(1, 2)),
-    }
-
-
-@st.composite
-def refusable_layer_cases(draw: st.DrawFn) -> Case:
-    """Cases on at least two ranks of tp and cp each, with one thing wrong: heads or an ffn that do
-    not divide, a probability that is none, an option that names nothing, features that are not
-    pairs."""
-    case = draw(layer_cases(algorithms=("all_gather",), min_tp=2, min_cp=2, lenses=("fp64",)))
-    tp = case.layout.tp
-    sizes: tuple[dict[str, int], ...] = (
-        {"heads": tp + 1, "groups": tp + 1},
-        {"ffn": tp + 1},
-        {"heads": tp * (tp + 1), "groups": tp + 1},
-    )
-    options: tuple[tuple[str, Option], ...] = (
-        ("hidden_dropout", 1.0),
-        ("hidden_dropout", -0.5),
-        ("attention_dropout", 1.5),
-        ("recompute", "some"),
-        ("norm", "batch"),
-        ("activation", "relu"),
-        ("algorithm", "striped"),
-        ("rotary_dim", 3),
-    )
-    if draw(st.booleans()):
-        return dataclasses.replace(case, shape={**case.shape, **draw(st.sampled_from(sizes))})
-    option, value = draw(st.sampled_from(options))
-    return dataclasses.replace(case, options={**case.options, option: value})
 
 
 @st.composite

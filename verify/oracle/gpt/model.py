@@ -11,8 +11,8 @@ from verify.case import Case, Option
 from verify.errors import BadArgument
 from verify.oracle.context import Sequences
 from verify.oracle.contract import Contract
-from verify.oracle.transformer import OPTIONS as _LAYER
-from verify.oracle.transformer import Layer
+from verify.oracle.layer import OPTIONS as _LAYER
+from verify.oracle.layer import Layer
 from verify.oracle.moe.layer import moe_layer
 from verify.oracle.moe.rules import Rules, rules
 from verify.oracle.pipeline import SCHEDULES

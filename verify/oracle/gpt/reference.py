@@ -15,7 +15,7 @@ from verify.oracle.dropout import dropped
 from verify.oracle.gpt.dropouts import kept_of
 from verify.oracle.gpt.model import Model, layer_case
 from verify.oracle.gpt.parameters import Stack
-from verify.oracle.transformer import attention_of
+from verify.oracle.layer import attention_of
 from verify.oracle.mlp import mlp_of
 from verify.oracle.moe.layer import experts_of, shared_of
 from verify.oracle.moe.router import sum_of_products

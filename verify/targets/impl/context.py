@@ -17,8 +17,10 @@ from impl.context_parallel.plan import ContextGroups
 from impl.context_parallel.zigzag import Chunk, PackedSequences, positions, split_sequence
 from impl.gradients import sum_gradients
 from impl.groups import Groups
+from impl.masking import alibi_slopes
 from impl.random import stream_of
 from verify.case import Case
+from verify.oracle.context_shares import SHARED
 from verify.targets.impl.dropout import tracker_of
 from verify.targets.impl.subject import (
     Builder,
@@ -36,7 +38,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
         "placement",
         "mask",
         "window",
-        "scale",
+        *SHARED,
         "dropout",
         "packed",
         "blocks",
@@ -75,6 +77,10 @@ def context_split(case: Case, groups: Groups) -> OperationSubject:
 def context_attention(case: Case, groups: Groups) -> OperationSubject:
     """`context_attention`; with option blocks also how many blocks it computed."""
     given, scale = attention_arguments(case, groups), case.options.get("scale")
+    number = case.options.get("layer_number")
+    slopes = (
+        alibi_slopes(case.shape["heads"], group=groups.tp) if case.options.get("alibi") else None
+    )
     tracker = tracker_of(case.layout, seed=case.seed)
     stream = tracker.stream(stream_of("tp", "cp"))
     dropout = ShareDropout(float(case.options.get("dropout") or 0.0), stream)
@@ -87,6 +93,10 @@ def context_attention(case: Case, groups: Groups) -> OperationSubject:
             inputs["v"],
             **given,
             scale=None if scale is None else float(scale),
+            layer_number=None if number is None else int(number),
+            slopes=slopes,
+            sink=inputs.get("sink"),
+            padding=padding_of(inputs),
             packed=packed_of(inputs),
             dropout=dropout,
             on_block=lambda q, k: blocks.append((q, k)),
@@ -135,6 +145,11 @@ def packed_of(inputs: Mapping[str, Tensor]) -> PackedSequences | None:
     if "cu_seqlens" not in inputs:
         return None
     return PackedSequences.from_cumulative(inputs["cu_seqlens"], inputs["cu_seqlens_padded"])
+
+
+def padding_of(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Which keys are padding, if any are marked."""
+    return inputs["padding"] != 0 if "padding" in inputs else None
 
 
 BUILDERS: Mapping[str, Builder] = {

@@ -12,18 +12,21 @@ from torch import Tensor
 from torch.nn.init import constant_
 
 from impl.groups import Groups
+from impl.latent_attention import LatentSizes
 from impl.transformer import LayerConfig, TransformerLayer
 from verify.case import Case
-from verify.oracle.transformer import OPTIONS as _OPTIONS
-from verify.targets.impl.context import BlockSubject, attention_arguments, packed_of
+from verify.oracle.context_shares import SHARED
+from verify.oracle.layer import OPTIONS as _OPTIONS
+from verify.targets.impl.context import BlockSubject, attention_arguments, packed_of, padding_of
 from verify.targets.impl.dropout import tracker_of
 from verify.targets.impl.positions import rotary_of
 from verify.targets.impl.subject import Builder, Tensors, switches
 
-OPTIONS: Mapping[str, tuple[str, ...]] = {"transformer_layer": _OPTIONS}
+OPTIONS: Mapping[str, tuple[str, ...]] = {"transformer_layer": (*_OPTIONS, *SHARED)}
 _SIZES = ("hidden", "heads", "groups", "head_size", "ffn")
-_SWITCHES = ("zero_centered", "qk_norm", "bias")
-_GIVEN = ("norm", "activation", "hidden_dropout", "attention_dropout", "recompute")
+_SWITCHES = ("zero_centered", "qk_norm", "bias", "alibi", "sink")
+_GIVEN = ("norm", "activation", "scale", "hidden_dropout", "attention_dropout", "recompute")
+_LATENT = {"kv_lora": "kv_lora_rank", "rope_size": "rope_size", "value_size": "value_size"}
 
 
 class _LayerSubject(BlockSubject):
@@ -41,8 +44,11 @@ def transformer_layer(case: Case, groups: Groups) -> BlockSubject:
     given |= {name: case.shape[name] for name in _SIZES}
     given |= {name: attention[name] for name in ("algorithm", "placement", "mask")}
     turned = case.options.get("rotary_dim") is not None
+    number = case.options.get("layer_number")
     config = LayerConfig(
         rotary=rotary_of(case, case.shape["head_size"]) if turned else None,
+        latent=_latent(case),
+        layer_scaling=number is not None,
         **switches(case, *_SWITCHES),
         **given,
     )
@@ -51,13 +57,22 @@ def transformer_layer(case: Case, groups: Groups) -> BlockSubject:
         groups=groups,
         tracker=tracker_of(case.layout, seed=case.seed),
         init=partial(constant_, val=math.nan),
+        layer_number=None if number is None else int(number),
         dtype=getattr(torch, case.dtype),
     )
 
     def call(inputs: Tensors) -> Tensors:
-        return {"y": module(inputs["x"], packed=packed_of(inputs))}
+        return {"y": module(inputs["x"], packed=packed_of(inputs), padding=padding_of(inputs))}
 
     return _LayerSubject(module, groups, call)
+
+
+def _latent(case: Case) -> LatentSizes | None:
+    """The sizes of latents, where the case has them."""
+    if "kv_lora" not in case.shape:
+        return None
+    given = {argument: case.shape[name] for name, argument in _LATENT.items()}
+    return LatentSizes(**given, q_lora_rank=case.shape.get("q_lora"))
 
 
 BUILDERS: Mapping[str, Builder] = {"transformer_layer": transformer_layer}

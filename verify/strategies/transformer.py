@@ -1,0 +1,166 @@
+"""Hypothesis strategies of a whole transformer layer: valid cases, and ones to be refused.
+
+What every concept's strategies have in common is in `verify.strategies.cases`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from math import gcd
+
+from hypothesis import strategies as st
+
+from verify.case import LENSES, Case, Lens, Option
+from verify.coverage.steering import CONCEPT, chosen
+from verify.layout import Layout
+from verify.oracle.mlp import ACTIVATIONS
+from verify.oracle.norm import KINDS
+from verify.strategies.cases import STRIDES, completed, with_option
+from verify.strategies.context import ALGORITHMS, MASKS, PLACEMENTS, SCORED, layouts, shared_by
+from verify.strategies.layouts import divisors
+
+RECOMPUTED = ("full", "full_distributed", "selective")
+_FLAGS = (False, True)
+
+
+@st.composite
+def layer_cases(
+    draw: st.DrawFn,
+    *,
+    algorithms: Sequence[str] = ALGORITHMS,
+    dropout: Sequence[float] = (0.0,),
+    attention_dropout: Sequence[float] = (0.0,),
+    recompute: Sequence[str] = ("",),
+    packed: Sequence[int] = (0,),
+    min_tp: int = 1,
+    min_cp: int = 1,
+    sequence_parallel: Sequence[bool] = _FLAGS,
+    lenses: Sequence[Lens] = LENSES,
+    strides: Sequence[str] = STRIDES[:1],
+    latent: Sequence[bool] = (False, False, True),
+) -> Case:
+    """Cases of a whole layer, by any algorithm of context parallelism. Groups of heads are any that
+    tp divides or that divide tp; some cases have latents instead. `latent` says which to draw."""
+    concept = chosen(draw, CONCEPT, ("transformer_layer",))
+    shares = chosen(draw, "attention_dropout", attention_dropout)
+    algorithm = chosen(draw, "algorithm", algorithms)
+    layout = draw(
+        layouts(
+            min_tp=min_tp,
+            min_cp=min_cp,
+            levels=algorithm == "hierarchical",
+            sequence_parallel=sequence_parallel,
+        )
+    )
+    case = Case(concept=concept, layout=layout)
+    placement = chosen(draw, "placement", PLACEMENTS)
+    count = chosen(draw, "packed", packed)
+    again = chosen(draw, "recompute", recompute)
+    if again == "full_distributed" and layout.sequence_parallel:
+        again = "full"
+    shape = draw(_layer_sizes(layout, algorithm, placement, count))
+    if again == "full_distributed":
+        shape["hidden"] = layout.tp * -(-shape["hidden"] // layout.tp)
+    if draw(st.sampled_from(latent)):
+        shape |= draw(_latents(layout, shape))
+    pairs = shape.get("rope_size", shape["head_size"]) // 2
+    mask = chosen(draw, "mask", MASKS)
+    window = draw(st.integers(2, shape["sequence"] + 1)) if mask == "sliding_window" else None
+    kind, activation = chosen(draw, "norm", KINDS), chosen(draw, "activation", ACTIVATIONS)
+    given: list[tuple[str, Option, Option]] = [
+        ("algorithm", algorithm, ALGORITHMS[0]),
+        ("placement", placement, PLACEMENTS[0]),
+        ("mask", mask, MASKS[0]),
+        ("window", window, None),
+        ("packed", count, 0),
+        ("norm", kind, KINDS[0]),
+        ("activation", activation, ACTIVATIONS[0]),
+        ("rotary_dim", draw(st.sampled_from((None, *(2 * n for n in range(1, pairs + 1))))), None),
+        ("hidden_dropout", chosen(draw, "hidden_dropout", dropout), 0.0),
+        ("attention_dropout", shares, 0.0),
+        ("recompute", again, ""),
+        ("strides", chosen(draw, "strides", strides), STRIDES[0]),
+    ]
+    given += [(name, chosen(draw, name, _FLAGS), False) for name in ("zero_centered", "qk_norm")]
+    given += [("bias", chosen(draw, "bias", (True, False)), True)]
+    given += [("interleaved", chosen(draw, "interleaved", _FLAGS), False)]
+    given += [(name, chosen(draw, name, each), each[0]) for name, each in SCORED.items()]
+    case = dataclasses.replace(case, shape=shape)
+    for option, value, default in given:
+        case = with_option(case, option, value, default=default)
+    case = draw(completed(case, lenses))
+    if not case.adversary:
+        return case
+    hard = dataclasses.replace(case.adversary, rendezvous=draw(st.booleans()))
+    return dataclasses.replace(case, adversary=hard)
+
+
+@st.composite
+def _layer_sizes(
+    draw: st.DrawFn, layout: Layout, algorithm: str, placement: str, packed: int
+) -> dict[str, int]:
+    """Sizes with room for so many packed sequences."""
+    tp, shared = layout.tp, shared_by(layout, algorithm)
+    # Of a group that ranks of tp share each has a copy, as an algorithm's ranks have of one.
+    groups = draw(st.sampled_from([tp * shared, tp, *divisors(tp)]))
+    size = draw(st.integers(2, 5))
+    chunks = layout.cp * (2 if placement == "zigzag" else 1)
+    chunks *= tp if layout.sequence_parallel else 1
+    return {
+        "sequence": max(chunks * draw(st.integers(max(packed, 1), packed + 1)), 2),
+        "batch": draw(st.integers(1, 2)),
+        "hidden": draw(st.integers(3, 5)),
+        "heads": tp * shared * draw(st.integers(1, 2)),
+        "groups": groups,
+        "head_size": size * (tp // gcd(tp, 2 * groups * size)),
+        "ffn": tp * draw(st.integers(1, 2)),
+    }
+
+
+@st.composite
+def _latents(draw: st.DrawFn, layout: Layout, shape: dict[str, int]) -> dict[str, int]:
+    """Sizes of latent attention, of latents that can be normalised, in the place of groups."""
+    found = {"groups": shape["heads"], "kv_lora": draw(st.integers(4, 6))}
+    found |= {"rope_size": draw(st.integers(1, 4)), "value_size": draw(st.integers(1, 4))}
+    inner = draw(st.sampled_from((0, 4, 5)))
+    return found | ({"q_lora": inner} if inner else {})
+
+
+@st.composite
+def refusable_layer_cases(draw: st.DrawFn) -> Case:
+    """Cases on at least two ranks of tp and cp each, with one thing wrong: heads or an ffn that do
+    not divide, a probability that is none, an option that names nothing, features that are not
+    pairs, a layer before the first, an input to distribute that sequence parallelism splits."""
+    fault = draw(st.sampled_from(("sizes", "options", "split")))
+    given = {"algorithms": ("all_gather",), "min_tp": 2, "min_cp": 2, "lenses": ("fp64",)}
+    given |= {"latent": (False,)}
+    given |= {"sequence_parallel": (True,)} if fault == "split" else {}
+    case = draw(layer_cases(**given))  # type: ignore[arg-type]
+    if fault == "split":
+        return _with(case, "recompute", "full_distributed")
+    tp = case.layout.tp
+    sizes: tuple[dict[str, int], ...] = (
+        {"heads": tp + 1, "groups": tp + 1},
+        {"ffn": tp + 1},
+        {"heads": tp * (tp + 1), "groups": tp + 1},
+    )
+    options: tuple[tuple[str, Option], ...] = (
+        ("layer_number", -1),
+        ("hidden_dropout", 1.0),
+        ("hidden_dropout", -0.5),
+        ("attention_dropout", 1.5),
+        ("recompute", "some"),
+        ("norm", "batch"),
+        ("activation", "relu"),
+        ("algorithm", "striped"),
+        ("rotary_dim", 3),
+    )
+    if fault == "sizes":
+        return dataclasses.replace(case, shape={**case.shape, **draw(st.sampled_from(sizes))})
+    option, value = draw(st.sampled_from(options))
+    return _with(case, option, value)
+
+
+def _with(case: Case, option: str, value: Option) -> Case:
+    return dataclasses.replace(case, options={**case.options, option: value})
