@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module, ModuleList
-from torch.nn.functional import linear
 
 from impl.collectives import all_gather
 from impl.context_parallel.zigzag import PackedSequences, Placement, chunks_by_rank, positions
@@ -29,6 +28,7 @@ from impl.norm import NORMS
 from impl.parameters import Initialiser, replicated_parameter
 from impl.random import RandomTracker
 from impl.transformer import LayerConfig, TransformerLayer
+from impl.weight_pass import linear
 
 NOTHING = -1
 """The token of a place after the end of a sequence, whose embedding is zeros."""

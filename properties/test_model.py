@@ -20,11 +20,16 @@ from hypothesis import given
 from verify.case import Case
 from verify.runner.examiner import CheckCase
 from verify.strategies.cases import Choices
-from verify.strategies.gpt import LARGE, OPTIMIZING, model_cases, refusable_model_cases
+from verify.strategies.gpt import (
+    DOUBLE,
+    LARGE,
+    OPTIMIZING,
+    model_cases,
+    refusable_model_cases,
+)
 
 CLIPPED: Choices = {"clip": (2.0**-4, 2.0**-4, None), "order": OPTIMIZING["order"]}
 SHARDED: Choices = {n: OPTIMIZING[n] for n in ("clip", "bucket", "distributed", "overlap")}
-DROPOUT = (0.25, 0.1)
 
 
 @given(case=model_cases(steps=(2, 1, 3), worlds=LARGE))
@@ -35,14 +40,14 @@ def test_end_to_end(check: CheckCase, case: Case) -> None:
     check("equivalence", case)
 
 
-@given(case=model_cases(options={**CLIPPED, **SHARDED}, tied=(True,), min_pp=2))
+@given(case=model_cases(options={**CLIPPED, **SHARDED}, model={"tied": (True,)}, min_pp=2))
 def test_tied_embeddings(check: CheckCase, case: Case) -> None:
     """Law 2. Must catch: a copy that starts apart; gradients that are not summed, or over other
     stages; a copy that counts twice in the norm; shards of two copies that do not fit."""
     check("equivalence", case)
 
 
-@given(case=model_cases(options={}, uneven=(True,), chunks=(1, 2, 3), min_pp=2, native=(False,)))
+@given(case=model_cases(options={}, uneven=(True,), chunks=(1, 2, 3), min_pp=2, dtypes=DOUBLE))
 def test_stages_of_unequal_length(check: CheckCase, case: Case) -> None:
     """Law 3. Must catch: layers of the stage before; chunks in the order of stages; a first norm
     or last norm on another stage."""
@@ -51,7 +56,10 @@ def test_stages_of_unequal_length(check: CheckCase, case: Case) -> None:
 
 @given(
     case=model_cases(
-        options={**CLIPPED, **SHARDED}, experts=(True,), evaluated=(False,), native=(False,)
+        options={**CLIPPED, **SHARDED},
+        model={"evaluated": (False,)},
+        experts=(True,),
+        dtypes=DOUBLE,
     )
 )
 def test_mixture_of_experts(check: CheckCase, case: Case) -> None:
@@ -63,9 +71,7 @@ def test_mixture_of_experts(check: CheckCase, case: Case) -> None:
 @given(
     case=model_cases(
         options={"optimizer": OPTIMIZING["optimizer"]},
-        dropout=DROPOUT,
-        attention_dropout=(0.0, 0.25),
-        recompute=("", "full", "selective"),
+        model={"hidden_dropout": (0.25, 0.1), "attention_dropout": (0.0, 0.25)},
     )
 )
 def test_dropout(check: CheckCase, case: Case) -> None:
@@ -77,8 +83,7 @@ def test_dropout(check: CheckCase, case: Case) -> None:
 @given(
     case=model_cases(
         options={},
-        dropout=(0.0, *DROPOUT),
-        recompute=("full", "selective"),
+        model={"hidden_dropout": (0.0, 0.25, 0.1), "recompute": ("full", "selective")},
         steps=(1,),
     )
 )
@@ -94,14 +99,14 @@ def test_the_layout_does_not_matter(check: CheckCase, case: Case) -> None:
     check("invariance", case)
 
 
-@given(case=model_cases(dropout=(0.0, 0.25), steps=(1,)))
+@given(case=model_cases(model={"hidden_dropout": (0.0, 0.25)}, steps=(1,)))
 def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
     """Law 9. Must catch: a tensor that is read before it is there; a generator left by an earlier
     run."""
     check("determinism", case)
 
 
-@given(case=model_cases(options=SHARDED, multi_token=(1, 2, 3), uneven=(False,)))
+@given(case=model_cases(options=SHARDED, model={"multi_token": (1, 2, 3)}, uneven=(False,)))
 def test_multi_token_prediction(check: CheckCase, case: Case) -> None:
     """Law 11. Must catch: tokens moved by one place too few, or within a rank's chunks; the last
     tokens, which nothing follows, in the loss; losses that are not divided by the number of depths;

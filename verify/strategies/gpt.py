@@ -6,30 +6,38 @@ All axes at once, and replicas; models small enough for that, of one layer a chu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import gcd, lcm
 from typing import Any
 
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from verify.case import Case, Option
+from verify.case import Case, Lens, Option
+from verify.coverage.steering import CONCEPT, chosen
 from verify.layout import Layout
 from verify.oracle.gpt.model import POSITIONS
 from verify.oracle.mlp import ACTIVATIONS
 from verify.oracle.norm import KINDS
 from verify.runner.limits import limits
-from verify.strategies.cases import MAX_SEED, Choices, completed, contract_or_none, with_option
+from verify.strategies.cases import (
+    MAX_SEED,
+    Choices,
+    adversaries,
+    contract_or_none,
+    with_option,
+)
 from verify.strategies.context import ALGORITHMS, MASKS, shared_by
 from verify.strategies.layouts import divisors, orders
 from verify.strategies.training import OPTIONS as _TRAINING
 
 # Few ranks show most of what can be wrong, soon; the largest worlds are those of a long run.
 SMALL, LARGE = (2, 4, 4, 4), (2, 4, 4, 4, 8, 8, 16, 64)
-DTYPES = ("float32", "float32", "bfloat16")
+DTYPES = ("float64", "float32", "bfloat16")
+DOUBLE = DTYPES[:1]
 PLACEMENTS = ("zigzag", "contiguous")
-SCALINGS = (0.1, 1.0)
 PIPELINES = ("default", "gpipe", "1f1b", "zb-h1")
+SCALINGS = (0.1, 1.0)
 _FLAGS = (False, True)
 _STEPS = _TRAINING["training_steps"]
 # The default of an option comes first.
@@ -47,6 +55,28 @@ OPTIMIZING: Choices = {
     "schedule": ("constant", "linear"),
     "warmup": (None, 1),
     "decay": (None, 3),
+}
+
+MODEL: Choices = {
+    "algorithm": ALGORITHMS,
+    "placement": PLACEMENTS,
+    "positions": POSITIONS,
+    "tied": (True, False),
+    "hidden_dropout": (0.0,),
+    "attention_dropout": (0.0,),
+    "recompute": ("", "", "full", "selective"),
+    "evaluated": _FLAGS,
+    "mask": MASKS,
+    "norm": KINDS,
+    "activation": ACTIVATIONS,
+    "qk_norm": _FLAGS,
+    "zero_centered": _FLAGS,
+    "bias": (True, False),
+    "every": (1, 2),
+    "dispatcher": ("all_to_all", "all_gather"),
+    "multi_token": (0, 0, 0, 1, 2),
+    "multi_token_scaling": SCALINGS,
+    "pipeline": PIPELINES,
 }
 
 
@@ -69,21 +99,22 @@ def model_layouts(
     for axis in ("pp", *draw(st.permutations(("dp", "tp", "cp")))):
         least = min_pp if axis == "pp" else 1
         fit = [n for n in wanted[axis] if least <= n <= left and not (shares and axis == "cp")]
-        sizes[axis] = draw(st.sampled_from(fit or [1]))
+        sizes[axis] = chosen(draw, axis, fit or [1])
         left //= sizes[axis]
-    if sizes["pp"] > 1:
-        sizes["vpp"] = draw(st.sampled_from(list(chunks)))
+    sizes["vpp"] = chosen(draw, "vpp", list(chunks) if sizes["pp"] > 1 else [1])
     if experts:
         stage = sizes["tp"] * sizes["cp"] * sizes["dp"]
-        sizes |= expert_sizes(draw, tp=sizes["tp"], stage=stage)
+        sizes |= expert_sizes(draw, tp=sizes["tp"], stage=stage, choose=chosen)
     order = draw(orders(pp_last=True))
-    return Layout(**sizes, order=order, sequence_parallel=draw(st.booleans()))
+    return Layout(**sizes, order=order, sequence_parallel=chosen(draw, "sp", _FLAGS))
 
 
-def expert_sizes(draw: st.DrawFn, *, tp: int, stage: int) -> dict[str, int | None]:
-    """ep up to 4, and etp 1 or tp, of a stage of so many ranks."""
-    etp = draw(st.sampled_from([n for n in {1, tp} if stage % n == 0]))
-    ep = draw(st.sampled_from([n for n in divisors(stage // etp) if n <= 4]))
+def expert_sizes(
+    draw: st.DrawFn, *, tp: int, stage: int, choose: Callable[..., int]
+) -> dict[str, int | None]:
+    """ep up to 4, and etp 1 or tp, of a stage of so many ranks, each chosen by `choose`."""
+    etp = choose(draw, "etp", [n for n in sorted({1, tp}) if stage % n == 0])
+    ep = choose(draw, "ep", [n for n in divisors(stage // etp) if n <= 4])
     return {"ep": ep, "etp": None if etp == tp else etp}
 
 
@@ -91,103 +122,111 @@ def expert_sizes(draw: st.DrawFn, *, tp: int, stage: int) -> dict[str, int | Non
 def model_cases(
     draw: st.DrawFn,
     *,
+    concept: str = "gpt_training",
     options: Choices = OPTIMIZING,
-    positions: Sequence[str] = POSITIONS,
-    tied: Sequence[bool] = (True, False),
-    dropout: Sequence[float] = (0.0,),
-    attention_dropout: Sequence[float] = (0.0,),
-    recompute: Sequence[str] = ("", "", "full", "selective"),
-    evaluated: Sequence[bool] = _FLAGS,
+    model: Choices = MODEL,
     uneven: Sequence[bool] = (False, True),
     experts: Sequence[bool] = (False,),
-    multi_token: Sequence[int] = (0, 0, 0, 1, 2),
     steps: Sequence[int] = (1, 1, 2),
     one_padding: bool = False,
     min_pp: int = 1,
     chunks: Sequence[int] = (1, 1, 2),
-    native: Sequence[bool] = (False, False, False, True),
+    double: Lens = "fp64",
+    dtypes: Sequence[str] = DTYPES,
     worlds: Sequence[int] = SMALL,
 ) -> Case:
-    """Cases of `gpt_training`. `options` names some of training and the values to draw; with
-    `one_padding` the vocabulary is padded to what it would be on one rank."""
+    """Cases of `gpt_training`, or of a concept with its sizes. `options` names some of training and
+    the values to draw, `model` some of the model instead of those of `MODEL`; float64 is seen
+    through the lens `double`; with `one_padding` the vocabulary is padded to what it would be on
+    one rank."""
+    chosen(draw, CONCEPT, (concept,))
+    choices = _Choices(draw, {**MODEL, **model})
     routed = draw(st.sampled_from(list(experts)))
-    shares = draw(st.sampled_from(list(attention_dropout)))
+    choices.choose("attention_dropout")
     layout = draw(
         model_layouts(
             min_pp=min_pp,
             chunks=chunks,
             experts=routed,
-            shares=bool(shares),
+            shares=bool(choices["attention_dropout"]),
             worlds=worlds,
         )
     )
-    algorithm = draw(st.sampled_from(ALGORITHMS if layout.cp > 1 else ALGORITHMS[:1]))
+    optimizer = chosen(draw, "optimizer", options["optimizer"]) if "optimizer" in options else None
+    algorithm = choices.choose("algorithm", only=None if layout.cp > 1 else ALGORITHMS[:1])
     if algorithm == "hierarchical":
         inner = draw(st.sampled_from(divisors(layout.cp)))
         layout = dataclasses.replace(layout, hierarchical_cp=(inner, layout.cp // inner))
-    placement = draw(st.sampled_from(PLACEMENTS))
-    depths = draw(st.sampled_from(list(multi_token)))
     # A token that attends to itself only has a gradient of zero, of which rounding errors are seen.
-    shape = draw(_sizes(layout, algorithm, placement, routed=routed, least=2 + depths))
+    least = 2 + int(str(choices.choose("multi_token")))
+    placement = str(choices.choose("placement"))
+    shape = draw(_sizes(layout, str(algorithm), placement, routed=routed, least=least))
     shape["steps"] = draw(st.sampled_from(list(steps)))
-    case = Case(concept="gpt_training", layout=layout, shape=shape)
-    where = draw(st.sampled_from(list(positions)))
-    pairs = shape["head_size"] // 2
-    given: list[tuple[str, Option, Option]] = [
-        ("algorithm", algorithm, ALGORITHMS[0]),
-        ("placement", placement, PLACEMENTS[0]),
-        ("positions", where, POSITIONS[0]),
-        ("rotary_dim", 2 * draw(st.integers(1, pairs)) if where == "rotary" else None, None),
-        ("tied", draw(st.sampled_from(list(tied))), True),
-        ("hidden_dropout", draw(st.sampled_from(list(dropout))), 0.0),
-        ("attention_dropout", shares, 0.0),
-        ("recompute", draw(st.sampled_from(list(recompute))), ""),
-        ("evaluated", draw(st.sampled_from(list(evaluated))), False),
-        ("every", draw(st.integers(1, 2)) if routed else 1, 1),
-        ("multi_token", depths, 0),
-        ("multi_token_scaling", draw(st.sampled_from(SCALINGS)) if depths else 0.1, 0.1),
-    ]
-    case = draw(_with_layers(_with_options(case, given), routed=routed))
+    case = Case(concept=concept, layout=layout, shape=shape)
+    case = choices.given_to(case, adam=optimizer == "adam")
     case = draw(_padded(case, one_padding=one_padding))
     if draw(st.sampled_from(list(uneven))):
         case = draw(_uneven(case))
-    case = draw(_trained(case, options))
-    case = draw(completed(case, ("fp64",)))
-    lenses = ["native" if each else "fp64" for each in native]
-    wanted = [lens for lens in lenses if lens in limits().lenses] or lenses
-    if draw(st.sampled_from(wanted)) == "native":
-        case = dataclasses.replace(case, lens="native", dtype=draw(st.sampled_from(DTYPES)))
-    if not case.adversary:
-        return case
-    hard = dataclasses.replace(case.adversary, rendezvous=draw(st.booleans()))
-    return dataclasses.replace(case, adversary=hard)
+    case = draw(_trained(case, options, optimizer))
+    return draw(_calculated(case, double, dtypes))
 
 
-def _with_options(case: Case, given: Sequence[tuple[str, Option, Option]]) -> Case:
-    """The case with options, of which name, value and default are given."""
-    for name, value, default in given:
-        case = with_option(case, name, value, default=default)
-    return case
+class _Choices:
+    """The options of a model as they are chosen, one after the other; `values` are what each may
+    have, its default first."""
+
+    def __init__(self, draw: st.DrawFn, values: Choices) -> None:
+        self.draw, self.values = draw, values
+        self.made: dict[str, Option] = {}
+
+    def __getitem__(self, name: str) -> Option:
+        return self.made[name]
+
+    def choose(self, name: str, *, only: Sequence[Option] | None = None) -> Option:
+        """A value, of those of `only` that it may have."""
+        values = [each for each in self.values[name] if only is None or each in only]
+        self.made[name] = chosen(self.draw, name, values or list(only or ()))
+        return self.made[name]
+
+    def given_to(self, case: Case, *, adam: bool) -> Case:
+        """The case with all of them, and with those that depend on them."""
+        pairs, routed = case.shape["head_size"] // 2, "experts" in case.shape
+        where, mask = self.choose("positions"), self.choose("mask")
+        rms = self.choose("norm") == "rms"
+        possible: dict[str, Sequence[Option] | None] = {
+            "activation": ("gelu", "swiglu") if routed else None,
+            # A bias of all keys, which a layer norm of heads has, has no gradient but rounding
+            # errors, and of those Adam makes steps.
+            "qk_norm": None if rms else (False,),
+            "bias": (False,) if adam else None,
+            "every": None if routed else (1,),
+            "dispatcher": None if routed else MODEL["dispatcher"][:1],
+            "multi_token_scaling": None if self["multi_token"] else SCALINGS[:1],
+            "pipeline": None if case.layout.vpp == 1 else PIPELINES[:1],
+        }
+        for name in self.values:
+            if name not in self.made:
+                self.choose(name, only=possible.get(name))
+        for name, value in self.made.items():
+            case = with_option(case, name, value, default=MODEL[name][0])
+        dim = 2 * self.draw(st.integers(1, pairs)) if where == "rotary" else None
+        case = with_option(case, "rotary_dim", dim, default=None)
+        return with_option(case, "window", 2 if mask == "sliding_window" else None, default=None)
 
 
 @st.composite
-def _with_layers(draw: st.DrawFn, case: Case, *, routed: bool) -> Case:
-    """The case with what its layers are, and the schedule of its pipeline."""
-    mask, kind = draw(st.sampled_from(MASKS)), draw(st.sampled_from(KINDS))
-    activations = ("gelu", "swiglu") if routed else ACTIVATIONS
-    given: list[tuple[str, Option, Option]] = [
-        ("mask", mask, MASKS[0]),
-        ("window", 2 if mask == "sliding_window" else None, None),
-        ("norm", kind, KINDS[0]),
-        ("activation", draw(st.sampled_from(activations)), ACTIVATIONS[0]),
-        # A bias of all keys, which a layer norm of heads has, has no gradient but rounding errors.
-        ("qk_norm", kind == "rms" and draw(st.sampled_from(_FLAGS)), False),
-        ("zero_centered", draw(st.sampled_from(_FLAGS)), False),
-        ("bias", draw(st.sampled_from((True, False))), True),
-    ]
-    if case.layout.vpp == 1:
-        given.append(("pipeline", draw(st.sampled_from(PIPELINES)), PIPELINES[0]))
-    return _with_options(case, given)
+def _calculated(draw: st.DrawFn, case: Case, double: Lens, dtypes: Sequence[str]) -> Case:
+    """The case with its arithmetic, one that this run has if there is any, seed and adversary."""
+    lenses: dict[str, Lens] = {n: double if n == "float64" else "native" for n in dtypes}
+    wanted = [n for n in dtypes if lenses[n] in limits().lenses] or list(dtypes)
+    # Rounded arithmetic takes many runs of the reference: it is offered to one case in four.
+    exact = draw(st.sampled_from((True, True, True, False)))
+    dtype = chosen(draw, "dtype", [n for n in wanted if (n == "float64") is exact] or wanted)
+    lens = chosen(draw, "lens", (lenses[dtype],))
+    seed, hard = draw(st.integers(0, MAX_SEED)), draw(adversaries())
+    if hard:
+        hard = dataclasses.replace(hard, rendezvous=draw(st.booleans()))
+    return dataclasses.replace(case, lens=lens, dtype=dtype, seed=seed, adversary=hard)
 
 
 @st.composite
@@ -261,18 +300,15 @@ def _uneven(draw: st.DrawFn, case: Case) -> Case:
 
 
 @st.composite
-def _trained(draw: st.DrawFn, case: Case, options: Choices) -> Case:
-    """The case with options of training, which are checked together: a schedule needs an end."""
+def _trained(draw: st.DrawFn, case: Case, options: Choices, optimizer: Option) -> Case:
+    """The case with options of training, which are checked together; the optimizer is chosen."""
     for name, values in options.items():
-        value = draw(st.sampled_from(list(values)))
+        if name == "momentum" and optimizer == "adam":
+            values = (0.0,)
+        elif name == "decay" and case.options.get("schedule", "constant") != "constant":
+            values = [value for value in values if value is not None]
+        value = optimizer if name == "optimizer" else chosen(draw, name, values)
         case = with_option(case, name, value, default=OPTIMIZING[name][0])
-    if "schedule" in case.options and "decay" not in case.options:
-        case = with_option(case, "decay", 3, default=None)
-    if case.options.get("optimizer") == "adam":
-        # It makes steps of rounding errors, where a gradient is zero: that of a bias of all keys.
-        case = with_option(case, "bias", False, default=True)
-        others = {n: v for n, v in case.options.items() if n != "momentum"}
-        case = dataclasses.replace(case, options=others)
     assume(contract_or_none(case) is not None)
     return case
 
@@ -285,7 +321,7 @@ def refusable_model_cases(draw: st.DrawFn) -> Case:
             options={"optimizer": ("sgd", "adam")},
             uneven=(False,),
             min_pp=2,
-            native=(False,),
+            dtypes=DOUBLE,
         )
     )
     chunks = case.layout.pp * case.layout.vpp
