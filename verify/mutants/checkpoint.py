@@ -21,10 +21,10 @@ _PLACES = (
         replacement="in run_of(parameter.shape, 0, flat.numel()):",
     ),
     _pieces(
-        name="checkpoint-run-of-rows",
-        wrong="A share begins and ends with whole rows.",
-        snippet="        end = min(stop - index * row, row)\n",
-        replacement="        end = stop - index * row\n",
+        name="checkpoint-rest-of-a-row",
+        wrong="The rest of a row, with which a share begins, is taken for the row's beginning.",
+        snippet="run_of(shape[1:], start - index * row, end))",
+        replacement="run_of(shape[1:], 0, end - (start - index * row)))",
     ),
     _pieces(
         name="checkpoint-blocks-by-rank",
@@ -98,8 +98,9 @@ _STATES = (
         replacement="kept = {}",
     ),
     _run(
-        name="checkpoint-main-rounded",
-        wrong="Main parameters are not saved, but the rounded copies of the model only.",
+        name="checkpoint-main-left-out",
+        wrong="Main parameters are not saved: after loading they are those of the new run, and the"
+        " first update puts them in the place of what was loaded.",
         snippet="if slot.main is not share.values:",
         replacement="if slot.main is None:",
         caught_by=("resumed_training",),
