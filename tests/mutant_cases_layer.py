@@ -77,7 +77,8 @@ def _layers() -> Iterator[tuple[str, Case]]:
     whole = {"hidden_dropout": 0.25, "attention_dropout": 0.25}
     window = {"mask": "sliding_window", "window": 2}
     yield "equivalence", layer(SP2, sizes, **whole, **window)
-    yield "recomputation", layer(SP2, sizes, **whole, recompute="full")
+    for again in ("full", "selective"):
+        yield "recomputation", layer(SP2, sizes, **whole, recompute=again)
     yield "communication", layer(SPLIT, sizes, recompute="selective")
     yield "memory", layer(SPLIT, sizes, recompute="full")
     yield "equivalence", layer(SPLIT, {**sizes, "batch": 4}, attention_dropout=0.5)

@@ -12,14 +12,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-import torch
-
 from verify.case import Case
 from verify.checks.blame import Bench
 from verify.checks.group_laws import groups_check
 from verify.checks.initialisation import initialisation_check
 from verify.checks.masks import Masks
 from verify.checks.promises import kept_too_much, miscommunicated, promises_communication
+from verify.checks.random_states import left_elsewhere, moved_by_backward
 from verify.checks.refusal import refusal
 from verify.checks.stream_laws import streams
 from verify.checks.vacuity import must_not_vanish, unshown
@@ -51,7 +50,8 @@ class Check(Protocol):
 def equivalence(case: Case, *, target_name: str, cluster: Cluster) -> int:
     """Outputs, input gradients and parameter gradients of every rank are the reference's, and
     copies on several ranks hold the same bits. Of dropouts: copies of a tensor are dropped alike,
-    different parts independently, at the right rate, and the reference is given the masks."""
+    different parts independently, at the right rate, and the reference is given the masks; and
+    backward leaves random generators as forward left them."""
     bench = Bench("equivalence", case, target_name, cluster)
     contract, ranks = _admit(bench)
     problems = {name: generate(case, contract, ranks, name) for name in ranks.replicas}
@@ -59,6 +59,8 @@ def equivalence(case: Case, *, target_name: str, cluster: Cluster) -> int:
     if not contract.masks:
         expectations = {n: _expect(Reference(case, contract, p)) for n, p in problems.items()}
     observations = bench.run(observe, target_name, case, world_size=case.layout.world_size)
+    if details := moved_by_backward(observations):
+        raise bench.mismatch("random state", details=details)
     masks = _masks(bench, contract, ranks, observations)
     for name, problem in problems.items() if contract.masks else ():
         given = problem.with_masks(masks.full(name))
@@ -114,30 +116,25 @@ def determinism(case: Case, *, target_name: str, cluster: Cluster) -> int:
 
 def recomputation(case: Case, *, target_name: str, cluster: Cluster) -> int:
     """The case gives every rank the bits that it gives without its option `recompute`: outputs,
-    gradients, dropout masks, and the random generators' states afterwards."""
+    gradients, dropout masks, and the random generators' states; of a second pass, which shows what
+    the first one left behind."""
     bench = Bench("recomputation", case, target_name, cluster)
     contract, ranks = _admit(bench)
     options = {name: value for name, value in case.options.items() if name != "recompute"}
     if len(options) == len(case.options):
         raise BadArgument(f"case.options: {case} has no recompute, so there is nothing to compare")
     plain = dataclasses.replace(case, options=options)
+    # What is no pass of the harness, but a whole training, says itself how often it runs.
+    times = 2 if any(s.grad_placements is not None for s in contract.outputs.values()) else 1
     first, second = (
-        bench.run(observe, target_name, each, world_size=case.layout.world_size)
+        bench.run(observe, target_name, each, None, times, world_size=case.layout.world_size)
         for each in (plain, case)
     )
     _require_shown(bench, contract, ranks, first)
     if divergences := _divergences(first, second, ranks, "without recomputation"):
         raise bench.mismatch("bits", divergences=divergences)
-    details = []
-    for rank, (one, other) in enumerate(zip(first, second, strict=True)):
-        if not all(map(torch.equal, one.masks, other.masks)):
-            details.append(f"rank {rank} draws other dropout masks in forward")
-        changed = [n for n, state in one.states.items() if not torch.equal(state, other.states[n])]
-        details += [
-            f"rank {rank}: the generator {name} is left in another state" for name in changed
-        ]
-    if details:
-        raise bench.mismatch("random state", details=tuple(details))
+    if details := left_elsewhere(first, second) + moved_by_backward(second):
+        raise bench.mismatch("random state", details=details)
     return _elements(first)
 
 

@@ -42,8 +42,8 @@ class Observation:
     of frozen parameters), and the placement of every parameter.
 
     `masks` are the dropouts that the contract promises, `kept` the elements that autograd kept for
-    backward where it promises those, `states` the random generators' states after backward where
-    the subject tells them.
+    backward where it promises those. `states` are the random generators' states after backward, and
+    `between` those after forward, where the subject tells them.
     """
 
     tensors: Local
@@ -51,6 +51,7 @@ class Observation:
     masks: tuple[Tensor, ...] = ()
     kept: int = 0
     states: dict[str, Tensor] = field(default_factory=dict)
+    between: dict[str, Tensor] = field(default_factory=dict)
 
 
 def contract_of(case: Case) -> Contract:
@@ -103,8 +104,11 @@ class Source:
     replica: str
 
 
-def observe(target_name: str, case: Case, source: Source | None = None) -> Observation:
-    """Rank program: the local tensors of one forward and backward pass. Collective over the world.
+def observe(
+    target_name: str, case: Case, source: Source | None = None, times: int = 1
+) -> Observation:
+    """Rank program: the local tensors of one forward and backward pass, the last of so many with
+    the same inputs and weights. Collective over the world.
 
     Without `source` each rank is given the part of its own replica of `case`.
     """
@@ -125,7 +129,10 @@ def observe(target_name: str, case: Case, source: Source | None = None) -> Obser
             parameters = dict(subject.parameters())
         _load(parameters, given, ranks, rank, case, contract)
         watch = Watch(contract, [parameter for parameter, _ in parameters.values()], borrowed)
-        tensors = _run(subject, contract, given, ranks, rank, case, watch)
+        for _ in range(times):
+            for parameter, _ in parameters.values():
+                parameter.grad = None
+            tensors, between = _run(subject, contract, given, ranks, rank, case, watch)
         for name, (parameter, _) in parameters.items():
             tensors[f"grad {name}"] = parameter.grad
         placements: dict[str, Placements] = {n: dict(p) for n, (_, p) in parameters.items()}
@@ -133,9 +140,8 @@ def observe(target_name: str, case: Case, source: Source | None = None) -> Obser
         with target_code("compared with its contract"):
             borrowed.refuse()
     found = {n: None if t is None else t.detach().cpu() for n, t in tensors.items()}
-    return Observation(
-        found, placements, tuple(mask.cpu() for mask in watch.masks), watch.kept, states
-    )
+    masks = tuple(mask.cpu() for mask in watch.masks)
+    return Observation(found, placements, masks, watch.kept, states, between)
 
 
 def _random_states(subject: Subject) -> dict[str, Tensor]:
@@ -184,8 +190,9 @@ def _run(
     rank: int,
     case: Case,
     watch: Watch,
-) -> Local:
-    """Outputs and input gradients. A gradient that autograd does not reach is None."""
+) -> tuple[Local, dict[str, Tensor]]:
+    """Outputs and input gradients, and the random states after forward. A gradient that autograd
+    does not reach is None."""
     device = torch.get_default_device()
     inputs = {
         name: local(given.inputs[name], spec.placements, ranks, rank, case).to(device)
@@ -197,6 +204,7 @@ def _run(
     mark("forward")
     with target_code("running forward"), torch.enable_grad(), watch.forward():
         outputs = dict(subject.forward(dict(inputs)))
+    between = _random_states(subject)
     upstream = {
         name: local(generated, contract.outputs[name].grad_placements or {}, ranks, rank, case).to(
             device
@@ -221,7 +229,7 @@ def _run(
         subject.finish_gradients()
     mark("")
     gradients = {f"grad {name}": inputs[name].grad for name in differentiable}
-    return {name: outputs[name] for name in contract.outputs} | gradients
+    return {name: outputs[name] for name in contract.outputs} | gradients, between
 
 
 def _same_names(what: str, found: Mapping[str, object], promised: Mapping[str, object]) -> None:

@@ -23,8 +23,8 @@ from verify.placement import Placements
 class Subject(Protocol):
     """One built module or operation, on one rank.
 
-    It may have `random_states()`, the states of its random generators by name, which the check
-    `recomputation` compares.
+    It may have `random_states()`, the states of its random generators by name: see
+    `verify.checks.random_states`.
     """
 
     def parameters(self) -> Mapping[str, tuple[Parameter, Placements]]:

@@ -11,6 +11,9 @@ _kept = partial(_mutant, module="impl.context_parallel.dropout")
 _blocks = partial(_mutant, module="impl.context_parallel.blocks")
 _sweep = partial(_mutant, module="impl.context_parallel.sweep")
 
+_PUT_BACK = """\
+    finally:
+        generator.set_state(before)"""
 _BOTH = "left, of_weights = weights * by, of_weights * by"
 
 MUTANTS = (
@@ -38,6 +41,14 @@ MUTANTS = (
         wrong="Backward drops other shares than forward.",
         snippet="self._plan.kept_shares(self._q, self._chunks, state=ctx.random_state)",
         replacement="self._plan.kept_shares(self._q, self._chunks)",
+        caught_by=("context_attention", "transformer_layer"),
+        seen="CP-08",
+    ),
+    _kept(
+        name="shares-backward-moves-the-stream",
+        wrong="After backward the generator is where the mask that was drawn again left it.",
+        snippet=_PUT_BACK,
+        replacement="    finally:\n        del before",
         caught_by=("context_attention", "transformer_layer"),
         seen="CP-08",
     ),

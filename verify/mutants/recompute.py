@@ -55,6 +55,27 @@ MUTANTS = (
         replacement="            self._current = before.current",
     ),
     _mutant(
+        name="recompute-goes-on-from-forward",
+        wrong="The states of forward are put back, and the later ones not, once backward is done.",
+        snippet=_REPLAY,
+        replacement=(
+            "        self._tracker.set_states(self._snapshot.states)\n        with ExitStack():\n"
+        ),
+        caught_by=("recomputed_block", "transformer_layer"),
+        seen="REC-02",
+    ),
+    _mutant(
+        name="recompute-first-numbers-again",
+        wrong="Whatever is computed again draws the numbers that the first to be so drew.",
+        snippet="        with self._tracker.replaying(self._snapshot):\n",
+        replacement=(
+            "        snapshot = getattr(self._tracker, 'used', None) or self._snapshot\n"
+            "        self._tracker.used = snapshot\n"
+            "        with self._tracker.replaying(snapshot):\n"
+        ),
+        caught_by=("recomputed_block",),
+    ),
+    _mutant(
         name="recompute-states-after-forward",
         wrong="The states that are put back are those at the start of backward.",
         snippet=_REPLAY,

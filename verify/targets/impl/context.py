@@ -21,7 +21,7 @@ from impl.masking import alibi_slopes
 from impl.random import stream_of
 from verify.case import Case
 from verify.oracle.context_shares import SHARED
-from verify.targets.impl.dropout import tracker_of
+from verify.targets.impl.dropout import RandomSubject, tracker_of
 from verify.targets.impl.subject import (
     Builder,
     ModuleSubject,
@@ -74,7 +74,7 @@ def context_split(case: Case, groups: Groups) -> OperationSubject:
     return OperationSubject(call)
 
 
-def context_attention(case: Case, groups: Groups) -> OperationSubject:
+def context_attention(case: Case, groups: Groups) -> RandomSubject:
     """`context_attention`; with option blocks also how many blocks it computed."""
     given, scale = attention_arguments(case, groups), case.options.get("scale")
     number = case.options.get("layer_number")
@@ -104,7 +104,7 @@ def context_attention(case: Case, groups: Groups) -> OperationSubject:
         counted = {"blocks": torch.tensor([len(blocks)])} if case.options.get("blocks") else {}
         return {"out": out, **counted}
 
-    return OperationSubject(call)
+    return RandomSubject(call, tracker)
 
 
 def context_attention_block(case: Case, groups: Groups) -> BlockSubject:
