@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -8,13 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import click
 import pytest
 
+from impl.groups import build_groups
 from impl.pretrain.command import command, main
 from impl.pretrain.options import Options
 from impl.pretrain.plot import main as plot
 from impl.pretrain.records import Record, read_log
-from impl.pretrain.run import pretrain
+from impl.pretrain.run import build, pretrain
 from verify.cluster import open_cluster
 
 SMALL = ["--layers", "2", "--hidden", "16", "--heads", "2", "--seq-length", "16", "--batch", "4"]
@@ -164,6 +167,97 @@ REFUSED = {
     "--lr 0.1 --min-lr 0.2": "minimum: 0.2",
     "--lr-decay-style wave": "'wave' is not one of",
 }
+
+
+LINE = {
+    "step": 1,
+    "loss": 1.5,
+    "grad_norm": 1.0,
+    "lr": 0.1,
+    "tokens": 8,
+    "consumed": 4,
+    "seconds": 0.1,
+}
+NO_STEPS = {
+    "no JSON": "loss 1.5",
+    "no step of a run, which has step, loss": json.dumps([1, 1.5]),
+    "which has step, loss, grad_norm, lr, tokens": json.dumps({"step": 1}),
+    "loss='1.5', no number": json.dumps({**LINE, "loss": "1.5"}),
+    "loss=None, no number": json.dumps({**LINE, "loss": None}),
+    "step=1.5, no whole number": json.dumps({**LINE, "step": 1.5}),
+    "tokens=True, no whole number": json.dumps({**LINE, "tokens": True}),
+    "no whole number up to": json.dumps({**LINE, "step": 10**400}),
+    "a value of 1e+301; it shows up to 1e+300": json.dumps({**LINE, "loss": 1e301}),
+}
+
+
+@pytest.mark.parametrize("words", NO_STEPS)
+def test_a_file_that_is_no_log_is_refused_in_one_line(words, tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text(NO_STEPS[words] + "\n")
+    with pytest.raises(click.UsageError) as caught:
+        plot.main([f"run={path}", "-o", str(tmp_path / "x.svg")], standalone_mode=False)
+    assert words in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("loss", [0.0, -5.0, 1e18, 1e-30, 1e299, math.nan, math.inf])
+def test_any_loss_can_be_drawn(loss, tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text(json.dumps({**LINE, "loss": loss}) + "\n")
+    plot.main([f"run={path}", "-o", str(tmp_path / "x.svg")], standalone_mode=False)
+    assert "nan" not in (tmp_path / "x.svg").read_text()
+
+
+def factors(options: Options) -> dict[str, float]:
+    """Rank program: by how much each parameter decays."""
+    trainer = build(options, build_groups(options.layout())).trainer
+    found = {
+        id(parameter): group.weight_decay_multiplier
+        for group in trainer.optimizer.parameter_groups
+        for parameter in group.parameters
+    }
+    return {name: found[id(each)] for name, each in trainer.chunks.named_parameters()}
+
+
+def test_experts_have_biases_too_which_do_not_decay(cluster, options):
+    given = replace(options, experts=2, bias=True, ffn=8)
+    (found,) = cluster.run(factors, given, world_size=1)
+    vectors = {name for name in found if name.endswith("bias") or "norm" in name}
+    assert any(name.endswith("experts.fc1.bias") for name in vectors)
+    assert {name for name, factor in found.items() if factor == 0.0} == vectors
+
+
+ONE_RANK_FAILS = """\
+import torch.distributed as dist
+import impl.pretrain.command as command
+
+def program(options):
+    if dist.get_rank() == 1:
+        raise ValueError("checkpoint: its disk is gone")
+    dist.barrier()
+
+command.pretrain = program
+command.main()
+"""
+
+
+def test_an_error_under_torchrun_is_told_by_the_rank_that_failed_first(tmp_path):
+    """Rank 0 waits for rank 1, which fails, and fails because of that."""
+    script, logs = tmp_path / "one_rank_fails.py", tmp_path / "logs"
+    script.write_text(ONE_RANK_FAILS)
+    arguments = ["--nproc-per-node", "2", "--log-dir", logs, "--redirects", "3", script]
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *arguments, "--dp", "2"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=120,
+    )
+    assert ended.returncode == 1
+    said = {path.parent.name: path.read_text() for path in logs.rglob("stderr.log")}
+    assert set(said) == {"0", "1"}
+    assert "pretrain: error: checkpoint: its disk is gone\n" in said["1"]
+    assert "pretrain: error" not in said["0"]
 
 
 @pytest.mark.parametrize("arguments", REFUSED)

@@ -18,6 +18,7 @@ from impl.pretrain.options import CP_ALGORITHMS, NORMS, POSITIONS, Options
 from impl.pretrain.ranks import (
     CLUSTERS,
     RanksFailed,
+    first_to_fail,
     run_as_rank,
     run_on_cluster,
     started_by_torchrun,
@@ -186,19 +187,24 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        _stop(given, error, EXIT_USAGE, error.format_message())
+        _stop(given, error, EXIT_USAGE, _told(error.format_message()))
     except ValueError as error:
-        _stop(given, error, EXIT_USAGE, str(error))
+        _stop(given, error, EXIT_USAGE, _told(str(error)))
     except RanksFailed as error:
-        _stop(given, error, EXIT_USAGE if error.usage else EXIT_FAILED, str(error))
+        code = EXIT_USAGE if error.usage else EXIT_FAILED
+        _stop(given, error, code, str(error) if error.told else "")
     except (KeyboardInterrupt, click.Abort) as error:
-        _stop(given, error, EXIT_FAILED, "interrupted; what was saved can be resumed")
+        _stop(given, error, EXIT_FAILED, _told("interrupted; what was saved can be resumed"))
+
+
+def _told(text: str) -> str:
+    """The text, or nothing where another rank has told what went wrong."""
+    return text if first_to_fail() else ""
 
 
 def _stop(given: list[str], error: BaseException, code: int, said: str) -> NoReturn:
     if "--debug" in given:
         raise error
-    # Every rank finds the same mistake, and the first one speaks for all.
-    if os.environ.get("RANK", "0") == "0":
+    if said:
         click.echo(f"pretrain: error: {' '.join(said.split())}", err=True)
     sys.exit(code)

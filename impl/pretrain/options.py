@@ -131,7 +131,7 @@ class Options:
         experts = None
         if self.experts is not None:
             choice = Choice(top_k=self.top_k)
-            experts = ExpertsConfig(number=self.experts, ffn=ffn, choice=choice)
+            experts = ExpertsConfig(number=self.experts, ffn=ffn, choice=choice, bias=self.bias)
         layer = LayerConfig(
             hidden=self.hidden,
             heads=self.heads,

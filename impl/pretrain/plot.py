@@ -16,6 +16,7 @@ from impl.pretrain.records import Record, read_log
 WIDTH, HEIGHT, LEFT, TOP, BETWEEN = 420, 240, 64, 56, 76
 COLOURS = ("#1f6fb4", "#d95f0e", "#31a354", "#756bb1", "#636363")
 _TICKS = 5
+_LARGEST = 1e300
 
 _TEMPLATE = """\
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {{ width }} {{ height }}" \
@@ -143,8 +144,13 @@ def _panel(title: str, curves: Sequence[Curve], left: int) -> dict[str, Any]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers from below the lowest to above the highest value."""
-    rough = max(high - low, 1e-6) / _TICKS
+    """Round numbers from below the lowest to above the highest value. ValueError for values too
+    large to have any."""
+    largest = max(abs(low), abs(high))
+    if largest > _LARGEST:
+        raise ValueError(f"plot: there is a value of {largest:g}; it shows up to {_LARGEST:g}")
+    # Neighbouring ticks have to be different numbers, however far from zero they are.
+    rough = max(high - low, 1e-6, largest * 1e-9) / _TICKS
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * n for n in (1, 2, 5, 10) if unit * n >= rough)
     first, last = math.floor(low / step), math.ceil(high / step)

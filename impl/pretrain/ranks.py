@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -21,15 +22,24 @@ _CLUSTERS = "verify.cluster"
 _USAGE = ("ValueError", "CheckpointError", "BadArgument")
 # A deadlock is noticed at once, whatever the time; a long run is none.
 _TIMEOUT = 30.0 * 24 * 3600
+_ASKED_FOR = timedelta(seconds=10)
 
 
 class RanksFailed(Exception):
     """One or more ranks raised: what the first one said. `usage` where that was a ValueError, which
-    is about what was given."""
+    is about what was given. Not `told` where another rank failed before, and says so: what this one
+    met may come of it."""
 
-    def __init__(self, text: str, *, usage: bool) -> None:
+    def __init__(self, text: str, *, usage: bool, told: bool = True) -> None:
         super().__init__(text)
-        self.usage = usage
+        self.usage, self.told = usage, told
+
+    @staticmethod
+    def of(rank: int, kind: str, message: str, *, told: bool = True) -> RanksFailed:
+        """What a rank raised: an error of this kind, with a module or without."""
+        usage = kind.rpartition(".")[2] in _USAGE
+        text = message if usage and message else f"rank {rank}: {kind}: {message}"
+        return RanksFailed(text, usage=usage, told=told)
 
 
 def started_by_torchrun() -> bool:
@@ -37,8 +47,23 @@ def started_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
 
 
+def first_to_fail() -> bool:
+    """Whether no other rank of torchrun's world has asked this before: the first that fails asks,
+    and then speaks for all. True where nobody can be asked, as said twice is better than never."""
+    if not started_by_torchrun():
+        return True
+    at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    run = os.environ["TORCHELASTIC_RUN_ID"], os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = dist.TCPStore(*at, is_master=False, timeout=_ASKED_FOR)
+        return store.add(f"impl.pretrain/failed/{'/'.join(run)}", 1) == 1
+    except RuntimeError:
+        return True
+
+
 def run_as_rank(program: Callable[..., T], *args: Any, world_size: int, device: str) -> T:
-    """The program on this rank of torchrun's world. ValueError where that is of another size."""
+    """The program on this rank of torchrun's world. ValueError where that is of another size;
+    RanksFailed for what the program raises."""
     given = int(os.environ["WORLD_SIZE"])
     if given != world_size:
         raise ValueError(
@@ -50,6 +75,11 @@ def run_as_rank(program: Callable[..., T], *args: Any, world_size: int, device: 
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
         return program(*args)
+    except Exception as error:
+        # Asked while the connections are open: no rank has failed yet because this one did.
+        told = first_to_fail()
+        kind, rank = type(error).__name__, dist.get_rank()
+        raise RanksFailed.of(rank, kind, str(error), told=told) from error
     finally:
         dist.destroy_process_group()
 
@@ -67,6 +97,4 @@ def run_on_cluster(
             if not failures:
                 raise
             first = failures[0]
-            usage = first.kind.rpartition(".")[2] in _USAGE
-            text = first.message if usage else f"rank {first.rank}: {first.kind}: {first.message}"
-            raise RanksFailed(text, usage=usage) from error
+            raise RanksFailed.of(first.rank, first.kind, first.message) from error

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+LARGEST = 2**63 - 1
+
 
 @dataclass(frozen=True)
 class Record:
@@ -36,13 +38,30 @@ def read_log(path: Path) -> list[Record]:
     for number, line in enumerate(lines, start=1):
         if number == len(lines) and not line.endswith("\n"):
             break
-        try:
-            found.append(Record(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"log: line {number} of {path} is no step of a run; give another file"
-            ) from error
+        found.append(_record(line, f"line {number} of {path}"))
     return found
+
+
+def _record(line: str, where: str) -> Record:
+    """What a line says. ValueError unless it has every field and no other, each a number that such
+    a field can have."""
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"log: {where} is no JSON; give the log of a run") from error
+    names = [field.name for field in dataclasses.fields(Record)]
+    if not isinstance(values, dict) or set(values) != set(names):
+        raise ValueError(
+            f"log: {where} is no step of a run, which has {', '.join(names)}; give another file"
+        )
+    for field in dataclasses.fields(Record):
+        value = values[field.name]
+        whole = field.type == "int"
+        fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not fits or (isinstance(value, int) and abs(value) > LARGEST):
+            kind = f"whole number up to {LARGEST}" if whole else "number"
+            raise ValueError(f"log: {where} has {field.name}={value!r}, no {kind}")
+    return Record(**values)
 
 
 def write_log(path: Path, records: Sequence[Record]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn import ModuleList
+from torch.nn import ModuleList, Parameter
 
 from impl.checkpoint.model import training_of
 from impl.checkpoint.training import Progress, Training, load_checkpoint, save_checkpoint
@@ -17,7 +17,7 @@ from impl.data.batches import Batches
 from impl.data.sampler import Sampler, Samples
 from impl.data.tokenizer import ByteTokenizer
 from impl.data.tokens import open_tokens, token_file
-from impl.data_parallel import DataParallel
+from impl.data_parallel import DataParallel, of_expert
 from impl.groups import Groups, build_groups
 from impl.initialise import initialise_whole, transformer_rule
 from impl.model import build_model, tie_embeddings
@@ -157,9 +157,12 @@ def _model(
 
 
 def _parameter_groups(data_parallel: DataParallel) -> list[ParameterGroup]:
-    """Biases and norms do not decay."""
-    vectors = [p for p in data_parallel.parameters if p.dim() < 2]
-    matrices = [p for p in data_parallel.parameters if p.dim() >= 2]
+    """Biases and norms do not decay. Those of experts are stacked."""
+    matrices: list[Parameter] = []
+    vectors: list[Parameter] = []
+    for parameter in data_parallel.parameters:
+        stacked = 1 if of_expert(parameter) else 0
+        (matrices if parameter.dim() - stacked >= 2 else vectors).append(parameter)
     return [
         ParameterGroup(parameters=matrices),
         ParameterGroup(parameters=vectors, weight_decay_multiplier=0.0),
