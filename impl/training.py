@@ -4,6 +4,9 @@ A step is given the microbatches of this rank's replica, the same on all its sta
 mean over all tokens that count, of all microbatches and all ranks of dp and cp; so each microbatch
 contributes the sum over its own, and what is accumulated is divided once, by the number of all. A
 loss of multi-token prediction is divided by the same number, as in equation 24 of arXiv:2412.19437.
+
+What routers add (`impl.moe.balance`) is a mean already, over the tokens of a microbatch, and is to
+be one over microbatches: as it will be divided by the number of tokens, it is multiplied by that.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from impl.data_parallel import DataParallel
 from impl.gradients import finalise_gradients
 from impl.groups import Groups
 from impl.model import GPTModel
+from impl.moe.layer import RoutedExperts
 from impl.optimizer.mixed import Optimizer, StepResult
 from impl.pipeline.executor import Executor, Stage
 from impl.pipeline.p2p import Link
@@ -76,6 +80,7 @@ class Trainer:
         model = chunks[0]
         assert isinstance(model, GPTModel)
         self.config = model.config
+        self._routed = [each for each in chunks.modules() if isinstance(each, RoutedExperts)]
         self._weight = self.config.multi_token_scaling / max(self.config.multi_token_layers, 1)
 
     def train_step(
@@ -92,14 +97,12 @@ class Trainer:
             self.kind, pp=layout.pp, vpp=layout.vpp, microbatches=len(microbatches)
         )
         self.data_parallel.zero_gradients()
-        scale = self.optimizer.loss_scale
+        scale = 1.0 if self.optimizer.loss_scale is None else self.optimizer.loss_scale.value
+        tokens = self._tokens(microbatches)
+        for each in self._routed:
+            each.scale_losses(scale * float(tokens.clamp_min(1)) / len(microbatches))
         with self.data_parallel.no_sync():
-            losses, tokens = self._run(
-                table,
-                microbatches,
-                scale=1.0 if scale is None else scale.value,
-                completing=self.data_parallel.sync,
-            )
+            losses = self._run(table, microbatches, scale=scale, completing=self.data_parallel.sync)
         finalise_gradients(
             self.data_parallel,
             tp_group=self.groups.tp,
@@ -117,9 +120,14 @@ class Trainer:
         layout = self.groups.layout
         table = forward_only(pp=layout.pp, vpp=layout.vpp, microbatches=len(microbatches))
         self.chunks.eval()
-        losses, tokens = self._run(table, microbatches, scale=1.0)
+        losses = self._run(table, microbatches, scale=1.0)
         self.chunks.train()
-        return losses[0] / tokens.clamp_min(1)
+        return losses[0] / self._tokens(microbatches).clamp_min(1)
+
+    def _tokens(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        """The number of tokens that count, of the whole step, float64."""
+        counted = torch.stack([each.mask.sum() for each in microbatches]).sum()
+        return all_reduce(counted.double().reshape(1), group=self.groups.dp_cp).squeeze(0)
 
     def _run(
         self,
@@ -128,9 +136,9 @@ class Trainer:
         *,
         scale: float,
         completing: Callable[[], AbstractContextManager[object]] = nullcontext,
-    ) -> tuple[Tensor, Tensor]:
-        """The sums of the losses, as `GPTModel.losses` has them in training, and the number of
-        tokens that count, of the whole step."""
+    ) -> Tensor:
+        """The sums of the losses of the whole step, float64, as `GPTModel.losses` has them in
+        training."""
         sums: list[Tensor] = []
         Executor(
             table,
@@ -142,23 +150,20 @@ class Trainer:
             overlap=self.overlap,
             completing=completing,
         ).run()
-        told = self.data_parallel.zero.double().new_zeros(2 + self.config.multi_token_layers)
+        told = self.data_parallel.zero.double().new_zeros(1 + self.config.multi_token_layers)
         for each in sums:
             told[: len(each)] += each
         # Only the last stage has losses.
-        told = all_reduce(all_reduce(told, group=self.groups.dp_cp), group=self.groups.pp)
-        return told[1:], told[0]
+        return all_reduce(all_reduce(told, group=self.groups.dp_cp), group=self.groups.pp)
 
     def _stage(self, microbatches: Sequence[Microbatch], sums: list[Tensor]) -> Stage:
-        """What the stage computes. Of each microbatch whose loss is computed, `sums` gets the
-        number of its tokens that count and the losses."""
+        """What the stage computes. `sums` gets the losses of each microbatch on the last one."""
         last = self.chunks[-1]
 
         def loss(h: Tensor, m: int) -> Tensor:
             assert isinstance(last, GPTModel)
             losses = last.losses(h, **vars(microbatches[m]))
-            counted = microbatches[m].mask.sum().reshape(1)
-            sums.append(torch.cat([counted.double(), losses.detach().double()]))
+            sums.append(losses.detach())
             return losses[0] + self._weight * losses[1:].sum()
 
         return Stage(

@@ -6,11 +6,12 @@ schedule of the pipeline, several microbatches, tokens that do not count, norms,
 positions, groups of heads, algorithms of context parallelism, sequence parallelism, data
 parallelism with buckets, overlap and shards, optimizers, clipping that changes gradients and
 clipping that does not; (2) so they are with an embedding that is tied over two stages, (3) with
-layers shared out unevenly, and several chunks a stage, (4) with experts in some layers, (5) with
-dropout, under the masks that were drawn, and (6) with recomputation, which changes no bit; (7) an
-evaluation between steps is right, and changes nothing; (8) the layout and (9) running twice change
-nothing; (10) what cannot be computed is refused; (11) with modules that predict tokens further on,
-their losses are those of one device, and so is all else, in training with them.
+layers shared out unevenly, and several chunks a stage, (4) with experts in some layers and what
+their routers add to the loss, (5) with dropout, under the masks that were drawn, and (6) with
+recomputation, which changes no bit; (7) an evaluation between steps is right, and changes nothing;
+(8) the layout and (9) running twice change nothing; (10) what cannot be computed is refused; (11)
+with modules that predict tokens further on, their losses are those of one device, and so is all
+else, in training with them.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def test_stages_of_unequal_length(check: CheckCase, case: Case) -> None:
 )
 def test_mixture_of_experts(check: CheckCase, case: Case) -> None:
     """Law 4. Must catch: experts summed over dp; experts that count on one rank only, or on all, in
-    the norm; the wrong layers with experts."""
+    the norm; the wrong layers with experts; auxiliary losses that are not scaled as the main one,
+    or not averaged over microbatches and ranks."""
     check("equivalence", case)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -124,8 +124,8 @@ class MoELayer(Module):
 @dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
     """Experts in the place of a transformer layer's perceptron: how many, the ffn features of each,
-    how tokens choose and how they travel. ValueError for a bias of the choice, which has to be
-    updated between steps."""
+    how tokens choose and how they travel, and the auxiliary losses of their choice. ValueError for
+    a bias of the choice, which has to be updated between steps."""
 
     number: int
     ffn: int
@@ -133,6 +133,7 @@ class ExpertsConfig:
     dispatcher: str = "all_to_all"
     bias: bool = False
     shared_ffn: int | None = None
+    losses: Losses | None = None
 
     def __post_init__(self) -> None:
         if self.choice.expert_bias:
@@ -140,7 +141,7 @@ class ExpertsConfig:
 
 
 class RoutedExperts(MoELayer):
-    """`MoELayer` as a part of a transformer layer: without auxiliary losses, and `y` alone."""
+    """`MoELayer` as a part of a transformer layer: auxiliary losses are attached, `y` returned."""
 
     def __init__(
         self, hidden: int, *, config: ExpertsConfig, groups: Groups, **arguments: Any
@@ -154,6 +155,7 @@ class RoutedExperts(MoELayer):
             dispatcher=config.dispatcher,
             bias=config.bias,
             shared_ffn=config.shared_ffn,
+            losses=config.losses,
             **arguments,
         )
 
@@ -161,6 +163,10 @@ class RoutedExperts(MoELayer):
         """`y` of `x`."""
         y, _ = super().forward(x)
         return y
+
+    def scale_losses(self, scale: float) -> None:
+        """From now on the gradients of auxiliary losses are multiplied by `scale`."""
+        self.router.losses = replace(self.router.losses, scale=scale)
 
 
 def make_dispatcher(name: str, *, top_k: int, groups: Groups) -> Dispatcher:

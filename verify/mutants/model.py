@@ -28,7 +28,8 @@ _AHEAD = "yield in_order[..., ahead.clamp(max=length - 1)], ahead < length"
 _ONE_BY_ONE = """h = module(h, embedded)
             yield module.final_norm(h), """
 _EMBEDDING = "            embedding_group=self.groups.embedding,\n"
-_TOLD = "told = all_reduce(all_reduce(told, group=self.groups.dp_cp), group=self.groups.pp)"
+_TOLD = "return all_reduce(all_reduce(told, group=self.groups.dp_cp), group=self.groups.pp)"
+_AUXILIARY = "scale * float(tokens.clamp_min(1)) / len(microbatches)"
 
 MODEL = (
     _model(
@@ -160,25 +161,60 @@ STEP = (
     ),
     _training(
         name="step-tokens-of-dp-only",
-        wrong="The number of tokens, and the loss, are not summed over cp.",
-        snippet="all_reduce(told, group=self.groups.dp_cp)",
-        replacement="all_reduce(told, group=self.groups.dp)",
+        wrong="The number of tokens is not summed over cp.",
+        snippet="reshape(1), group=self.groups.dp_cp)",
+        replacement="reshape(1), group=self.groups.dp)",
         seen="CP-06",
     ),
     _training(
-        name="step-tokens-of-the-last-stage",
-        wrong="Only the last stage divides its gradients by the number of tokens.",
+        name="step-loss-of-a-replica",
+        wrong="The loss is of a rank's own tokens, divided by the number of all.",
         snippet=_TOLD,
-        replacement=(
-            "told = all_reduce(told, group=self.groups.dp_cp)\n"
-            "        told = told + 0 * all_reduce(told, group=self.groups.pp)"
-        ),
+        replacement="return all_reduce(told, group=self.groups.pp)",
+        seen="DP-01",
+    ),
+    _training(
+        name="step-loss-on-the-last-stage",
+        wrong="Only the last stage has the loss.",
+        snippet=_TOLD,
+        replacement="return all_reduce(told, group=self.groups.dp_cp)",
+    ),
+    _training(
+        name="step-auxiliary-not-scaled",
+        wrong="The auxiliary losses of routers are divided by the number of tokens.",
+        snippet=_AUXILIARY,
+        replacement="scale",
+        seen="LS-04",
+    ),
+    _training(
+        name="step-auxiliary-without-loss-scale",
+        wrong="The loss scale multiplies the main loss only, and all gradients are divided by it.",
+        snippet=_AUXILIARY,
+        replacement=_AUXILIARY.replace("scale * ", ""),
+    ),
+    _training(
+        name="step-auxiliary-of-each-microbatch",
+        wrong="The auxiliary losses of microbatches are added, not averaged.",
+        snippet=_AUXILIARY,
+        replacement=_AUXILIARY.replace(" / len(microbatches)", ""),
+    ),
+    _training(
+        name="step-auxiliary-by-own-tokens",
+        wrong="Auxiliary losses are multiplied by the tokens of a rank, and divided by all.",
+        snippet=_AUXILIARY,
+        replacement="scale * float(sum(m.mask.sum() for m in microbatches)) / len(microbatches)",
+    ),
+    _training(
+        name="step-auxiliary-of-the-first-chunk",
+        wrong="Of several chunks of a stage only the first has auxiliary losses that are scaled.",
+        snippet="for each in chunks.modules() if isinstance",
+        replacement="for each in chunks[0].modules() if isinstance",
     ),
     _training(
         name="step-loss-not-scaled",
         wrong="The loss is not scaled, and gradients are divided by the scale.",
-        snippet="scale=1.0 if scale is None else scale.value,",
-        replacement="scale=1.0,",
+        snippet="scale=scale, completing",
+        replacement="scale=1.0, completing",
     ),
     _training(
         name="step-gradients-kept",

@@ -74,10 +74,15 @@ MODEL: Choices = {
     "bias": (True, False),
     "every": (1, 2),
     "dispatcher": ("all_to_all", "all_gather"),
+    "balance": ("none", "sequence", "batch", "global"),
+    "coefficient": (1.0, 16.0),
+    "z_loss": (0.0, 0.25),
     "multi_token": (0, 0, 0, 1, 2),
     "multi_token_scaling": SCALINGS,
     "pipeline": PIPELINES,
 }
+
+ROUTED = ("every", "dispatcher", "balance", "coefficient", "z_loss")
 
 
 @st.composite
@@ -199,8 +204,7 @@ class _Choices:
             # errors, and of those Adam makes steps.
             "qk_norm": None if rms else (False,),
             "bias": (False,) if adam else None,
-            "every": None if routed else (1,),
-            "dispatcher": None if routed else MODEL["dispatcher"][:1],
+            **({} if routed else {name: MODEL[name][:1] for name in ROUTED}),
             "multi_token_scaling": None if self["multi_token"] else SCALINGS[:1],
             "pipeline": None if case.layout.vpp == 1 else PIPELINES[:1],
         }

@@ -39,6 +39,9 @@ TRAINING = tuple(
     name for name in _TRAINING if name not in ("norm", "frozen", "overflow", "hysteresis")
 )
 LAYER = tuple(name for name in _LAYER if name != "packed")
+# Of routers, the losses that they add.
+AUXILIARY = ("balance", "coefficient", "z_loss")
+ROUTED = ("dispatcher", "activation", *AUXILIARY)
 OWN = (
     "positions",
     "tied",
@@ -49,6 +52,7 @@ OWN = (
     "split",
     "pipeline",
     "dispatcher",
+    *AUXILIARY,
     "multi_token",
     "multi_token_scaling",
     "evaluated",
@@ -83,8 +87,10 @@ class Model:
         sizes(case, *SIZES, optional=("experts", "top_k", "shared_ffn"))
         given = switches(case, {"tied": True, "evaluated": False})
         every = whole_number(case, "every", least=1) or 1
-        if "experts" not in case.shape and every > 1:
-            raise BadArgument(f"case.options.every: {every}, but the case has no experts")
+        for name in ("every", *AUXILIARY):
+            if "experts" not in case.shape and name in case.options:
+                given_, why = case.options[name], "but the case has no experts"
+                raise BadArgument(f"case.options.{name}: {given_}, {why}")
         positions = one_of(case, "positions", POSITIONS)
         if (positions == "rotary") is not (case.options.get("rotary_dim") is not None):
             raise BadArgument(
@@ -144,7 +150,7 @@ def expert_case(case: Case) -> Case:
     """The same of a mixture of experts, as a case of `moe_layer`."""
     names = ("sequence", "batch", "hidden", "ffn", "experts", "top_k", "shared_ffn")
     shape = {name: case.shape[name] for name in names if name in case.shape}
-    options = {n: v for n, v in case.options.items() if n in ("dispatcher", "activation")}
+    options = {n: v for n, v in case.options.items() if n in ROUTED}
     return dataclasses.replace(case, concept="moe_layer", shape=shape, options=options)
 
 

@@ -20,6 +20,7 @@ from verify.oracle.mlp import mlp_of
 from verify.oracle.moe.layer import experts_of, shared_of
 from verify.oracle.moe.router import sum_of_products
 from verify.oracle.moe.routing import logits_of, route
+from verify.oracle.moe.routing import losses as losses_of
 from verify.oracle.training_plan import FACTORS, Plan, Scale, clipped, optimizer_of
 
 
@@ -82,12 +83,15 @@ class Training:
         leaves = {name: each.requires_grad_() for name, each in model.items()}
         sums = {name: torch.zeros_like(main[name]) for name in leaves}
         losses = torch.zeros(1 + self.model.depths, dtype=torch.float64)
-        count = _count(inputs, step)
-        for microbatch in range(inputs["tokens"].shape[1]):
-            own = self._losses((step, microbatch), inputs, leaves, training=True)
+        count, microbatches = _count(inputs, step), inputs["tokens"].shape[1]
+        for microbatch in range(microbatches):
+            added: list[Tensor] = []
+            own = self._losses((step, microbatch), inputs, leaves, added, training=True)
             total = own[0]
             if self.model.depths:
                 total = total + self.model.scaling * own[1:].mean()
+            # The mean over microbatches, beside a sum over tokens that is to be divided.
+            total = total + sum(added, torch.zeros(())) * count / microbatches
             found = torch.autograd.grad(total * scale.value, list(leaves.values()))
             for name, each in zip(leaves, found, strict=True):
                 sums[name] += each
@@ -99,31 +103,74 @@ class Training:
         model = {name: found[f"new {name}"] for name in self.stacks}
         with torch.no_grad():
             losses = [
-                self._losses((step, m), inputs, model, training=False)[0].double()
+                self._losses((step, m), inputs, model, [], training=False)[0].double()
                 for m in range(inputs["tokens"].shape[1])
             ]
         return torch.stack(losses).sum() / _count(inputs, step)
 
     def _losses(
-        self, at: tuple[int, int], inputs: Tensors, weights: Tensors, *, training: bool
+        self,
+        at: tuple[int, int],
+        inputs: Tensors,
+        weights: Tensors,
+        added: list[Tensor],
+        *,
+        training: bool,
     ) -> Tensor:
         """Sums over the tokens of a microbatch that count: of the loss, and in training of that of
-        the token 1, 2, ... further on."""
+        the token 1, 2, ... further on. The auxiliary losses of routers are `added`."""
         kept = kept_of(inputs, at) if training else {}
         tokens, targets, mask = (
             inputs[n][at].transpose(0, 1) for n in ("tokens", "targets", "mask")
         )
-        h = _hidden(tokens, self.model, self.stacks, weights, kept)
+        h = self._hidden(tokens, weights, kept, added)
         last = {n: each[0] for n, each in weights.items() if n.startswith("final_norm.")}
         states = self.model.layer.normalised(h, last, "final_norm.")
         sums = [self._sum(states, weights, targets, mask)]
         for depth in range(self.model.depths if training else 0):
             own = _members(weights, self.stacks, "multi_token.", depth)
-            h = _further(h, tokens, depth, self.model, own, weights, kept)
+            h = self._further(h, tokens, depth, own, weights, kept, added)
             ahead = depth + 1
             states = self.model.layer.normalised(h, own, "final_norm.")[: max(len(h) - ahead, 0)]
             sums.append(self._sum(states, weights, targets[ahead:], mask[ahead:]))
         return torch.stack(sums)
+
+    def _hidden(
+        self, tokens: Tensor, weights: Tensors, kept: Tensors, added: list[Tensor]
+    ) -> Tensor:
+        """[sequence, batch, hidden] of tokens [sequence, batch], after the last layer."""
+        model = self.model
+        x = F.embedding(tokens, weights["embedding.tokens.weight"][0])
+        if model.positions == "learned":
+            x = x + weights["embedding.positions.weight"][0, : len(x), None]
+        x = dropped(x, kept.get("embedding"), model.layer.hidden_dropout)
+        for layer in range(model.case.shape["layers"]):
+            own = _members(weights, self.stacks, "layers.", layer)
+            x = _layer(x, model, own, _masks(kept, layer), added)
+        return x
+
+    def _further(
+        self,
+        h: Tensor,
+        tokens: Tensor,
+        depth: int,
+        own: Tensors,
+        weights: Tensors,
+        kept: Tensors,
+        added: list[Tensor],
+    ) -> Tensor:
+        """The hidden states of a depth, counted from 0, of those before it: arXiv:2412.19437,
+        equations 21 and 22. At the end of a sequence there is no token to look up, and zeros
+        instead."""
+        model, ahead = self.model, tokens[depth + 1 :]
+        embedded = F.embedding(ahead, weights["embedding.tokens.weight"][0])
+        nothing = embedded.new_zeros(len(tokens) - len(ahead), *embedded.shape[1:])
+        embedded = model.layer.normalised(torch.cat([embedded, nothing]), own, "embedding_norm.")
+        normal = model.layer.normalised(h, own, "hidden_norm.")
+        x = F.linear(torch.cat([normal, embedded], dim=-1), own["weight"])
+        inner = {n.removeprefix("layer."): w for n, w in own.items() if n.startswith("layer.")}
+        masks = _masks(kept, model.case.shape["layers"] + depth)
+        return _layer(x, model, inner, masks, added)
 
     def _sum(self, states: Tensor, weights: Tensors, targets: Tensor, mask: Tensor) -> Tensor:
         """The sum of the cross entropies of normalised states, each times its mask."""
@@ -137,41 +184,6 @@ class Training:
 
 def _count(inputs: Tensors, step: int) -> Tensor:
     return inputs["mask"][step].sum().clamp_min(1)
-
-
-def _hidden(
-    tokens: Tensor, model: Model, stacks: Mapping[str, Stack], weights: Tensors, kept: Tensors
-) -> Tensor:
-    """[sequence, batch, hidden] of tokens [sequence, batch], after the last layer."""
-    x = F.embedding(tokens, weights["embedding.tokens.weight"][0])
-    if model.positions == "learned":
-        x = x + weights["embedding.positions.weight"][0, : len(x), None]
-    x = dropped(x, kept.get("embedding"), model.layer.hidden_dropout)
-    for layer in range(model.case.shape["layers"]):
-        own = _members(weights, stacks, "layers.", layer)
-        x = _layer(x, model, own, _masks(kept, layer))
-    return x
-
-
-def _further(
-    h: Tensor,
-    tokens: Tensor,
-    depth: int,
-    model: Model,
-    own: Tensors,
-    weights: Tensors,
-    kept: Tensors,
-) -> Tensor:
-    """The hidden states of a depth, counted from 0, of those before it: arXiv:2412.19437, equations
-    21 and 22. At the end of a sequence there is no token to look up, and zeros instead."""
-    table, ahead = weights["embedding.tokens.weight"][0], tokens[depth + 1 :]
-    embedded = F.embedding(ahead, table)
-    nothing = embedded.new_zeros(len(tokens) - len(ahead), *embedded.shape[1:])
-    embedded = model.layer.normalised(torch.cat([embedded, nothing]), own, "embedding_norm.")
-    normal = model.layer.normalised(h, own, "hidden_norm.")
-    x = F.linear(torch.cat([normal, embedded], dim=-1), own["weight"])
-    inner = {n.removeprefix("layer."): w for n, w in own.items() if n.startswith("layer.")}
-    return _layer(x, model, inner, _masks(kept, model.case.shape["layers"] + depth))
 
 
 def _members(
@@ -190,7 +202,9 @@ def _masks(kept: Tensors, layer: int) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): m for n, m in kept.items() if n.startswith(prefix)}
 
 
-def _layer(x: Tensor, model: Model, weights: Tensors, masks: Tensors) -> Tensor:
+def _layer(
+    x: Tensor, model: Model, weights: Tensors, masks: Tensors, added: list[Tensor]
+) -> Tensor:
     layer, p = model.layer, model.layer.hidden_dropout
     normal = layer.normalised(x, weights, "input_norm.")
     mask = attention_mask(layer_case(model.case))
@@ -198,16 +212,18 @@ def _layer(x: Tensor, model: Model, weights: Tensors, masks: Tensors) -> Tensor:
     h = x + dropped(out, masks.get("attended"), p)
     normal = layer.normalised(h, weights, "mlp_norm.")
     if "mlp.router.weight" in weights:
-        fed = _routed(normal, model, weights)
+        fed = _routed(normal, model, weights, added)
     else:
         fed = mlp_of(normal, weights, "mlp.", layer.activation)
     return h + dropped(fed, masks.get("fed"), p)
 
 
-def _routed(x: Tensor, model: Model, weights: Tensors) -> Tensor:
+def _routed(x: Tensor, model: Model, weights: Tensors, added: list[Tensor]) -> Tensor:
     assert model.rule is not None
     own = {n.removeprefix("mlp."): w for n, w in weights.items() if n.startswith("mlp.")}
     gated = model.layer.activation == "swiglu"
-    _, shares = route(logits_of(x, own["router.weight"]), model.rule)
+    logits = logits_of(x, own["router.weight"])
+    added += losses_of(logits, model.rule).values()
+    _, shares = route(logits, model.rule)
     y = sum_of_products(shares, experts_of(x, own, gated=gated), x)
     return y + shared_of(x, own, gated=gated) if "shared.fc1.weight" in own else y

@@ -21,7 +21,7 @@ from impl.groups import Groups
 from impl.model import build_model, model_parameters, tie_embeddings
 from impl.model_config import ModelConfig
 from impl.moe.layer import ExpertsConfig
-from impl.moe.router import Choice
+from impl.moe.router import Choice, Losses
 from impl.optimizer.mixed import Optimizer, ParameterGroup
 from impl.training import Microbatch, Trainer, TrainResult
 from impl.transformer import LayerConfig
@@ -82,11 +82,17 @@ def _experts(case: Case) -> ExpertsConfig | None:
     if "experts" not in case.shape:
         return None
     given: dict[str, Any] = {n: case.options[n] for n in ("dispatcher",) if n in case.options}
+    level = str(case.options.get("balance", "none"))
     return ExpertsConfig(
         number=case.shape["experts"],
         ffn=case.shape["ffn"],
         choice=Choice(top_k=case.shape["top_k"]),
         shared_ffn=case.shape.get("shared_ffn"),
+        losses=Losses(
+            level=None if level == "none" else level,
+            balance=number(case, "coefficient", 1.0),
+            z=number(case, "z_loss", 0.0),
+        ),
         **given,
     )
 
