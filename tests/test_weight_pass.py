@@ -14,31 +14,34 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from impl.data_parallel import GradientBuffer
 from impl.groups import build_groups
 from impl.pipeline.executor import Executor
+from impl.pipeline.timeline import Action
 from impl.pretrain.options import Options
 from impl.pretrain.run import build
 from impl.weight_pass import WeightPass, embedding, linear
 from verify.cluster import open_cluster
 
 SMALL = {
-    "layers": 4,
+    "layers": 2,
     "hidden": 16,
     "heads": 2,
     "ffn": 24,
     "sequence": 8,
     "vocabulary_multiple": 8,
-    "global_batch_size": 6,
+    "global_batch_size": 4,
     "microbatch_size": 1,
 }
 RUNS = {
-    "pp4": {"pp": 4, "bias": True, "norm": "LayerNorm"},
+    "pp4": {"pp": 4, "layers": 4, "bias": True, "norm": "LayerNorm"},
     "untied": {"pp": 2, "tp": 2, "sequence_parallel": True, "tied": False},
     "experts": {"pp": 2, "tp": 2, "sequence_parallel": True, "experts": 4, "bias": False},
     "recompute": {"pp": 2, "recompute": "full", "dropout": 0.1, "positions": "learned_absolute"},
     "replicas": {
         "pp": 2,
         "dp": 2,
+        "global_batch_size": 6,
         "overlap": True,
         "bucket": 600,
         "distributed_optimizer": True,
@@ -133,6 +136,29 @@ def test_a_weight_pass_does_the_products_of_weights_only(sim, monkeypatch, folde
     monkeypatch.setattr("impl.training.Executor", Counted)
     run_of(sim, {"pp": 2}, "zb-h1", folder)
     assert counts["done"] == counts["due"] > 0
+
+
+def test_reductions_over_replicas_begin_within_the_last_weight_pass(sim, monkeypatch, folder):
+    """Not with gradients that the input pass found, and not after it all either."""
+    doing: dict[int, Action] = {}
+    begun: list[Action] = []
+    start = GradientBuffer._start
+
+    class Watched(Executor):
+        def _act(self, action):
+            doing[dist.get_rank()] = action
+            super()._act(action)
+            del doing[dist.get_rank()]
+
+    def watched(buffer):
+        begun.append(doing[dist.get_rank()])
+        start(buffer)
+
+    monkeypatch.setattr("impl.training.Executor", Watched)
+    monkeypatch.setattr(GradientBuffer, "_start", watched)
+    run_of(sim, RUNS["replicas"], "zb-h1", folder)
+    assert len(begun) > 4
+    assert set(begun) == {Action("weight", 2, 0)}
 
 
 def chain(depth: int, width: int = 4) -> list[Parameter]:
