@@ -5,7 +5,8 @@ differs from token to token, are those of one softmax over the whole vocabulary;
 the same loss; (3) it is finite, and right, for logits in the thousands; (4) smoothing spreads over
 the other classes of the whole vocabulary; (5) an ignored target has no loss and no gradient; (6)
 masked padding is no class, even where a rank has nothing else; (7) memory order, (8) the layout and
-(9) running twice change nothing. Targets and padding fall where they may: at edges of shards, all
+(9) running twice change nothing; (10) a rank keeps its part of the logits once, and three numbers a
+token. Targets and padding fall where they may: at edges of shards, all
 on one rank, none on another.
 """
 
@@ -82,3 +83,10 @@ def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
     """Law 9. Must catch: logits of the caller, overwritten and used again; sums that depend on
     timing."""
     check("determinism", case)
+
+
+@given(case=cases(CONCEPT, lenses=("fp64",), options={**CONTIGUOUS, "magnitude": (1,)}))
+def test_what_is_kept(check: CheckCase, case: Case) -> None:
+    """Law 10. Must catch: probabilities kept beside logits; a mask of the whole vocabulary; logits
+    that are kept gathered."""
+    check("memory", case)

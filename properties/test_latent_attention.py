@@ -3,8 +3,8 @@
 Laws: (1) output and all gradients are those of one device, with a latent of the queries and
 without; the gradients of the narrow weights, which every rank has, are complete; (2) copies on
 several ranks are equal; (3) ranks drop different shares; (4) what is summed or gathered is narrow;
-(5) memory order and (6) the layout change nothing; (7) what cannot be computed is refused. Sequence
-parallelism is on or off.
+(5) memory order, (6) the layout and (7) running twice change nothing; (8) what cannot be computed
+is refused. Sequence parallelism is on or off.
 """
 
 from __future__ import annotations
@@ -58,8 +58,15 @@ def test_the_layout_does_not_matter(check: CheckCase, case: Case) -> None:
     check("invariance", case)
 
 
+@given(case=attention_cases(CONCEPT, options=ANY))
+def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
+    """Law 7. Must catch: a latent that is read before it is gathered; a mask from a stream that goes
+    on from run to run."""
+    check("determinism", case)
+
+
 @given(case=refusable_attention_cases(CONCEPT))
 def test_what_cannot_be_computed(check: CheckCase, case: Case) -> None:
-    """Law 7. Must catch: a rank with the heads that remain, or with fewer; an option that is
+    """Law 8. Must catch: a rank with the heads that remain, or with fewer; an option that is
     quietly left out."""
     check("refusal", case)

@@ -100,4 +100,5 @@ def _losses() -> Iterator[tuple[str, Case]]:
     yield "refusal", fused(TP2, sizes, z_loss=-0.25)
     logits = {"sequence": 3, "batch": 2, "vocabulary": 6}
     yield "equivalence", case_of("vocab_cross_entropy", TP2, logits, z_loss=0.25)
+    yield "memory", case_of("vocab_cross_entropy", TP2, logits)
     yield "refusal", case_of("vocab_cross_entropy", TP2, logits, z_loss=-0.25)

@@ -14,7 +14,25 @@ _MAXIMUM = "maximum = all_reduce(x.amax(-1), op=dist.ReduceOp.MAX, group=group)"
 _HERE = "here = (targets >= self.part.start) & (targets < self.part.stop)"
 _UPSTREAM = "slope *= gradient.masked_fill(targets == classes.ignore_index, 0.0).unsqueeze(-1)"
 
+_KEPT = """\
+        ctx.save_for_backward(logits, targets, maximum, total)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, targets, maximum, total = ctx.saved_tensors
+"""
+
 MUTANTS = (
+    _mutant(
+        name="loss-keeps-probabilities",
+        wrong="For backward the probabilities are kept beside the logits.",
+        snippet=_KEPT,
+        replacement=_KEPT.replace(
+            "maximum, total)", "maximum, total, (logits - maximum.unsqueeze(-1)).exp())"
+        ).replace("maximum, total = ", "maximum, total, _ = "),
+    ),
     _mutant(
         name="loss-local-maximum",
         wrong="The maximum is not exchanged, and the sums of exponentials have different units.",

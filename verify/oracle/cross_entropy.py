@@ -41,7 +41,8 @@ OPTIONS = ("label_smoothing", "z_loss", *_SWITCHES)
 def vocab_cross_entropy(case: Case) -> Contract:
     """logits [sequence, batch, vocabulary] and their gradient Shard(-1) over tp; targets and loss
     [sequence, batch] Replicate. Forward exchanges the maximum, the target's logit and the sum of
-    exponentials; backward exchanges nothing.
+    exponentials; backward exchanges nothing. Kept are this rank's logits, or their exponentials, and
+    three numbers a token.
 
     Raises BadArgument for label_smoothing outside [0, 1) or of a single class, and for a real
     vocabulary that exceeds the padded one.
@@ -65,6 +66,7 @@ def vocab_cross_entropy(case: Case) -> Contract:
             )
         },
         reference=lambda inputs, parameters: {"loss": losses(inputs["logits"], inputs["targets"])},
+        kept=sequence * batch * (vocabulary // case.layout.tp + 3),
     )
 
 

@@ -16,7 +16,7 @@ from verify.coverage.steering import CONCEPT, chosen
 from verify.layout import Layout
 from verify.oracle.mlp import ACTIVATIONS
 from verify.oracle.norm import KINDS
-from verify.strategies.cases import STRIDES, completed, with_option
+from verify.strategies.cases import STRIDES, Choices, completed, with_option
 from verify.strategies.context import ALGORITHMS, MASKS, PLACEMENTS, SCORED, layouts, shared_by
 from verify.strategies.layouts import divisors
 
@@ -38,10 +38,14 @@ def layer_cases(
     sequence_parallel: Sequence[bool] = _FLAGS,
     lenses: Sequence[Lens] = LENSES,
     strides: Sequence[str] = STRIDES[:1],
-    latent: Sequence[bool] = (False, False, True),
+    latent: Sequence[bool] = (False, True),
 ) -> Case:
     """Cases of a whole layer, by any algorithm of context parallelism. Groups of heads are any that
-    tp divides or that divide tp; some cases have latents instead. `latent` says which to draw."""
+    tp divides or that divide tp.
+
+    Half of them may have what few layers have: latents in the place of groups (`latent` says which
+    to draw), packed sequences, zero-centred norms, other ways of scoring. The others show, also of
+    targets that have none of it, what all layers have."""
     concept = chosen(draw, CONCEPT, ("transformer_layer",))
     shares = chosen(draw, "attention_dropout", attention_dropout)
     algorithm = chosen(draw, "algorithm", algorithms)
@@ -54,15 +58,15 @@ def layer_cases(
         )
     )
     case = Case(concept=concept, layout=layout)
-    placement = chosen(draw, "placement", PLACEMENTS)
-    count = chosen(draw, "packed", packed)
+    placement, rich = chosen(draw, "placement", PLACEMENTS), draw(st.booleans())
+    count = chosen(draw, "packed", packed if rich else packed[:1])
     again = chosen(draw, "recompute", recompute)
     if again == "full_distributed" and layout.sequence_parallel:
         again = "full"
     shape = draw(_layer_sizes(layout, algorithm, placement, count))
     if again == "full_distributed":
         shape["hidden"] = layout.tp * -(-shape["hidden"] // layout.tp)
-    if draw(st.sampled_from(latent)):
+    if rich and draw(st.sampled_from(latent)):
         shape |= draw(_latents(layout, shape))
     pairs = shape.get("rope_size", shape["head_size"]) // 2
     mask = chosen(draw, "mask", MASKS)
@@ -82,10 +86,14 @@ def layer_cases(
         ("recompute", again, ""),
         ("strides", chosen(draw, "strides", strides), STRIDES[0]),
     ]
-    given += [(name, chosen(draw, name, _FLAGS), False) for name in ("zero_centered", "qk_norm")]
-    given += [("bias", chosen(draw, "bias", (True, False)), True)]
-    given += [("interleaved", chosen(draw, "interleaved", _FLAGS), False)]
-    given += [(name, chosen(draw, name, each), each[0]) for name, each in SCORED.items()]
+    few: Choices = {"zero_centered": _FLAGS, **SCORED}
+    switched: dict[str, Sequence[Option]] = {
+        "qk_norm": _FLAGS,
+        "bias": (True, False),
+        "interleaved": _FLAGS,
+    }
+    switched |= {name: values if rich else values[:1] for name, values in few.items()}
+    given += [(name, chosen(draw, name, each), each[0]) for name, each in switched.items()]
     case = dataclasses.replace(case, shape=shape)
     for option, value, default in given:
         case = with_option(case, option, value, default=default)
