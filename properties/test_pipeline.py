@@ -2,10 +2,11 @@
 
 Laws: (1) every microbatch's loss, the gradient of the input and of every parameter are those of one
 device, whatever the schedule, with fewer microbatches than stages, several chunks a stage, several
-rounds, and an evaluation before each; (2) also where microbatches have different lengths; (3)
-memory order, (4) the layout and (5) running twice change nothing; (6) a stage sends one activation
-and one gradient of each microbatch over each border of its chunks, and nothing else; (7) what a
-schedule cannot do is refused. Receives may be late, and sends be done only when they are received.
+rounds, an evaluation before each, and frozen weights; (2) also where microbatches have different
+lengths; (3) memory order, (4) the layout and (5) running twice change nothing; (6) a stage sends
+one activation and one gradient of each microbatch over each border of its chunks, and nothing else;
+(7) what a schedule cannot do is refused. Receives may be late, and sends be done only when they are
+received.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ def test_losses_and_gradients(check: CheckCase, case: Case) -> None:
     """Law 1. Must catch: gradients of earlier rounds scaled again; a loss not divided by all
     microbatches; a gradient called complete before its last microbatch; a tensor of another
     microbatch or chunk; a receive read before it is done; a send to a rank of the group as if it
-    were one of the world."""
+    were one of the world; a weight pass left out, done twice, of another microbatch's input, or of
+    a frozen weight."""
     check("equivalence", case)
 
 
