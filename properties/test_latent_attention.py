@@ -60,8 +60,8 @@ def test_the_layout_does_not_matter(check: CheckCase, case: Case) -> None:
 
 @given(case=attention_cases(CONCEPT, options=ANY))
 def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
-    """Law 7. Must catch: a latent that is read before it is gathered; a mask from a stream that goes
-    on from run to run."""
+    """Law 7. Must catch: a latent that is read before it is gathered; a mask from a stream that
+    goes on from run to run."""
     check("determinism", case)
 
 

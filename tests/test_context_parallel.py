@@ -128,6 +128,23 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "sequence: 3 does not divide into the 4 chunks",
     ),
     "padding": (lambda: lengths([0, 5], [0, 4]), "a sequence of 5 tokens in 4 places"),
+    "marks": (
+        lambda: attend(padding=torch.zeros(4, B, dtype=torch.bool)),
+        "padding: [4, 1] torch.bool does not mark the tokens of q [4, 1, 4, 2]; give bool [1, 4]",
+    ),
+    "marks that are numbers": (
+        lambda: attend(padding=torch.zeros(B, 4)),
+        "padding: [1, 4] torch.float32 does not mark",
+    ),
+    "sink": (
+        lambda: attend(sink=torch.zeros(2)),
+        "sink: [2] are not one for each of the 4 heads of q",
+    ),
+    "slopes": (
+        lambda: attend(slopes=torch.zeros(8)),
+        "slopes: [8] are not one for each of the 4 heads of q",
+    ),
+    "layer": (lambda: attend(layer_number=0), "layer_number: 0 is below 1; layers count from 1"),
     "count": (lambda: lengths([0, 4], [0, 4, 8]), "cu_seqlens: 1 sequences"),
     "start": (lambda: lengths([1, 4]), "cu_seqlens: [1, 4] are not cumulative lengths"),
 }

@@ -41,8 +41,8 @@ OPTIONS = ("label_smoothing", "z_loss", *_SWITCHES)
 def vocab_cross_entropy(case: Case) -> Contract:
     """logits [sequence, batch, vocabulary] and their gradient Shard(-1) over tp; targets and loss
     [sequence, batch] Replicate. Forward exchanges the maximum, the target's logit and the sum of
-    exponentials; backward exchanges nothing. Kept are this rank's logits, or their exponentials, and
-    three numbers a token.
+    exponentials; backward exchanges nothing. Kept are this rank's logits, or their exponentials,
+    and three numbers a token.
 
     Raises BadArgument for label_smoothing outside [0, 1) or of a single class, and for a real
     vocabulary that exceeds the padded one.
