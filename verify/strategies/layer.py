@@ -151,11 +151,14 @@ def fused_loss_cases(
         "magnitude": (1, 1, 4),
         "strides": tuple(strides),
     }
+    case = with_option(case, "mask_padding", masked, default=False)
     if rest:
         full = shape["sequence"]
-        given["chunk"] = tuple(n for n in range(2, full) if full % n)
+        # Its values are those of this length: no factor that others would have to meet.
+        chunk = draw(st.sampled_from([n for n in range(2, full) if full % n]))
+        case = with_option(case, "chunk", chunk, default=1)
+        del given["chunk"]
         given |= dict.fromkeys(("ignored", "loss_mask"), (False,))
-    case = with_option(case, "mask_padding", masked, default=False)
     for option, values in given.items():
         default = 1 if option == "chunk" else values[0]
         case = with_option(case, option, chosen(draw, option, values), default=default)

@@ -48,6 +48,7 @@ _LOSSES: Choices = {
     "z_loss": (0.0, 0.25),
     "loss_scale": (1.0, 0.25),
 }
+_SPREAD = 6
 _ROUTING: Choices = {**_CHOICES, **_DROPPING, **_LOSSES}
 _DISPATCHER: Choices = {"dispatcher": ("all_to_all", "all_gather")}
 OPTIONS: Mapping[str, Choices] = {
@@ -89,7 +90,11 @@ def stage_layouts(
         left //= sizes[axis]
     stage = sizes["tp"] * sizes["dp"] * sizes["cp"]
     etp = chosen(draw, "etp", [n for n in (sizes["tp"], *divisors(stage)) if n <= 4])
-    ep = chosen(draw, "ep", [*divisors(stage // etp), stage // etp])
+    # Over all ranks that there are is no size that other choices would have to meet.
+    if draw(st.sampled_from((False, False, False, True))):
+        ep = stage // etp
+    else:
+        ep = chosen(draw, "ep", [n for n in divisors(stage // etp) if n <= _SPREAD])
     return Layout(
         **sizes,
         ep=ep,
