@@ -22,6 +22,8 @@ from verify.strategies.layouts import divisors
 
 RECOMPUTED = ("full", "full_distributed", "selective")
 _FLAGS = (False, True)
+# An option, its value, its default.
+Given = tuple[str, Option, Option]
 
 
 @st.composite
@@ -68,32 +70,16 @@ def layer_cases(
         shape["hidden"] = layout.tp * -(-shape["hidden"] // layout.tp)
     if rich and draw(st.sampled_from(latent)):
         shape |= draw(_latents(layout, shape))
-    pairs = shape.get("rope_size", shape["head_size"]) // 2
-    mask = chosen(draw, "mask", MASKS)
-    window = draw(st.integers(2, shape["sequence"] + 1)) if mask == "sliding_window" else None
-    kind, activation = chosen(draw, "norm", KINDS), chosen(draw, "activation", ACTIVATIONS)
-    given: list[tuple[str, Option, Option]] = [
+    given: list[Given] = [
         ("algorithm", algorithm, ALGORITHMS[0]),
         ("placement", placement, PLACEMENTS[0]),
-        ("mask", mask, MASKS[0]),
-        ("window", window, None),
         ("packed", count, 0),
-        ("norm", kind, KINDS[0]),
-        ("activation", activation, ACTIVATIONS[0]),
-        ("rotary_dim", draw(st.sampled_from((None, *(2 * n for n in range(1, pairs + 1))))), None),
         ("hidden_dropout", chosen(draw, "hidden_dropout", dropout), 0.0),
         ("attention_dropout", shares, 0.0),
         ("recompute", again, ""),
         ("strides", chosen(draw, "strides", strides), STRIDES[0]),
+        *draw(_parts(shape, rich)),
     ]
-    few: Choices = {"zero_centered": _FLAGS, **SCORED}
-    switched: dict[str, Sequence[Option]] = {
-        "qk_norm": _FLAGS,
-        "bias": (True, False),
-        "interleaved": _FLAGS,
-    }
-    switched |= {name: values if rich else values[:1] for name, values in few.items()}
-    given += [(name, chosen(draw, name, each), each[0]) for name, each in switched.items()]
     case = dataclasses.replace(case, shape=shape)
     for option, value, default in given:
         case = with_option(case, option, value, default=default)
@@ -102,6 +88,30 @@ def layer_cases(
         return case
     hard = dataclasses.replace(case.adversary, rendezvous=draw(st.booleans()))
     return dataclasses.replace(case, adversary=hard)
+
+
+@st.composite
+def _parts(draw: st.DrawFn, shape: dict[str, int], rich: bool) -> list[Given]:
+    """What the parts of a layer of these sizes are, with what few layers have if it is `rich`."""
+    pairs = shape.get("rope_size", shape["head_size"]) // 2
+    mask = chosen(draw, "mask", MASKS)
+    window = draw(st.integers(2, shape["sequence"] + 1)) if mask == "sliding_window" else None
+    few: Choices = {"zero_centered": _FLAGS, **SCORED}
+    choices: dict[str, Sequence[Option]] = {
+        "norm": KINDS,
+        "activation": ACTIVATIONS,
+        "qk_norm": _FLAGS,
+        "bias": (True, False),
+        "interleaved": _FLAGS,
+        **{name: values if rich else values[:1] for name, values in few.items()},
+    }
+    turned = draw(st.sampled_from((None, *(2 * n for n in range(1, pairs + 1)))))
+    return [
+        ("mask", mask, MASKS[0]),
+        ("window", window, None),
+        ("rotary_dim", turned, None),
+        *((name, chosen(draw, name, each), each[0]) for name, each in choices.items()),
+    ]
 
 
 @st.composite
