@@ -11,6 +11,7 @@ import torch.distributed as dist
 from impl.pipeline.executor import Executor, Stage
 from impl.pipeline.p2p import Link, Outgoing
 from impl.pipeline.schedules import build_schedule, forward_only
+from impl.weight_pass import linear
 from verify.cluster import open_cluster
 
 
@@ -51,6 +52,40 @@ def test_outputs_are_freed_when_they_are_sent(sim, overlap):
     """All forwards come first, and yet no stage has all outputs at once."""
     found = sim.run(most_alive, "gpipe", 8, overlap, world_size=2)
     assert max(found) <= 2
+
+
+def most_kept(kind: str, microbatches: int) -> tuple[int, int]:
+    """Rank program: the most microbatches of which anything is kept, and of which all is."""
+    link = Link(dist.group.WORLD, dtype=torch.float64)
+    weight = torch.nn.Parameter(torch.ones(3, 3, dtype=torch.float64))
+    most = [0, 0]
+
+    class Watched(Executor):
+        def _act(self, action):
+            super()._act(action)
+            kept = len(self._kept) + len(self._late)
+            most[:] = max(most[0], kept), max(most[1], len(self._kept))
+
+    Watched(
+        build_schedule(kind, pp=2, microbatches=microbatches),
+        stage=Stage(
+            chunks=[lambda x: linear(x, weight)], parameters=[[weight]], loss=lambda y, _: y.sum()
+        ),
+        link=link,
+        inputs=[torch.ones(3, 3, dtype=torch.float64, requires_grad=True)] * microbatches,
+        scale=1.0,
+        shape=(3, 3),
+    ).run()
+    return most[0], most[1]
+
+
+def test_zero_bubble_keeps_what_its_formula_says(sim):
+    """Every stage as many microbatches as there are stages (arXiv:2401.10241, 2.3), and all of as
+    many as 1f1b does."""
+    found = sim.run(most_kept, "zb-h1", 6, world_size=2)
+    plain = sim.run(most_kept, "1f1b", 6, world_size=2)
+    assert [some for some, _ in found] == [2, 2]
+    assert [whole for _, whole in found] == [whole for _, whole in plain] == [2, 1]
 
 
 def frozen(kind: str) -> tuple[int, int]:
