@@ -11,7 +11,8 @@ their routers add to the loss, (5) with dropout, under the masks that were drawn
 recomputation, which changes no bit; (7) an evaluation between steps is right, and changes nothing;
 (8) the layout and (9) running twice change nothing; (10) what cannot be computed is refused; (11)
 with modules that predict tokens further on, their losses are those of one device, and so is all
-else, in training with them.
+else, in training with them; (12) a step whose gradients overflow on one rank is skipped by all, and
+changes the loss scale only; (13) what is frozen stays as it is, and all else is trained as ever.
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ from verify.strategies.gpt import (
 
 CLIPPED: Choices = {"clip": (2.0**-4, 2.0**-4, None), "order": OPTIMIZING["order"]}
 SHARDED: Choices = {n: OPTIMIZING[n] for n in ("clip", "bucket", "distributed", "overlap")}
+
+SKIPPED: Choices = {
+    **{n: OPTIMIZING[n] for n in ("optimizer", "momentum", "clip", "distributed", "overlap")},
+    "loss_scale": ("dynamic", "dynamic", "static"),
+    "frozen": OPTIMIZING["frozen"],
+    "hysteresis": OPTIMIZING["hysteresis"],
+    "overflow": (1, 2, 0),
+}
 
 
 @given(case=model_cases(steps=(2, 1, 3), worlds=LARGE))
@@ -113,6 +122,14 @@ def test_multi_token_prediction(check: CheckCase, case: Case) -> None:
     """Law 11. Must catch: tokens moved by one place too few, or within a rank's chunks; the last
     tokens, which nothing follows, in the loss; losses that are not divided by the number of depths;
     a copy of the embedding on the last stage that follows its own gradient."""
+    check("equivalence", case)
+
+
+@given(case=model_cases(options=SKIPPED, steps=(2, 3), dtypes=DOUBLE))
+def test_skipped_and_frozen(check: CheckCase, case: Case) -> None:
+    """Laws 12 and 13. Must catch: a stage that goes on alone; a loss scale that only one rank
+    halves; a skipped step that counts; stages without anything to train; layers that are not
+    trained where their input needs no gradient; one copy of an embedding that is frozen."""
     check("equivalence", case)
 
 

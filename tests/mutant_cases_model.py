@@ -74,6 +74,9 @@ def cases() -> Iterator[tuple[str, Case]]:
         "gpt_training", Layout(pp=2), {**further, "layers": 2}, multi_token=1, tied=False, **PLAIN
     )
     yield "equivalence", apart
+    skipped = {"loss_scale": "dynamic", "overflow": 1, "tied": False}
+    alone = case_of("gpt_training", Layout(pp=2), {**SMALL, "steps": 2}, **skipped, **PLAIN)
+    yield "equivalence", alone
     balanced = {**SMALL, "experts": 2, "top_k": 1, "layers": 4, "batch": 2}
     added = {"balance": "batch", "z_loss": 0.25, "loss_scale": "static"}
     yield "equivalence", case_of("gpt_training", chunks, balanced, **added, **PLAIN)

@@ -259,6 +259,14 @@ STEP = (
         snippet=_EMBEDDING,
         replacement="            embedding_group=self.groups.tp,\n",
     ),
+    _model(
+        name="step-overflow-of-a-stage",
+        module="impl.optimizer.mixed",
+        wrong="The stage whose gradients overflow skips the step alone.",
+        snippet="for group in (self.groups.tp_dp_cp, self.groups.pp):",
+        replacement="for group in (self.groups.tp_dp_cp,):",
+        seen="DP-07",
+    ),
     _gradients(
         name="step-tied-not-summed",
         wrong="Each copy of a tied embedding follows its own part of the gradient.",

@@ -110,6 +110,11 @@ def resumed_training(case: Case) -> Contract:
         raise BadArgument(f"case.options.after: {after} of {steps} steps leave none to go on with")
     if case.options.get("hidden_dropout") or case.options.get("attention_dropout"):
         raise BadArgument("case.options.hidden_dropout: resumed_training has none; leave it out")
+    if case.options.get("balance") == "batch" and saved_layout(case).dp != case.layout.dp:
+        raise BadArgument(
+            f"case.options.balance: microbatches of dp={case.layout.dp} are others than those of"
+            f" dp={saved_layout(case).dp}; give sequence or global"
+        )
     plain = _checked(case)
     base, stacks = gpt_training(plain), stacks_of(Model.of(plain))
     inputs = {n: dataclasses.replace(spec, placements={}) for n, spec in base.inputs.items()}

@@ -16,6 +16,7 @@ from verify.oracle.terms import known_options, number, one_of, switches, whole_n
 
 OPTIMIZERS = ("sgd", "adam")
 GROUPS = ("one", "several")
+FROZEN = ("", "norm", "mlp.fc1", "mlp")
 SCALES = ("none", "static", "dynamic")
 OPTIONS = (
     *RATES,
@@ -68,8 +69,9 @@ class Plan:
         return bool(self.frozen) and name.startswith(self.frozen)
 
 
-def plan_of(case: Case, steps: int) -> Plan:
-    """The plan of a case of so many steps. Raises BadArgument for an option that is none."""
+def plan_of(case: Case, steps: int, *, frozen: tuple[str, ...] = FROZEN) -> Plan:
+    """The plan of a case of so many steps, of which what is `frozen` can be. Raises BadArgument for
+    an option that is none."""
     known_options(case, *OPTIONS)
     switches(case, {"overlap": False})
     whole_number(case, "bucket", least=1)
@@ -80,7 +82,7 @@ def plan_of(case: Case, steps: int) -> Plan:
         clip=_positive(case, "clip", None),
         norm=inf if case.options.get("norm") == "inf" else _positive(case, "norm", 2.0) or 2.0,
         groups=one_of(case, "groups", GROUPS),
-        frozen=one_of(case, "frozen", ("", "norm", "mlp.fc1", "mlp")),
+        frozen=one_of(case, "frozen", frozen),
         loss_scale=one_of(case, "loss_scale", SCALES),
         hysteresis=whole_number(case, "hysteresis", least=1) or 1,
         overflow=whole_number(case, "overflow", least=0) or 0,

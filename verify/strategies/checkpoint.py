@@ -25,7 +25,16 @@ WORLDS = (2, 4, 4)
 _MOST_LAYERS = 4
 TRAINED: Choices = {
     name: OPTIMIZING[name]
-    for name in ("optimizer", "momentum", "weight_decay", "loss_scale", "bucket", "distributed")
+    for name in (
+        "optimizer",
+        "momentum",
+        "weight_decay",
+        "loss_scale",
+        "frozen",
+        "overflow",
+        "bucket",
+        "distributed",
+    )
 }
 SCHEDULED: Choices = {**TRAINED, "schedule": ("linear",), "warmup": (None, 1), "decay": (3, 4)}
 _EXPERTS = (False, False, True)
@@ -61,7 +70,12 @@ def resumed_cases(
         model_cases(
             concept="resumed_training",
             options=options,
-            model={"recompute": ("",), "evaluated": (False,)},
+            # What a microbatch is depends on dp.
+            model={
+                "recompute": ("",),
+                "evaluated": (False,),
+                "balance": ("none", "sequence", "global"),
+            },
             uneven=(False,),
             chunks=(1, 1, 1, 2),
             experts=_EXPERTS,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from verify.case import Case, Lens, Option
 from verify.coverage.steering import CONCEPT, chosen
 from verify.layout import Layout
-from verify.oracle.gpt.model import POSITIONS
+from verify.oracle.gpt.model import FROZEN, POSITIONS
 from verify.oracle.mlp import ACTIVATIONS
 from verify.oracle.norm import KINDS
 from verify.runner.limits import limits
@@ -49,6 +49,9 @@ OPTIMIZING: Choices = {
     "order": (2.0, 2.0, 1.0, "inf"),
     "groups": _STEPS["groups"],
     "loss_scale": _STEPS["loss_scale"],
+    "frozen": FROZEN,
+    "hysteresis": _STEPS["hysteresis"],
+    "overflow": (0, 0, 1, 2),
     "bucket": (None, 1, 50, 400),
     "distributed": _FLAGS,
     "overlap": _FLAGS,
@@ -309,12 +312,23 @@ def _trained(draw: st.DrawFn, case: Case, options: Choices, optimizer: Option) -
     for name, values in options.items():
         if name == "momentum" and optimizer == "adam":
             values = (0.0,)
+        elif name in ("hysteresis", "overflow"):
+            values = [value for value in values if _scaled(case, name, value)]
         elif name == "decay" and case.options.get("schedule", "constant") != "constant":
             values = [value for value in values if value is not None]
         value = optimizer if name == "optimizer" else chosen(draw, name, values)
         case = with_option(case, name, value, default=OPTIMIZING[name][0])
     assume(contract_or_none(case) is not None)
     return case
+
+
+def _scaled(case: Case, name: str, value: Option) -> bool:
+    """Whether a case can have a value of an option of its loss scale, which may have none."""
+    kind, default = case.options.get("loss_scale", "none"), OPTIMIZING[name][0]
+    if name == "overflow":
+        fits = kind != "none" and int(str(value)) <= case.shape["steps"]
+        return value == default or (fits and case.options.get("frozen") != "embedding")
+    return value == default or kind == "dynamic"
 
 
 @st.composite

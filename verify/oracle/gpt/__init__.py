@@ -12,7 +12,7 @@ from verify.case import Case
 from verify.oracle.context import PLACEMENTS
 from verify.oracle.contract import Contract, TensorSpec
 from verify.oracle.gpt.dropouts import masks_of
-from verify.oracle.gpt.model import OPTIONS, Model, training_case
+from verify.oracle.gpt.model import FROZEN, OPTIONS, Model, training_case
 from verify.oracle.gpt.parameters import Stack, stacks_of
 from verify.oracle.gpt.reference import ModelPlan, Training
 from verify.oracle.learning_rates import rates_of
@@ -40,15 +40,20 @@ def gpt_training(case: Case) -> Contract:
     stage and on the last, and starts with what the first one has. Of their losses the mean times
     `multi_token_scaling` is trained beside the main loss.
 
+    In the step that is to `overflow`, the rank with the number that the seed is modulo their number
+    multiplies the gradient of what its first chunk gives by infinity. `skipped` says of each step
+    if it was: it has a norm and gradients of zero, and changes nothing but the scale.
+
     Options: those of `transformer_layer`, of one sequence; of `training_steps`, the order of the
-    norm being `order`; `positions`, none, rotary (with a rotary_dim) or learned; `tied`; the
-    vocabulary is padded to a `multiple` of tp; `every`, which layers have the case's `experts`;
-    `first`, `last` and `split`, how layers are shared out; the `pipeline` schedule; `dispatcher`.
+    norm being `order`, and `frozen` a word of names; `positions`, none, rotary (with a rotary_dim)
+    or learned; `tied`; the vocabulary is padded to a `multiple` of tp; `every`, which layers have
+    the case's `experts`, with the auxiliary losses of `moe_layer`; `first`, `last` and `split`, how
+    layers are shared out; the `pipeline` schedule; `dispatcher`.
     """
     model = Model.of(case)
     stacks = stacks_of(model)
     steps, shape = case.shape["steps"], case.shape
-    plan = ModelPlan(**vars(plan_of(training_case(case), steps)))
+    plan = ModelPlan(**vars(plan_of(training_case(case), steps, frozen=FROZEN)))
     training = Training(model, stacks, plan, rates_of(training_case(case), steps))
     zigzag = one_of(case, "placement", PLACEMENTS) == "zigzag"
     placed: Placements = {"cp": ZigzagShard(3) if zigzag else Shard(3), "dp": Shard(2)}
@@ -92,6 +97,8 @@ def _outputs(model: Model, plan: ModelPlan, stacks: Mapping[str, Stack]) -> dict
     told = TensorSpec((steps,), grad_placements=None)
     found = {"scale": told, "rates": TensorSpec((steps, len(FACTORS[plan.groups])), {}, None)}
     for name, stack in stacks.items():
+        if plan.is_frozen(name):
+            continue
         copies = ("edp",) if ".experts." in name else ("dp", "cp")
         summed = {axis: Partial() for axis in copies} if plan.distributed else {}
         placed = {**later(stack.placements), **summed}
@@ -99,7 +106,7 @@ def _outputs(model: Model, plan: ModelPlan, stacks: Mapping[str, Stack]) -> dict
         found[f"gradient {name}"] = TensorSpec(shape, placed, None, terms=_terms(case))
     for name, stack in stacks.items():
         found[f"new {name}"] = TensorSpec((steps, *stack.full), later(stack.placements), None)
-    found |= {"norm": told, "loss": told}
+    found |= {"norm": told, "loss": told, "skipped": told}
     if model.depths:
         found["further"] = TensorSpec((steps, model.depths), {}, None)
     return found | ({"evaluation": told} if case.options.get("evaluated", False) else {})

@@ -35,9 +35,8 @@ SIZES = (
     "vocabulary",
 )
 # The kind of a norm is `norm`, and so it is here: the order of the gradients' is `order`.
-TRAINING = tuple(
-    name for name in _TRAINING if name not in ("norm", "frozen", "overflow", "hysteresis")
-)
+TRAINING = tuple(name for name in _TRAINING if name != "norm")
+FROZEN = ("", "norm", "mlp", "embedding", "layers")
 LAYER = tuple(name for name in _LAYER if name != "packed")
 # Of routers, the losses that they add.
 AUXILIARY = ("balance", "coefficient", "z_loss")
@@ -99,6 +98,8 @@ class Model:
         unit = (whole_number(case, "multiple", least=1) or 1) * case.layout.tp
         plain = layer_case(case)
         _check_schedule(case)
+        if case.options.get("overflow") and case.options.get("frozen") == "embedding":
+            raise BadArgument("case.options.overflow: no gradient passes a frozen embedding")
         return Model(
             case=case,
             layer=Layer.of(plain),

@@ -26,7 +26,8 @@ from verify.oracle.training_plan import FACTORS, Plan, Scale, clipped, optimizer
 
 @dataclass(frozen=True)
 class ModelPlan(Plan):
-    """A plan whose parameter groups are those of a whole model."""
+    """A plan whose parameter groups are those of a whole model. Frozen is every stack with the word
+    in its name."""
 
     def group_of(self, name: str) -> int:
         """Of several groups: the second linears, then biases and norms, then the rest."""
@@ -35,6 +36,10 @@ class ModelPlan(Plan):
         if name.endswith("fc2.weight"):
             return 1
         return 2 if name.endswith("bias") or "norm" in name else 0
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether a stack is not trained."""
+        return bool(self.frozen) and self.frozen in name
 
 
 @dataclass(frozen=True)
@@ -49,28 +54,31 @@ class Training:
     def run(self, inputs: Tensors, given: Tensors) -> Tensors:
         """All steps: what is told of each, stacked."""
         wide = torch.promote_types(next(iter(given.values())).dtype, torch.float32)
-        main = {name: each.to(wide, copy=True) for name, each in given.items()}
-        optimizer, scale = optimizer_of(self.plan, main), Scale(self.plan)
+        frozen = {name: each for name, each in given.items() if self.plan.is_frozen(name)}
+        main = {n: each.to(wide, copy=True) for n, each in given.items() if n not in frozen}
+        optimizer, scale, updates = optimizer_of(self.plan, main), Scale(self.plan), 0
         told: dict[str, list[Tensor]] = {}
         for step in range(len(inputs["tokens"])):
-            model = {name: main[name].to(each.dtype, copy=True) for name, each in given.items()}
+            model = {n: main.get(n, each).to(each.dtype, copy=True) for n, each in given.items()}
             losses, gradients = self._gradients(step, inputs, model, main, scale)
-            factors = [self.rates[step] * factor for factor, _ in FACTORS[self.plan.groups]]
+            factors = [self.rates[updates] * factor for factor, _ in FACTORS[self.plan.groups]]
+            skipped = step + 1 == self.plan.overflow
+            if skipped:
+                gradients = {name: torch.zeros_like(each) for name, each in gradients.items()}
             found = {f"gradient {name}": each.clone() for name, each in gradients.items()}
             norm = clipped(list(gradients.values()), self.plan)
-            for name, leaf in main.items():
-                leaf.grad = gradients[name]
-            for group, rate in zip(optimizer.param_groups, factors, strict=True):
-                group["lr"] = rate
-            optimizer.step()
-            found |= {f"new {n}": main[n].to(p.dtype, copy=True) for n, p in given.items()}
+            if not skipped:
+                _update(optimizer, main, gradients, factors)
+                updates += 1
+            found |= {f"new {n}": main.get(n, p).to(p.dtype, copy=True) for n, p in given.items()}
             report = {"loss": losses[0], "scale": scale.value, "rates": factors}
             report |= {"further": losses[1:]} if self.model.depths else {}
             found |= {n: torch.as_tensor(v, dtype=torch.float64) for n, v in report.items()}
             found["norm"] = norm
             if self.model.case.options.get("evaluated", False):
                 found["evaluation"] = self._evaluated(step, inputs, found)
-            scale.after(overflow=False)
+            found["skipped"] = torch.tensor(float(skipped), dtype=torch.float64)
+            scale.after(overflow=skipped)
             for name, value in found.items():
                 told.setdefault(name, []).append(value)
         return {name: torch.stack(values) for name, values in told.items()}
@@ -80,13 +88,13 @@ class Training:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss and those of further tokens, in float64, and the gradients of what is
         trained, wide and unscaled."""
-        leaves = {name: each.requires_grad_() for name, each in model.items()}
+        leaves = {name: model[name].requires_grad_() for name in main}
         sums = {name: torch.zeros_like(main[name]) for name in leaves}
         losses = torch.zeros(1 + self.model.depths, dtype=torch.float64)
         count, microbatches = _count(inputs, step), inputs["tokens"].shape[1]
         for microbatch in range(microbatches):
             added: list[Tensor] = []
-            own = self._losses((step, microbatch), inputs, leaves, added, training=True)
+            own = self._losses((step, microbatch), inputs, model, added, training=True)
             total = own[0]
             if self.model.depths:
                 total = total + self.model.scaling * own[1:].mean()
@@ -180,6 +188,16 @@ class Training:
         real = self.model.case.shape["vocabulary"]
         losses = F.cross_entropy(wide[..., :real].movedim(-1, 1), targets, reduction="none")
         return (losses * mask).sum()
+
+
+def _update(
+    optimizer: torch.optim.Optimizer, main: Tensors, gradients: Tensors, rates: list[float]
+) -> None:
+    for name, leaf in main.items():
+        leaf.grad = gradients[name]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    optimizer.step()
 
 
 def _count(inputs: Tensors, step: int) -> Tensor:

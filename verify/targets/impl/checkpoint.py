@@ -145,7 +145,8 @@ def resumed_training(case: Case, groups: Groups) -> Subject:
                     for parameter, part in before.parts(name, full / 2 if full.dim() > 2 else full):
                         parameter.copy_(part)
             for step in range(after):
-                before.trainer.train_step(microbatches_of(_own(before, inputs), step))
+                with before.subject.overflowing(step):
+                    before.trainer.train_step(microbatches_of(_own(before, inputs), step))
             save_checkpoint(folder, before.training(), Progress(after, 0))
             load_checkpoint(folder, now.training())
             steps = range(after, case.shape["steps"])

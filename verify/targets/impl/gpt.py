@@ -7,11 +7,13 @@ the modules when training begins, and read from them again after each step.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.init import constant_
@@ -114,6 +116,9 @@ class GPTSubject:
         self.own = model_parameters(self.chunks)
         self.schedule, self.loss_scale = schedule_of(case), loss_scale_of(case)
         self.stacks = Stacks(case, self.config, self.own)
+        for name in filter(self._is_frozen, self.stacks.names):
+            for parameter in self.stacks.members(name):
+                parameter.requires_grad_(False)
         self.given = {name: self.stacks.empty(name) for name in self.stacks.names}
 
     def parameters(self) -> Mapping[str, tuple[Parameter, Placements]]:
@@ -125,13 +130,28 @@ class GPTSubject:
         self._fill()
         return self.train(self.trainer(), inputs, range(self.case.shape["steps"]))
 
+    @contextmanager
+    def overflowing(self, step: int) -> Iterator[None]:
+        """While inside, a step whose gradients are not finite on the rank that is to overflow."""
+        case, ranks = self.case, dist.get_world_size()
+        if step + 1 != case.options.get("overflow") or dist.get_rank() != case.seed % ranks:
+            yield
+            return
+        hook = self.chunks[0].register_forward_hook(
+            lambda module, inputs, output: _Overflow.apply(output)
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def train(self, trainer: Trainer, inputs: Tensors, steps: range) -> Tensors:
         """These steps; what is told of each, stacked."""
         told: dict[str, list[Tensor]] = {}
         after: list[dict[str, Tensor]] = []
         for step in steps:
             data = microbatches_of(inputs, step)
-            for name, value in self._step(trainer, data, after).items():
+            for name, value in self._step(trainer, step, data, after).items():
                 told.setdefault(name, []).append(value)
         trainer.data_parallel.finish_parameters()
         self._look(after)
@@ -189,7 +209,8 @@ class GPTSubject:
     def _groups(self) -> list[ParameterGroup]:
         factors = FACTORS[str(self.case.options.get("groups", "one"))]
         members: list[list[Parameter]] = [[] for _ in factors]
-        for name, parameter in self.own.items():
+        trained = {name: each for name, each in self.own.items() if each.requires_grad}
+        for name, parameter in trained.items():
             index = 0
             if len(members) > 1 and name.endswith("fc2.weight"):
                 index = 1
@@ -202,7 +223,11 @@ class GPTSubject:
         ]
 
     def _step(
-        self, trainer: Trainer, data: list[Microbatch], after: list[dict[str, Tensor]]
+        self,
+        trainer: Trainer,
+        step: int,
+        data: list[Microbatch],
+        after: list[dict[str, Tensor]],
     ) -> dict[str, Tensor]:
         scale = 1.0 if self.loss_scale is None else self.loss_scale.value
         gradients: dict[str, Tensor] = {}
@@ -212,10 +237,14 @@ class GPTSubject:
             self._look(after)
             gradients.update(self._gradients(trainer.data_parallel, scale))
 
-        result: TrainResult = trainer.train_step(data, finalised=finalised)
-        told = {"scale": scale, "rates": result.step.rates}
+        with self.overflowing(step):
+            result: TrainResult = trainer.train_step(data, finalised=finalised)
+        skipped = result.step.skipped
+        told = {"scale": scale, "rates": result.step.rates, "skipped": float(skipped)}
         found = {name: torch.tensor(v, dtype=torch.float64) for name, v in told.items()}
-        found |= {**gradients, "loss": result.loss, "norm": result.step.norm}
+        for name, gradient in gradients.items():
+            found[name] = torch.zeros_like(gradient) if skipped else gradient
+        found |= {"loss": result.loss, "norm": result.step.norm}
         if self.config.multi_token_layers:
             found["further"] = result.further
         if self.case.options.get("evaluated", False):
@@ -243,7 +272,24 @@ class GPTSubject:
         return {
             f"gradient {name}": self.stacks.stacked(name, gradient, dtype=wide)
             for name in self.stacks.names
+            if not self._is_frozen(name)
         }
+
+    def _is_frozen(self, name: str) -> bool:
+        word = str(self.case.options.get("frozen", ""))
+        return bool(word) and word in name
+
+
+class _Overflow(torch.autograd.Function):
+    """`x`, whose gradient is not finite."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * math.inf
 
 
 def microbatches_of(inputs: Tensors, step: int) -> list[Microbatch]:
