@@ -273,10 +273,6 @@ class SelfAttention(Module):
         by_group = qkv.unflatten(-1, (self.groups, self.queries + 2, self.head_size))
         q, k, v = by_group.split((self.queries, 1, 1), dim=-2)
         q, k, v = q.flatten(2, 3), k.squeeze(-2), v.squeeze(-2)
-        if self.groups > 1 and self.queries > 1:
-            # q is a copy, as its heads do not lie together. Where k and v are too, nothing keeps
-            # the product, which has them all.
-            k, v = k.contiguous(), v.contiguous()
         if self.copies > 1:
             q = q.narrow(2, dist.get_rank(self.group) % self.copies * self.heads, self.heads)
         return q, k, v

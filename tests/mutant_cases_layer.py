@@ -81,6 +81,7 @@ def _layers() -> Iterator[tuple[str, Case]]:
         yield "recomputation", layer(SP2, sizes, **whole, recompute=again)
     yield "communication", layer(SPLIT, sizes, recompute="selective")
     yield "memory", layer(SPLIT, sizes, recompute="full")
+    yield "memory", layer(Layout(cp=2), sizes, recompute="selective")
     yield "equivalence", layer(SPLIT, {**sizes, "batch": 4}, attention_dropout=0.5)
     scored = {"padding": True, "alibi": True, "sink": True, "layer_number": 5}
     yield "equivalence", layer(apart, sizes, algorithm="ulysses", **scored)

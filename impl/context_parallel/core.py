@@ -84,6 +84,8 @@ class ContextAttention(Module):
         """[sequence / cp, batch, heads, e]. `packed` and `padding` as in `context_attention`."""
         if self.tracker is None:
             return self._attend(q, k, v, padding, packed)
+        # Of copies, or what is kept were the fused tensor that they are parts of.
+        q, k, v = (x.contiguous() for x in (q, k, v))
         return checkpoint(self._attend, q, k, v, padding, packed, tracker=self.tracker)
 
     def _attend(

@@ -22,6 +22,12 @@ _GIVEN = 'given: dict[str, Any] = {"packed": packed, "padding": padding}'
 _DISTRIBUTED = 'group = self.groups.tp if self.config.recompute == "full_distributed" else None'
 
 MUTANTS = (
+    _core(
+        name="layer-selective-keeps-projection",
+        wrong="Queries, keys and values are kept, and the fused projection that has them all.",
+        snippet="q, k, v = (x.contiguous() for x in (q, k, v))",
+        replacement="q, k, v = (x for x in (q, k, v))",
+    ),
     _mutant(
         name="layer-second-half-of-the-first-input",
         wrong="The perceptron is fed with the layer's input, not with what attention left.",
