@@ -159,7 +159,8 @@ class TransformerLayer(Module):
         self, x: Tensor, *, packed: PackedSequences | None = None, padding: Tensor | None = None
     ) -> Tensor:
         """`y` of x; `packed` are the sequences of all ranks of cp. `padding`, bool [batch, tokens],
-        marks those of this rank of cp that are not attended to, all of the ranks' of tp."""
+        marks those of this rank of cp that are not attended to, all of the ranks' of tp; it is
+        gathered over cp once, wherever attention is computed."""
         if self.config.recompute in ("full", "full_distributed"):
             group = self.groups.tp if self.config.recompute == "full_distributed" else None
             return checkpoint(self._run, x, packed, padding, tracker=self.tracker, group=group)
