@@ -17,21 +17,24 @@ from verify.errors import BadArgument
 
 DEFAULT_REPORT = "shardproof-report"
 SEED_BITS = 32
+DEFAULT_WORLD_SIZE = 16
 
 
 @dataclass(frozen=True)
 class Profile:
-    """How much is drawn: examples a property, and whether the seed is a fresh one every time."""
+    """How much is drawn: examples a property, and whether the seed is a fresh one every time; and
+    the largest world of a cluster that runs any, unless the run says which."""
 
     examples: int
     fresh_seed: bool
     meaning: str
+    world_size: int = DEFAULT_WORLD_SIZE
 
 
 PROFILES: Mapping[str, Profile] = {
     "quick": Profile(20, False, "a look, in seconds; always the same examples"),
     "ci": Profile(100, False, "what a gate runs; always the same examples"),
-    "nightly": Profile(1000, False, "ten times that; always the same examples"),
+    "nightly": Profile(1000, False, "ten times that; always the same examples", 64),
     "explore": Profile(100, True, "as many as ci, and others every time"),
 }
 

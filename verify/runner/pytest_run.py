@@ -19,11 +19,10 @@ from verify.runner.collector import Collector
 from verify.runner.draws import use_profile
 from verify.runner.examiner import Examiner
 from verify.runner.limits import Limits, limits, set_limits
-from verify.runner.options import RunOptions
+from verify.runner.options import DEFAULT_WORLD_SIZE, PROFILES, RunOptions
 from verify.runner.suites import suite_names, suites
 from verify.targets import load_target
 
-DEFAULT_WORLD_SIZE = 16
 COLLECTOR = f"{NAME}-collector"
 
 
@@ -102,6 +101,8 @@ def known_findings(options: RunOptions, *, names_package: bool) -> KnownFindings
 
 def _world_size(options: RunOptions, config: pytest.Config) -> int:
     """The largest world of the run; takes part in torchrun's world where that is the cluster."""
+    if options.cluster == "sim":
+        return options.max_world_size or PROFILES[options.profile].world_size
     if options.cluster != "torchrun":
         return options.max_world_size or DEFAULT_WORLD_SIZE
     if getattr(config.option, "numprocesses", None) or getattr(config.option, "tx", None):

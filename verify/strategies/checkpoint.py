@@ -21,7 +21,8 @@ from verify.strategies.context import ALGORITHMS, SHARING
 from verify.strategies.gpt import DOUBLE, MODEL, OPTIMIZING, expert_sizes, model_cases
 from verify.strategies.layouts import divisors, orders
 
-WORLDS = (2, 4, 4)
+WORLDS, FEW = (2, 4, 4, 2, 4, 4, 64), (2, 4, 2, 4, 2, 4, 64)
+_LONGEST_AXIS = 4
 _MOST_LAYERS = 4
 TRAINED: Choices = {
     name: OPTIMIZING[name]
@@ -62,7 +63,7 @@ def round_trip_cases(draw: st.DrawFn) -> Case:
 
 @st.composite
 def resumed_cases(
-    draw: st.DrawFn, *, options: Choices = SCHEDULED, worlds: Sequence[int] = (2, 4)
+    draw: st.DrawFn, *, options: Choices = SCHEDULED, worlds: Sequence[int] = FEW
 ) -> Case:
     """Cases of `resumed_training`: a step or two before it is saved, and after. As few layers and
     microbatches as the layouts allow: the rest is `gpt_training`'s business."""
@@ -114,11 +115,10 @@ def _layouts(draw: st.DrawFn, ranks: int, *, experts: bool) -> Layout:
     """Layouts of exactly so many ranks."""
     sizes: dict[str, Any] = {}
     left = ranks
-    *first, last = draw(st.permutations(("dp", "tp", "pp", "cp")))
-    for axis in first:
-        sizes[axis] = draw(st.sampled_from(divisors(left)))
+    for axis in draw(st.permutations(("tp", "pp", "cp"))):
+        sizes[axis] = draw(st.sampled_from([n for n in divisors(left) if n <= _LONGEST_AXIS]))
         left //= sizes[axis]
-    sizes[last] = left
+    sizes["dp"] = left
     if 1 < sizes["pp"] < 4:
         sizes["vpp"] = draw(st.integers(1, 2))
     if experts:

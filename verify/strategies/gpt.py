@@ -33,6 +33,8 @@ from verify.strategies.training import OPTIONS as _TRAINING
 
 # Few ranks show most of what can be wrong, soon; the largest worlds are those of a long run.
 SMALL, LARGE = (2, 4, 4, 4), (2, 4, 4, 4, 8, 8, 16, 64)
+AXES = {"pp": (1, 2, 2, 3, 4), "dp": (1, 2, 2, 3), "tp": (1, 1, 2, 2, 3), "cp": (1, 1, 2, 3)}
+WIDE = {"pp": (2, 3, 4), "dp": (2, 3, 4), "tp": (2, 3, 4), "cp": (1, 2, 4)}
 DTYPES = ("float64", "float32", "bfloat16")
 DOUBLE = DTYPES[:1]
 PLACEMENTS = ("zigzag", "contiguous")
@@ -100,8 +102,9 @@ def model_layouts(
 ) -> Layout:
     """Layouts of all axes in any order, of at most one of `worlds` ranks; with `shares` of
     attention none over cp."""
-    left = limits().world_size(draw(st.sampled_from(list(worlds))))
-    wanted = {"pp": (1, 2, 2, 3, 4), "dp": (1, 2, 2, 3), "tp": (1, 1, 2, 2, 3), "cp": (1, 1, 2, 3)}
+    fitting = [n for n in worlds if limits().world_size(n) == n]
+    left = draw(st.sampled_from(fitting or [limits().world_size(min(worlds))]))
+    wanted = WIDE if left > 16 else AXES
     sizes: dict[str, Any] = {}
     # The first of them has the most room.
     for axis in ("pp", *draw(st.permutations(("dp", "tp", "cp")))):
