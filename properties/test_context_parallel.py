@@ -1,14 +1,16 @@
 """Attention over a sequence that is split over cp: all-gather, ring, Ulysses, and two levels.
 
-Laws: (1) the output and the gradients of q, k and v are those of attention of the whole sequence on
-one device, whichever algorithm, placement and mask; (2) so they are for packed sequences, of which
-none sees another or its padding; (3) what is cut is every token once, at its own position; (4)
-under zigzag placement all ranks compute equally many blocks, and whatever the placement none that
-is masked in full; (5) a rank communicates and (6) keeps what the published formulas say; (7) large
-scores overflow nowhere; (8) the layout and (9) running twice change nothing; (10) what cannot be
-computed is refused; (11) a layer of attention under tp, sequence parallelism and cp together has
-the gradients of one device, and only the collectives of its parts; (12) with dropout of shares
-the output and the gradients are those under the union of the masks, which differ on all ranks.
+Laws: (1) the output and the gradients of q, k, v and sinks are those of attention of the whole
+sequence on one device, whichever algorithm, placement and mask, with key padding that is marked on
+the ranks that hold it, ALiBi, sinks and scaling by the layer; (2) so they are for packed sequences,
+of which none sees another or its padding; (3) what is cut is every token once, at its own position;
+(4) under zigzag placement all ranks compute equally many blocks, and whatever the placement none
+that the mask forbids in full; (5) a rank communicates and (6) keeps what the published formulas
+say, and marks of padding once; (7) large scores overflow nowhere; (8) the layout and (9) running
+twice change nothing; (10) what cannot be computed is refused; (11) a layer of attention under tp,
+sequence parallelism and cp together has the gradients of one device, and only the collectives of
+its parts; (12) with dropout of shares the output and the gradients are those under the union of the
+masks, which differ on all ranks, and backward moves no random stream.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ PACKED = (1, 2, 3)
 @given(case=attention_cases(algorithms=("all_gather",), strides=STRIDES))
 def test_all_gather(check: CheckCase, case: Case) -> None:
     """Law 1. Must catch: a gradient of K or V that is not summed over cp, or scattered to another
-    rank; chunks taken in the wrong order; a gathered K of another dtype, or read too early."""
+    rank; chunks taken in the wrong order; a gathered K of another dtype, or read too early; marks
+    of padding in the order of the sequence; distances of places in memory."""
     check("equivalence", case)
 
 
@@ -36,14 +39,16 @@ def test_all_gather(check: CheckCase, case: Case) -> None:
 def test_ring(check: CheckCase, case: Case) -> None:
     """Law 1. Must catch: peers by group rank; a step's predicate the wrong way round; backward with
     the K and V of step 0; gradients that stop one rank short of home; a block weighted by its
-    own total; receives read before they are done, sends that wait for each other."""
+    own total; receives read before they are done, sends that wait for each other; a sink that
+    counts once for every block, or not at all."""
     check("equivalence", case)
 
 
 @given(case=attention_cases(algorithms=("ulysses",), strides=STRIDES))
 def test_ulysses(check: CheckCase, case: Case) -> None:
     """Law 1. Must catch: an exchange that leaves ranks and heads in the wrong order, at batches of
-    one or two; heads with another's kv head; repeated kv heads whose gradients are not added."""
+    one or two; heads with another's kv head; repeated kv heads whose gradients are not added;
+    sinks or slopes of the first heads on every rank."""
     check("equivalence", case)
 
 
