@@ -195,6 +195,13 @@ def test_the_layout_of_four_ranks(capsys):
     assert "cp1   2   3" in out
 
 
+def test_names_may_be_given_one_by_one(capsys):
+    sizes = ("layout", "--world-size", 4, "--tp", 2, "--cp", 2)
+    together = shardproof(capsys, *sizes, "--kind", "tp,cp")
+    assert shardproof(capsys, *sizes, "--kind", "tp", "--kind", "cp") == together
+    assert shardproof(capsys, *sizes, "--kind", "cp") != together
+
+
 def test_all_axes_of_a_large_layout(capsys):
     sizes = "--tp 8 --cp 2 --pp 4 --ep 8 --etp 1 --vpp 2 --optimizer-instances 2"
     code, out, _ = in_process(

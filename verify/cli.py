@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
+from verify.console import names_option
 from verify.errors import BadArgument, ShardproofError
 from verify.mutation.command import mutants
 from verify.runner.options import PROFILES, RunOptions
@@ -83,9 +84,7 @@ _PROFILES = "; ".join(
 @click.option(
     "--target", metavar="NAME", help="impl (default), megatron-core, or package.module:Target."
 )
-@click.option(
-    "--suite", "suites", metavar="NAME,...", help="Only these suites; see `shardproof suites`."
-)
+@names_option("--suite", "suites", "Only these suites; see `shardproof suites`.")
 @click.option("--profile", metavar="NAME", help=f"{_PROFILES}. Default: quick.")
 @click.option("--max-examples", metavar="N", help="Examples a property, instead of the profile's.")
 @click.option("--seed", metavar="N", help="Seed of all that is drawn. Default: 0.")
@@ -96,9 +95,7 @@ _PROFILES = "; ".join(
     "--device", metavar="NAME", help="cpu or cuda: one GPU in sim, a GPU a rank elsewhere."
 )
 @click.option("--max-world-size", metavar="N", help="The most ranks of a case.")
-@click.option(
-    "--lens", "lenses", metavar="NAME,...", help="Arithmetic: exact,fp64,native. Default: all."
-)
+@names_option("--lens", "lenses", "Arithmetic: exact,fp64,native. Default: all.")
 @click.option(
     "--known", metavar="FILE", help="Findings known of the target, which may fail (docs/report.md)."
 )
@@ -149,13 +146,13 @@ def run(workers: str | None, debug: bool, **given: Any) -> int:
 
 @cli.command()
 @click.option("--target", metavar="NAME", help="As of `shardproof run`.")
-@click.option("--suite", "suites", metavar="NAME,...", help="Only these suites.")
+@names_option("--suite", "suites", "Only these suites.")
 @click.option("--profile", metavar="NAME", help="As of `shardproof run`. Default: quick.")
 @click.option("--max-examples", metavar="N", help="Examples a property and seed.")
 @click.option("--seeds", metavar="FIRST:END", default="0:10", help="Seeds. Default: 0:10, 0 to 9.")
 @click.option("--cluster", metavar="NAME", help="What runs the ranks: sim (default), process.")
 @click.option("--max-world-size", metavar="N", help="The most ranks of a case.")
-@click.option("--lens", "lenses", metavar="NAME,...", help="Arithmetic: exact,fp64,native.")
+@names_option("--lens", "lenses", "Arithmetic: exact,fp64,native.")
 @click.option("--known", metavar="FILE", help="Findings known of the target, which may fail.")
 @click.option("--known-strict", is_flag=True, default=None, help="As of `shardproof run`.")
 @click.option("--adversary/--no-adversary", default=None, help="As of `shardproof run`.")
@@ -248,7 +245,7 @@ def _sizes(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--sequence-parallel", is_flag=True, default=None, help="Shard the sequence over tp.")
 @click.option("--order", metavar="AXES", help="Leftmost varies fastest. Default: tp-cp-ep-dp-pp.")
-@click.option("--kind", "kinds", metavar="NAME,...", help="Only these kinds of groups: tp,dp_cp.")
+@names_option("--kind", "kinds", "Only these kinds of groups: tp,dp_cp.")
 @_quietly_debug
 def layout(world_size: int | None, kinds: str | None, **given: Any) -> None:
     """Show who is where in a layout, and every process group with its ranks.

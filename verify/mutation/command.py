@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from verify.console import names_option
 from verify.errors import BadArgument
 from verify.runner.options import RunOptions
 
@@ -14,12 +15,10 @@ DEFAULT_PROFILE = "ci"
 
 
 @click.command()
-@click.option(
-    "--class", "classes", metavar="NAME,...", help="Only these classes of mutants, see the table."
-)
-@click.option("--name", "names", metavar="NAME,...", help="Only these mutants.")
-@click.option("--module", "modules", metavar="NAME,...", help="Only in these modules: linear,mlp.")
-@click.option("--suite", "suites", metavar="NAME,...", help="Only with properties of these suites.")
+@names_option("--class", "classes", "Only these classes of mutants, see the table.")
+@names_option("--name", "names", "Only these mutants.")
+@names_option("--module", "modules", "Only in these modules: linear,mlp.")
+@names_option("--suite", "suites", "Only with properties of these suites.")
 @click.option(
     "--generated", is_flag=True, help="Mutants generated from the source, not the hand-made ones."
 )
