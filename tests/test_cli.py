@@ -197,9 +197,9 @@ def test_the_layout_of_four_ranks(capsys):
 
 def test_names_may_be_given_one_by_one(capsys):
     sizes = ("layout", "--world-size", 4, "--tp", 2, "--cp", 2)
-    together = shardproof(capsys, *sizes, "--kind", "tp,cp")
-    assert shardproof(capsys, *sizes, "--kind", "tp", "--kind", "cp") == together
-    assert shardproof(capsys, *sizes, "--kind", "cp") != together
+    together = in_process(capsys, *sizes, "--kind", "tp,cp")
+    assert in_process(capsys, *sizes, "--kind", "tp", "--kind", "cp") == together
+    assert in_process(capsys, *sizes, "--kind", "cp") != together
 
 
 def test_all_axes_of_a_large_layout(capsys):
