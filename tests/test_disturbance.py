@@ -106,17 +106,28 @@ def test_a_wide_contraction_that_is_narrowed_is_moved_as_its_parts_are_rounded(d
 def test_what_is_no_longer_the_contraction_is_not_contracted_again():
     terms = torch.tensor([1.0, -1.0, 0.25])
 
-    def written():
-        total = terms.sum(0)
-        total.mul_(2.0)
+    def written(change):
+        matrix, total = terms.repeat(2, 1), torch.empty(2)
+        torch.sum(matrix, 1, out=total)
+        change(matrix, total)
         return total.to(torch.bfloat16)
 
+    changes = {
+        "arithmetic": lambda matrix, total: total.mul_(2.0),
+        "other": lambda matrix, total: total.masked_fill_(torch.tensor([True, False]), 3.0),
+        "a part": lambda matrix, total: total[1:].zero_(),
+        "out": lambda matrix, total: torch.add(total, total, out=total),
+        "operands": lambda matrix, total: matrix.zero_(),
+    }
+    for name, change in changes.items():
+        assert spread_of(lambda change=change: written(change)) == 0.0, name
+    counted = torch.tensor([True, True, False])
+    assert spread_of(lambda: counted.sum().to(torch.bfloat16)) == 0.0
     assert spread_of(lambda: torch.empty(3, 0).sum(1).to(torch.bfloat16)) == 0.0
     assert spread_of(lambda: (terms.sum(0) * 2.0).to(torch.bfloat16)) == 0.0
-    assert spread_of(written) == 0.0
 
 
-def test_the_operators_of_all_references_are_known():
+def test_the_operators_of_all_references_are_known_and_can_be_disturbed():
     """An operator that rounds and is not among them would leave a bound too small."""
     seen = set()
 
@@ -135,8 +146,13 @@ def test_the_operators_of_all_references_are_known():
         ranks = RankMap(case.layout, contract.axes)
         problem = generate(case, contract, ranks, next(iter(ranks.replicas)))
         masks = {n: torch.ones(spec.shape, dtype=torch.bool) for n, spec in contract.masks.items()}
+        reference = Reference(case, contract, problem.with_masks(masks))
         with Noting():
-            Reference(case, contract, problem.with_masks(masks)).evaluate(torch.float32)
+            plain = reference.evaluate(torch.float32)
+        disturbed = reference.rounded(torch.float32, 1)
+        assert {n: each.shape for n, each in disturbed.items()} == {
+            n: each.shape for n, each in plain.items()
+        }
     assert seen & ARITHMETIC
     unknown = {name for name in seen if not name.startswith("_function")} - ARITHMETIC - EXACT
     assert not unknown, sorted(unknown)

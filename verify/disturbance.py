@@ -72,23 +72,34 @@ class Disturbing(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         given, name = dict(kwargs or {}), function.overloadpacket.__name__
+        written = _written(function, args, given) if function._schema.is_mutable else []
+        for address in map(_address, written):
+            self._forget(address)
         if name == "_to_copy":
             return function(self._narrowed(args[0], given.get("dtype")), **given)
         if name not in ARITHMETIC:
             return function(*args, **given)
-        written = 1 if function._schema.is_mutable else 0
-        if written:
-            self._contractions.pop(_address(args[0]), None)
         result = function(*self._all_moved(args, written), **given)
-        if name in CONTRACTIONS and result.numel():
+        if name in CONTRACTIONS and result.is_floating_point() and result.numel():
             self._contractions[_address(result)] = _Contraction(result, function, args, given)
         return result
 
+    def _forget(self, address: int) -> None:
+        """What is there changes: neither a contraction nor its operands are what they were."""
+        for result, contraction in list(self._contractions.items()):
+            operands = [each for each in contraction.args if isinstance(each, Tensor)]
+            if address in (result, *map(_address, operands)):
+                del self._contractions[result]
+
     def _all_moved(
-        self, operands: Sequence[Any], kept: int = 0, dtype: torch.dtype | None = None
+        self,
+        operands: Sequence[Any],
+        kept: Sequence[Tensor] = (),
+        dtype: torch.dtype | None = None,
     ) -> list[Any]:
-        """The operands, all but the first `kept` moved, by the roundoff of `dtype` or their own."""
-        return [a if i < kept else self._moved(a, dtype) for i, a in enumerate(operands)]
+        """The operands, moved by the roundoff of `dtype` or their own, all but those `kept`."""
+        same = set(map(id, kept))
+        return [a if id(a) in same else self._moved(a, dtype) for a in operands]
 
     def _narrowed(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         """What is to be given a dtype: a contraction, if that is narrower than its own, of operands
@@ -118,6 +129,16 @@ def moved(tensor: Tensor, generator: torch.Generator, dtype: torch.dtype | None 
     # In float64 from the start: 1 + 2**-24 is 1 in float32.
     signs = torch.randint(0, 2, tensor.shape, generator=generator).double() * 2 - 1
     return (tensor.double() * (1 + roundoff * signs)).to(tensor.dtype)
+
+
+def _written(function: Any, args: Sequence[Any], given: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that a call writes to."""
+    found = []
+    for i, argument in enumerate(function._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[i] if i < len(args) else given.get(argument.name)
+            found += [value] if isinstance(value, Tensor) else list(value or ())
+    return found
 
 
 def _address(tensor: Tensor) -> int:
