@@ -9,6 +9,7 @@ from fake_targets import Right, target_of
 from verify import oracle
 from verify.case import Case
 from verify.checks.promises import kept_too_much, miscommunicated
+from verify.checks.random_states import moved_by_backward
 from verify.cluster import open_cluster
 from verify.cluster.history import History, Record
 from verify.errors import BadArgument, Mismatch, NotSupported
@@ -88,6 +89,18 @@ def test_memory():
     (line,) = kept_too_much(contract(kept=5), seen)
     assert line == "rank 1 kept 9 elements for backward; promised are at most 5"
     assert kept_too_much(contract(), seen) == ()
+
+
+def test_generators_that_are_told_of_once_only_are_changed():
+    state, other = torch.tensor([1, 2]), torch.tensor([1, 3])
+    seen = [
+        Observation({}, {}, between={"default": state}, states={"default": state}),
+        Observation({}, {}, between={"default": state, "tp": state}, states={"default": other}),
+        Observation({}, {}, between={}, states={"cp": state}),
+    ]
+    said = moved_by_backward(seen)
+    assert [line.split(": ")[0] for line in said] == ["rank 1", "rank 1", "rank 2"]
+    assert all(name in line for name, line in zip(("tp", "default", "cp"), said, strict=True))
 
 
 def promising(case: Case) -> Contract:

@@ -52,6 +52,20 @@ def test_a_digest_is_of_all_that_is_drawn_in_order():
     assert _digest(one, others[0]) == digests[-2]
 
 
+def test_an_example_of_several_checks_is_one_example():
+    case = Case(concept="norm", layout=Layout(tp=2))
+    recorder = Recorder("suite.one", must_check=True, on_example=lambda name, count: None)
+    for checks in (("communication", "memory"), ("equivalence",)):
+        with recorder.example({"case": case}):
+            for check in checks:
+                recorder.reached(check, case)
+                recorder.checked(check, case, compared=3)
+    found = recorder.conclude()
+    assert (found.examples, found.compared) == (2, 9)
+    for counts in (found.layouts, found.arithmetic, found.rows):
+        assert list(counts.values()) == [2]
+
+
 def _line(seed, count=30, bad=()):
     return {
         "seed": seed, "options": ["--target", "impl", "--max-examples", "50"], "commit": "abc",

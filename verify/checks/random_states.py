@@ -45,4 +45,7 @@ def _left(plain: Sequence[Observation], again: Sequence[Observation]) -> Iterato
 
 
 def _changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
-    return [name for name, state in before.items() if not torch.equal(state, after[name])]
+    """The generators with another state, or that are told of once only."""
+    apart = sorted(before.keys() ^ after.keys())
+    both = [name for name in before if name in after]
+    return apart + [name for name in both if not torch.equal(before[name], after[name])]

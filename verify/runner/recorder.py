@@ -59,12 +59,13 @@ class Recorder:
         self._not_supported: dict[str, Unsupported] = {}
         self._started = time.monotonic()
         self._in_example: list[Verdict] = []
+        self._cases_in_example: list[Case] = []
         self._rows_in_example: set[str] = set()
 
     @contextmanager
     def example(self, drawn: Mapping[str, object]) -> Iterator[None]:
         """One example with what was drawn for it; an example that is rejected is none."""
-        self._in_example = []
+        self._in_example, self._cases_in_example = [], []
         self._rows_in_example = set()
         try:
             yield
@@ -80,6 +81,7 @@ class Recorder:
                 self._cover(drawn.values())
                 self._in_example = [Verdict.PASSED]
             self._verdicts.update(self._in_example)
+            self._cover(self._cases_in_example)
             self._rows.update(self._rows_in_example)
         self._count(drawn)
 
@@ -94,7 +96,8 @@ class Recorder:
         self._in_example.append(Verdict.PASSED)
         if not self._failed:
             self.compared += compared
-            self._cover((case,))
+            if case not in self._cases_in_example:
+                self._cases_in_example.append(case)
             if check != "refusal":
                 self._rows_in_example.add(row_key(case.concept, self.steering.checked(case)))
 
