@@ -1,6 +1,7 @@
 """Rank programs that show what ranks share and what they do not."""
 
 import gc
+import os
 import weakref
 
 import torch
@@ -48,6 +49,11 @@ def default_dtypes() -> torch.dtype:
     torch.set_default_dtype(before)
     dist.barrier()
     return inside
+
+
+def processors_of(thread: int) -> set[int]:
+    """On which processors a thread may run; 0 for the calling one."""
+    return os.sched_getaffinity(thread)
 
 
 def draws_and_ends() -> list[float]:

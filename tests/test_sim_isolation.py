@@ -1,5 +1,7 @@
 """The sim cluster: what each rank has for itself, and that a run starts as a new process would."""
 
+import os
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -85,3 +87,15 @@ def test_ranks_run_in_the_same_order_every_time(sim):
         orders.append(list(states.ORDER))
     assert orders[0] == orders[1] == orders[2]
     assert sorted(orders[0]) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_the_driver_stays_where_it_is_while_ranks_run_and_may_go_anywhere_afterwards(sim):
+    before = os.sched_getaffinity(0)
+    main = threading.main_thread().native_id
+    inside = sim.run(states.processors_of, main, world_size=2)
+    ranks = sim.run(states.processors_of, 0, world_size=2)
+    assert all(len(each) == 1 for each in (*inside, *ranks))
+    assert os.sched_getaffinity(0) == before
+    with pytest.raises(RankFailures):
+        sim.run(programs.raises, [1], world_size=2)
+    assert os.sched_getaffinity(0) == before

@@ -26,7 +26,7 @@ from verify.cluster.sim.backend import (
 from verify.cluster.sim.exchange import Exchange
 from verify.cluster.sim.isolation import C10dWorld, DefaultDtype, RandomGenerator
 from verify.cluster.sim.opponent import Opponent
-from verify.cluster.sim.processor import current
+from verify.cluster.sim.processor import current, share_one_arena, staying_on
 from verify.cluster.sim.scheduler import HERE, RankThread, Run
 from verify.cluster.sim.store import SimStore
 from verify.cluster.world import install_default_group
@@ -61,6 +61,7 @@ class SimCluster:
         if device == "cuda" and not torch.cuda.is_available():
             raise BadArgument("device: cuda needs a GPU, and torch sees none here; take cpu")
         register()
+        share_one_arena()
         self.max_world_size, self.timeout, self.device = world_size, timeout, device
         self._threads: list[RankThread] = []
         self._closed = False
@@ -142,7 +143,7 @@ class SimCluster:
         outside = [state.save() for state in states]
         forced = None
         try:
-            with every_backend_is_simulated():
+            with every_backend_is_simulated(), staying_on(run.processor):
                 run.start(self._threads[:world_size], whole)
                 forced = self._await(run)
         finally:
