@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.init import constant_
 
+from impl.checkpoint.model import _choices
 from impl.data_parallel import DataParallel
 from impl.groups import build_groups
 from impl.initialise import initialise_whole, normal
@@ -186,3 +187,8 @@ def test_parameters_have_the_names_that_they_have_in_the_whole_model(sim):
     assert "layers.3.mlp.fc1.weight" in last
     assert not set(first) & set(last)
     assert {*first, *last} == {*alone, "output.weight"}
+
+
+@pytest.mark.parametrize("given", [{"scale": 0.25}, {"alibi": True}, {"layer_scaling": True}])
+def test_scores_are_what_a_checkpoint_is_of(given):
+    assert _choices(config(layer=given)) != _choices(config())
