@@ -32,7 +32,7 @@ from impl.mappings import (
 )
 from impl.parameters import Initialiser, replicated_parameter, sharded_parameter
 from impl.partition import divide
-from impl.weight_pass import linear, weight_pass_of, weight_product
+from impl.weight_pass import as_autocast, linear, parameter_of, weight_pass_of, weight_product
 
 Output = tuple[Tensor, Tensor | None]
 
@@ -52,7 +52,7 @@ class _ColumnMatmul(torch.autograd.Function):
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         ctx.group, ctx.sequence_parallel = group, sequence_parallel
-        ctx.weight = weight if needs_weight else None
+        ctx.weight = parameter_of(weight)
         full = all_gather(x, dim=0, group=group) if sequence_parallel else x
         return F.linear(full, weight)
 
@@ -143,7 +143,8 @@ class ColumnParallelLinear(Module):
     def forward(self, x: Tensor) -> Output:
         """`y`, and with `skip_bias_add` the bias (this rank's part) for the caller to add."""
         _check_width(x, self.in_features)
-        y = _ColumnMatmul.apply(x, self.weight, self.group, self.sequence_parallel)
+        x, weight = as_autocast(x, self.weight)
+        y = _ColumnMatmul.apply(x, weight, self.group, self.sequence_parallel)
         if self.bias is not None and not self.skip_bias_add:
             y = y + self.bias
         if self.gather_output:

@@ -118,7 +118,7 @@ class GPTModel(Module):
             self.embedding = Embedding(config, **own)
         self.layers = ModuleDict(
             {
-                str(index): TransformerLayer(config.layer_at(index), **own)
+                str(index): TransformerLayer(config.layer_at(index), layer_number=index + 1, **own)
                 for index in layers_of(config, layout=layout, stage=stage, chunk=chunk)
             }
         )
@@ -185,7 +185,9 @@ class GPTModel(Module):
         if not config.multi_token_layers:
             return
         further = range(config.layers, config.layers + config.multi_token_layers)
-        self.multi_token = MultiTokenPrediction([config.layer_at(k) for k in further], **own)
+        self.multi_token = MultiTokenPrediction(
+            [config.layer_at(k) for k in further], layers_before=config.layers, **own
+        )
         if not self.pre_process:
             self.lookup = VocabParallelEmbedding(
                 config.padded_vocabulary(tp=layout.tp),

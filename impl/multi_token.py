@@ -49,6 +49,7 @@ class PredictionModule(Module):
         groups: Groups,
         tracker: RandomTracker,
         init: Initialiser,
+        layer_number: int,
         **made: Any,
     ) -> None:
         super().__init__()
@@ -65,7 +66,9 @@ class PredictionModule(Module):
         self.weight = replicated_parameter(
             config.hidden, 2 * config.hidden, init=init, sequence_parallel=parallel, **made
         )
-        self.layer = TransformerLayer(config, groups=groups, tracker=tracker, init=init, **made)
+        self.layer = TransformerLayer(
+            config, groups=groups, tracker=tracker, init=init, layer_number=layer_number, **made
+        )
 
     def forward(self, h: Tensor, embedded: Tensor) -> Tensor:
         """The next hidden states."""
@@ -74,10 +77,16 @@ class PredictionModule(Module):
 
 
 class MultiTokenPrediction(ModuleList):
-    """The modules of all depths, in their order, whose layers are as `configs` say."""
+    """The modules of all depths, in their order, whose layers are as `configs` say, and numbered on
+    from the `layers_before`."""
 
-    def __init__(self, configs: Sequence[LayerConfig], *, groups: Groups, **own: Any) -> None:
-        super().__init__(PredictionModule(each, groups=groups, **own) for each in configs)
+    def __init__(
+        self, configs: Sequence[LayerConfig], *, groups: Groups, layers_before: int, **own: Any
+    ) -> None:
+        super().__init__(
+            PredictionModule(each, groups=groups, layer_number=number, **own)
+            for number, each in enumerate(configs, layers_before + 1)
+        )
         self.groups, self.placement = groups, configs[0].placement
 
     def forward(

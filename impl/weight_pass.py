@@ -87,10 +87,25 @@ class WeightPass:
                 del each.weight_pass  # type: ignore[attr-defined]
 
 
-def weight_pass_of(weight: Tensor) -> WeightPass | None:
+def parameter_of(weight: Tensor) -> Parameter | None:
+    """What a layer keeps of its weight to ask for a pass: nothing of one that is no parameter
+    itself, such as a copy in another dtype, which would live as long as the graph."""
+    return weight if isinstance(weight, Parameter) else None
+
+
+def weight_pass_of(weight: Parameter | None) -> WeightPass | None:
     """The pass to which the gradient of a layer's weight is put off, None to compute it now: as in
     any backward but that of a `WeightPass`, and for a weight that is no parameter itself."""
     return getattr(weight, "weight_pass", None)
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in the dtype in which autocast, if it is on, has products computed; it leaves those
+    of float64 alone."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype is torch.float64:
+        return tensors
+    return tuple(each.to(torch.get_autocast_dtype(device)) for each in tensors)
 
 
 def weight_product(gradient: Tensor, x: Tensor) -> Tensor:
@@ -100,12 +115,11 @@ def weight_product(gradient: Tensor, x: Tensor) -> Tensor:
     return rows.t() @ columns
 
 
-def now_or_later(weight: Tensor, compute: Callable[[], Tensor]) -> Tensor | None:
+def now_or_later(weight: Parameter | None, compute: Callable[[], Tensor]) -> Tensor | None:
     """What backward returns for a weight: its gradient, or None where that is put off."""
     later = weight_pass_of(weight)
-    if later is None:
+    if weight is None or later is None:
         return compute()
-    assert isinstance(weight, Parameter)
     later.put_off(weight, compute)
     return None
 
@@ -115,7 +129,7 @@ class _Matmul(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         needs_x, needs_weight = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
-        ctx.weight = weight if needs_weight else None
+        ctx.weight = parameter_of(weight)
         return F.linear(x, weight)
 
     @staticmethod
@@ -133,28 +147,28 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
-        ctx.weight = weight
+        ctx.weight, ctx.count = parameter_of(weight), len(weight)
         return F.embedding(rows, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
-        (rows,), weight = ctx.saved_tensors, ctx.weight
+        (rows,) = ctx.saved_tensors
         compute = partial(
             torch.ops.aten.embedding_dense_backward,
             gradient,
             rows,
-            num_weights=weight.shape[0],
+            num_weights=ctx.count,
             padding_idx=-1,
             scale_grad_by_freq=False,
         )
-        return now_or_later(weight, compute), None
+        return now_or_later(ctx.weight, compute), None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x weight^T, [..., out] of `x` [..., in] and `weight` [out, in], whose gradient can be put
     off. Communicates nothing."""
-    y: Tensor = _Matmul.apply(x, weight)
+    y: Tensor = _Matmul.apply(*as_autocast(x, weight))
     return y
 
 

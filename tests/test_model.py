@@ -170,12 +170,12 @@ def test_a_sequence_that_is_too_long(sim):
         sim.run(trained, Layout(), None, (5,), world_size=1)
 
 
-def names(layout: Layout) -> list[str]:
+def names(layout: Layout, **given: Any) -> list[str]:
     """Rank program: the parameters of a rank by their names in the model."""
     groups = build_groups(layout)
     tracker = parallel_tracker(1, layout=layout, rank=dist.get_rank())
     init = partial(constant_, val=0.0)
-    chunks = build_model(config(), groups=groups, tracker=tracker, init=init)
+    chunks = build_model(config(**given), groups=groups, tracker=tracker, init=init)
     groups.destroy()
     return list(model_parameters(chunks))
 
@@ -192,3 +192,9 @@ def test_parameters_have_the_names_that_they_have_in_the_whole_model(sim):
 @pytest.mark.parametrize("given", [{"scale": 0.25}, {"alibi": True}, {"layer_scaling": True}])
 def test_scores_are_what_a_checkpoint_is_of(given):
     assert _choices(config(layer=given)) != _choices(config())
+
+
+def test_layers_of_a_model_know_their_numbers(sim):
+    given = {"layer": {"layer_scaling": True}, "multi_token_layers": 1}
+    (found,) = sim.run(partial(names, **given), Layout(), world_size=1)
+    assert "layers.3.mlp.fc1.weight" in found

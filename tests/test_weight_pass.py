@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -234,3 +235,32 @@ def test_a_hook_of_a_gradient_is_refused():
     weight.register_hook(lambda gradient: 2 * gradient)
     with pytest.raises(ValueError, match=r"shape \[4, 4\] has a hook of its gradient"):
         WeightPass([weight])
+
+
+def test_a_copy_of_a_weight_in_another_dtype_is_not_kept_by_the_graph():
+    weight = Parameter(torch.ones(3, 2, dtype=torch.bfloat16))
+    copy = weight.float()
+    alive = weakref.ref(copy)
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: None, lambda nothing: None):
+        y = linear(torch.ones(4, 2), copy)
+    del copy
+    gc.collect()
+    assert y.requires_grad
+    assert alive() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast_is_what_it_is_of_other_layers(dtype):
+    generator = torch.Generator().manual_seed(1)
+    given = torch.randn(4, 2, generator=generator, dtype=dtype)
+    found = []
+    for product in (linear, torch.nn.functional.linear):
+        x = given.clone().requires_grad_()
+        weight = Parameter(torch.arange(6.0, dtype=dtype).view(3, 2) / 7)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = product(x, weight)
+        y.sum().backward()
+        found.append((y, x.grad, weight.grad))
+    for mine, other in zip(*found, strict=True):
+        assert mine.dtype is other.dtype
+        assert torch.equal(mine, other)

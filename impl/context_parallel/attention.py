@@ -76,8 +76,8 @@ def context_attention(
 
     Blocks in which nothing is attended to are not computed; `on_block` is told of the others.
     Collectives are those of the algorithm, and in forward an all-gather of `padding`, of which all
-    is kept for backward. Raises ValueError before any for shapes that do not fit
-    each other or the placement, and where the algorithm cannot do them.
+    is kept for backward. Raises ValueError, before any, for shapes that do not fit each other or
+    the placement, and, on every rank alike, where the algorithm cannot do them.
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm: {algorithm!r} is not one of {', '.join(ALGORITHMS)}")

@@ -18,7 +18,7 @@ from torch.nn.init import zeros_
 from impl.mappings import copy_to_tensor_parallel_region
 from impl.parameters import Initialiser, defer
 from impl.partition import divide, split
-from impl.weight_pass import now_or_later, weight_product
+from impl.weight_pass import as_autocast, now_or_later, parameter_of, weight_product
 
 ACTIVATIONS = ("gelu", "swiglu")
 
@@ -30,7 +30,7 @@ class _GroupedMatmul(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
         needs_x, needs_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
-        ctx.weight, ctx.counts = weight if needs_weight else None, counts
+        ctx.weight, ctx.counts = parameter_of(weight), counts
         return torch.cat([linear(rows, weight[i]) for i, rows in enumerate(x.split(counts))])
 
     @staticmethod
@@ -100,7 +100,7 @@ class GroupedLinear(Module):
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
         """`y` [rows, out] of `x` [rows, in], whose rows are sorted by expert: `counts` of each."""
-        y: Tensor = _GroupedMatmul.apply(x, self.weight, counts)
+        y: Tensor = _GroupedMatmul.apply(*as_autocast(x, self.weight), counts)
         biases: Tensor | None = self.bias
         if biases is None:
             return y

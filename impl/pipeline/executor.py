@@ -7,7 +7,8 @@ by the number of all of them. Nothing that was accumulated before is scaled.
 What is kept of a microbatch between forward and backward is its input and what autograd saved. The
 output goes as soon as it is sent, unless the chunk's own backward needs its values, and all else
 with backward. Of a schedule with `input` and `weight`, the first is all of backward but what
-layers put off (see `impl.weight_pass`), which alone is kept for the second.
+layers put off (see `impl.weight_pass`), which is kept for the second with the gradients that it
+found on the way.
 """
 
 from __future__ import annotations
@@ -249,3 +250,6 @@ def _check(schedule: Schedule, stage: Stage, link: Link, inputs: Sequence[Tensor
         )
     if link.stage == schedule.pp - 1 and stage.loss is None:
         raise ValueError("loss: none given, on the last stage")
+    if any(isinstance(s, Action) and s.work == "weight" for s in schedule.stages[link.stage]):
+        for parameters in stage.parameters:
+            WeightPass(parameters)

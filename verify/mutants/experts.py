@@ -145,10 +145,10 @@ _EXPERTS = (
     _expert(
         name="experts-empty-left-out",
         wrong="An expert without tokens hands its weights to the next one's.",
-        snippet="y: Tensor = _GroupedMatmul.apply(x, self.weight, counts)",
+        snippet="y: Tensor = _GroupedMatmul.apply(*as_autocast(x, self.weight), counts)",
         replacement=(
             "counts = [count for count in counts if count] + [0] * counts.count(0)\n"
-            "        y: Tensor = _GroupedMatmul.apply(x, self.weight, counts)"
+            "        y: Tensor = _GroupedMatmul.apply(*as_autocast(x, self.weight), counts)"
         ),
     ),
     _expert(

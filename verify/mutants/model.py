@@ -21,7 +21,7 @@ _LAST_NORM = """sequence_parallel=parallel,
             **made,
         )
         self.output"""
-_LAYER = "str(index): TransformerLayer(config.layer_at(index), **own)"
+_LAYER = "str(index): TransformerLayer(config.layer_at(index), layer_number=index + 1, **own)"
 _NEEDED = "self.config.tied, self.config.tied or self.config.multi_token_layers > 0"
 _LOSSES = "last.losses(h, **vars(microbatches[m]))"
 _AHEAD = "yield in_order[..., ahead.clamp(max=length - 1)], ahead < length"

@@ -227,8 +227,8 @@ MUTANTS = (
         replacement='slopes=self.slopes if self.given["groups"].cp.size() == 1 else None,',
     ),
     _core(
-        name="layer-slopes-of-own-heads",
-        wrong="The slopes are those of as many heads as a rank has, as if there were no others.",
+        name="layer-slopes-of-the-first-head",
+        wrong="All heads of a rank have the slope of its first.",
         snippet="alibi_slopes(heads, group=tp_group)",
         replacement="alibi_slopes(heads, group=tp_group)[:1].expand(heads // tp_group.size())",
         seen="ATT-03",

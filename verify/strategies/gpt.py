@@ -69,7 +69,7 @@ MODEL: Choices = {
     "tied": (True, False),
     "hidden_dropout": (0.0,),
     "attention_dropout": (0.0,),
-    "recompute": ("", "", "full", "selective"),
+    "recompute": ("", "", "full", "selective", "full_distributed"),
     "evaluated": _FLAGS,
     "mask": MASKS,
     "norm": KINDS,

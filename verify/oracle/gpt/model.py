@@ -97,6 +97,8 @@ class Model:
             )
         unit = (whole_number(case, "multiple", least=1) or 1) * case.layout.tp
         plain = layer_case(case)
+        batch = -(-case.shape["batch"] // case.layout.dp)
+        transformer_layer(dataclasses.replace(plain, shape={**plain.shape, "batch": batch}))
         _check_schedule(case)
         if case.options.get("overflow") and case.options.get("frozen") == "embedding":
             raise BadArgument("case.options.overflow: no gradient passes a frozen embedding")
