@@ -281,10 +281,14 @@ def test_a_worker_process_needs_the_name_only():
 
 def test_a_crash_shows_the_mutated_source(cluster):
     """The line is that of the mutant, in a file that is named after it."""
-    case = _case("vocab_embedding", TP2, TOKENS, "exact")
-    target = "impl@embedding-row-too-many"
-    reason = judge("equivalence", case, target_name=target, cluster=cluster).reason
-    assert "impl/embedding.py@embedding-row-too-many" in "".join(reason.split())
+    name = "pipeline-chunk-of-the-peer"
+    reasons = [
+        judge(check, case, target_name=f"impl@{name}", cluster=cluster).reason
+        for check, case in CASES
+        if (check, case.concept) == ("equivalence", "pipeline")
+    ]
+    crash = f"impl/pipeline/executor.py@{name}"
+    assert any(crash in "".join(reason.split()) for reason in reasons)
 
 
 # Two packages: one with the code, one that uses it, also late and by way of a third module.

@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 
 import click
 
-from verify.console import names_option
 from verify.errors import BadArgument, ShardproofError
 from verify.mutation.command import mutants
+from verify.names_option import names_option
 from verify.runner.options import PROFILES, RunOptions
 from verify.schedules.command import schedule
 

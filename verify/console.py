@@ -1,4 +1,4 @@
-"""What commands have in common: the console on which they print, and options with several names."""
+"""The console on which commands print."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
-import click
 from rich.console import Console
 
 WIDTH = 100
@@ -26,13 +24,3 @@ def console_of_stdout() -> Console:
     console = Console(file=stream, highlight=False)
     console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
     return console
-
-
-def names_option(flag: str, name: str, help: str) -> Callable[[Any], Any]:
-    """A click option whose value is names separated by commas, of all times that it is given; None
-    where it is not."""
-
-    def joined(context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> Any:
-        return ",".join(given) if given else None
-
-    return click.option(flag, name, multiple=True, callback=joined, metavar="NAME,...", help=help)

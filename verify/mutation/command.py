@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from verify.console import names_option
 from verify.errors import BadArgument
+from verify.names_option import names_option
 from verify.runner.options import RunOptions
 
 DEFAULT_PROFILE = "ci"
