@@ -36,6 +36,7 @@ ROUND_TRIP_OPTIONS = (
     "every",
     "placement",
     "qk_norm",
+    "sink",
     "first",
     "last",
     "split",

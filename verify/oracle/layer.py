@@ -45,6 +45,8 @@ OPTIONS = (
     "recompute",
 )
 _LATENT = ("kv_lora", "rope_size", "value_size")
+# The sizes that only a layer with latent attention has.
+LATENT = (*_LATENT, "q_lora")
 _SIZES = ("sequence", "batch", "hidden", "heads", "groups", "head_size", "ffn")
 _SHARDED = ("qkv", "q.weight", "q_up", "kv_up", "proj.weight", "sink", "fc1", "fc2.weight")
 
@@ -69,7 +71,7 @@ class Layer:
     def of(case: Case) -> Layer:
         """Raises BadArgument for values that are not allowed, or not together."""
         known_options(case, *OPTIONS, *SHARED)
-        sizes(case, *_SIZES, optional=(*_LATENT, "q_lora"))
+        sizes(case, *_SIZES, optional=LATENT)
         check_groups(case)
         names = {"zero_centered": False, "qk_norm": False, "bias": True, "interleaved": False}
         found = Layer(
@@ -152,7 +154,7 @@ class Layer:
 
     def _check_latent(self) -> None:
         shape = self.case.shape
-        given = [name for name in (*_LATENT, "q_lora") if name in shape]
+        given = [name for name in LATENT if name in shape]
         if given and not set(_LATENT) <= set(given):
             raise BadArgument(f"case.shape: {', '.join(given)} of latent attention, not all of it")
         if self.latent and shape["groups"] != shape["heads"]:

@@ -27,15 +27,16 @@ from verify.strategies.cases import (
     contract_or_none,
     with_option,
 )
-from verify.strategies.context import ALGORITHMS, MASKS, shared_by
+from verify.strategies.context import ALGORITHMS, MASKS, SCORED, shared_by
 from verify.strategies.layouts import divisors, orders
 from verify.strategies.training import OPTIONS as _TRAINING
+from verify.strategies.transformer import latents
 
 # Few ranks show most of what can be wrong, soon; the largest worlds are those of a long run.
 SMALL, LARGE = (2, 4, 4, 4), (2, 4, 4, 4, 8, 8, 16, 64)
 AXES = {"pp": (1, 2, 2, 3, 4), "dp": (1, 2, 2, 3), "tp": (1, 1, 2, 2, 3), "cp": (1, 1, 2, 3)}
 WIDE = {"pp": (2, 3, 4), "dp": (2, 3, 4), "tp": (2, 3, 4), "cp": (1, 2, 4)}
-DTYPES = ("float64", "float32", "bfloat16")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 DOUBLE = DTYPES[:1]
 PLACEMENTS = ("zigzag", "contiguous")
 PIPELINES = ("default", "gpipe", "1f1b", "zb-h1")
@@ -77,6 +78,11 @@ MODEL: Choices = {
     "qk_norm": _FLAGS,
     "zero_centered": _FLAGS,
     "bias": (True, False),
+    "interleaved": _FLAGS,
+    "alibi": (False, *SCORED["alibi"]),
+    "sink": (False, *SCORED["sink"]),
+    "scale": (None, *SCORED["scale"]),
+    "layer_scaling": (False, *_FLAGS),
     "every": (1, 2),
     "dispatcher": ("all_to_all", "all_gather"),
     "balance": ("none", "sequence", "batch", "global"),
@@ -87,6 +93,8 @@ MODEL: Choices = {
     "pipeline": PIPELINES,
 }
 
+# Whether attention is multi-latent: a case in six.
+LATENT = (False, False, False, False, False, True)
 ROUTED = ("every", "dispatcher", "balance", "coefficient", "z_loss")
 
 
@@ -201,8 +209,10 @@ class _Choices:
 
     def given_to(self, case: Case, *, adam: bool) -> Case:
         """The case with all of them, and with those that depend on them."""
-        pairs, routed = case.shape["head_size"] // 2, "experts" in case.shape
-        where, mask = self.choose("positions"), self.choose("mask")
+        routed = "experts" in case.shape
+        pairs = case.shape.get("rope_size", case.shape["head_size"]) // 2
+        turned = self.choose("positions", only=None if pairs else ("none", "learned")) == "rotary"
+        mask = self.choose("mask")
         rms = self.choose("norm") == "rms"
         possible: dict[str, Sequence[Option] | None] = {
             "activation": ("gelu", "swiglu") if routed else None,
@@ -211,6 +221,7 @@ class _Choices:
             "qk_norm": None if rms else (False,),
             "bias": (False,) if adam else None,
             **({} if routed else {name: MODEL[name][:1] for name in ROUTED}),
+            "interleaved": None if turned else (False,),
             "multi_token_scaling": None if self["multi_token"] else SCALINGS[:1],
             "pipeline": None if case.layout.vpp == 1 else PIPELINES[:1],
         }
@@ -219,7 +230,7 @@ class _Choices:
                 self.choose(name, only=possible.get(name))
         for name, value in self.made.items():
             case = with_option(case, name, value, default=MODEL[name][0])
-        dim = 2 * self.draw(st.integers(1, pairs)) if where == "rotary" else None
+        dim = 2 * self.draw(st.integers(1, pairs)) if turned else None
         case = with_option(case, "rotary_dim", dim, default=None)
         return with_option(case, "window", 2 if mask == "sliding_window" else None, default=None)
 
@@ -277,6 +288,8 @@ def _sizes(
         "layers": chunks * draw(st.integers(1, 2 if chunks <= 2 else 1)),
         "vocabulary": draw(st.integers(2, 9)),
     }
+    if draw(st.sampled_from(LATENT)):
+        shape |= draw(latents(shape["heads"]))
     if routed:
         shape["ffn"] = lcm(tp, layout.expert_tp) * draw(st.integers(1, 2))
         shape["experts"] = layout.ep * draw(st.integers(1, 2))

@@ -69,7 +69,7 @@ def layer_cases(
     if again == "full_distributed":
         shape["hidden"] = layout.tp * -(-shape["hidden"] // layout.tp)
     if rich and draw(st.sampled_from(latent)):
-        shape |= draw(_latents(layout, shape))
+        shape |= draw(latents(shape["heads"]))
     given: list[Given] = [
         ("algorithm", algorithm, ALGORITHMS[0]),
         ("placement", placement, PLACEMENTS[0]),
@@ -137,9 +137,9 @@ def _layer_sizes(
 
 
 @st.composite
-def _latents(draw: st.DrawFn, layout: Layout, shape: dict[str, int]) -> dict[str, int]:
+def latents(draw: st.DrawFn, heads: int) -> dict[str, int]:
     """Sizes of latent attention, of latents that can be normalised, in the place of groups."""
-    found = {"groups": shape["heads"], "kv_lora": draw(st.integers(4, 6))}
+    found = {"groups": heads, "kv_lora": draw(st.integers(4, 6))}
     found |= {"rope_size": draw(st.integers(1, 4)), "value_size": draw(st.integers(1, 4))}
     inner = draw(st.sampled_from((0, 4, 5)))
     return found | ({"q_lora": inner} if inner else {})

@@ -44,11 +44,13 @@ def gpt_training(case: Case) -> Contract:
     multiplies the gradient of what its first chunk gives by infinity. `skipped` says of each step
     if it was: it has a norm and gradients of zero, and changes nothing but the scale.
 
-    Options: those of `transformer_layer`, of one sequence; of `training_steps`, the order of the
-    norm being `order`, and `frozen` a word of names; `positions`, none, rotary (with a rotary_dim)
-    or learned; `tied`; the vocabulary is padded to a `multiple` of tp; `every`, which layers have
-    the case's `experts`, with the auxiliary losses of `moe_layer`; `first`, `last` and `split`, how
-    layers are shared out; the `pipeline` schedule; `dispatcher`.
+    Options: those of `transformer_layer`, of one sequence without marks of padding, with
+    `layer_scaling` instead of a number, and the sizes of latents where it has them; of
+    `training_steps`, the order of the norm being `order`, and `frozen` a word of names;
+    `positions`, none, rotary (with a rotary_dim) or learned; `tied`; the vocabulary is padded to a
+    `multiple` of tp; `every`, which layers have the case's `experts`, with the auxiliary losses of
+    `moe_layer`; `first`, `last` and `split`, how layers are shared out; the `pipeline` schedule;
+    `dispatcher`.
     """
     model = Model.of(case)
     stacks = stacks_of(model)

@@ -11,8 +11,8 @@ from verify.case import Case, Option
 from verify.errors import BadArgument
 from verify.oracle.context import Sequences
 from verify.oracle.contract import Contract
+from verify.oracle.layer import LATENT, Layer
 from verify.oracle.layer import OPTIONS as _LAYER
-from verify.oracle.layer import Layer
 from verify.oracle.moe.layer import moe_layer
 from verify.oracle.moe.rules import Rules, rules
 from verify.oracle.pipeline import SCHEDULES
@@ -37,7 +37,9 @@ SIZES = (
 # The kind of a norm is `norm`, and so it is here: the order of the gradients' is `order`.
 TRAINING = tuple(name for name in _TRAINING if name != "norm")
 FROZEN = ("", "norm", "mlp", "embedding", "layers")
-LAYER = tuple(name for name in _LAYER if name != "packed")
+# Of how scores become shares, what needs nothing of the data; `layer_scaling` numbers the layers.
+SCORED = ("alibi", "sink", "scale")
+LAYER = (*(name for name in _LAYER if name != "packed"), *SCORED)
 # Of routers, the losses that they add.
 AUXILIARY = ("balance", "coefficient", "z_loss")
 ROUTED = ("dispatcher", "activation", *AUXILIARY)
@@ -54,6 +56,7 @@ OWN = (
     *AUXILIARY,
     "multi_token",
     "multi_token_scaling",
+    "layer_scaling",
     "evaluated",
     "order",
 )
@@ -83,8 +86,8 @@ class Model:
     def of(case: Case) -> Model:
         """Raises BadArgument for what cannot be computed."""
         known_options(case, *OPTIONS)
-        sizes(case, *SIZES, optional=("experts", "top_k", "shared_ffn"))
-        given = switches(case, {"tied": True, "evaluated": False})
+        sizes(case, *SIZES, optional=("experts", "top_k", "shared_ffn", *LATENT))
+        given = switches(case, {"tied": True, "evaluated": False, "layer_scaling": False})
         every = whole_number(case, "every", least=1) or 1
         for name in ("every", *AUXILIARY):
             if "experts" not in case.shape and name in case.options:
@@ -135,8 +138,8 @@ class Model:
 
 def layer_case(case: Case) -> Case:
     """The same of one layer, as a case of `transformer_layer`."""
-    names = ("sequence", "batch", "hidden", "heads", "groups", "head_size", "ffn")
-    shape = {name: case.shape[name] for name in names}
+    names = ("sequence", "batch", "hidden", "heads", "groups", "head_size", "ffn", *LATENT)
+    shape = {name: case.shape[name] for name in names if name in case.shape}
     options = {name: value for name, value in case.options.items() if name in LAYER}
     return dataclasses.replace(case, concept="transformer_layer", shape=shape, options=options)
 

@@ -14,7 +14,7 @@ from verify.placement import Listed, Placements, Shard
 
 # The dimension that is cut over tp, where it is not the first one of weights and biases of a layer.
 _INNER = {"attention.proj.weight": 1, "mlp.fc2.weight": 1, "mlp.shared.fc2.weight": 1}
-_REPLICATED = ("norm", "proj.bias", "fc2.bias", "router.weight", "positions.weight")
+_REPLICATED = ("norm", "_down.", "proj.bias", "fc2.bias", "router.weight", "positions.weight")
 # The one that joins hidden states and embeddings in a module of multi-token prediction.
 _JOIN = "multi_token.weight"
 

@@ -26,13 +26,10 @@ from impl.moe.layer import ExpertsConfig
 from impl.moe.router import Choice, Losses
 from impl.optimizer.mixed import Optimizer, ParameterGroup
 from impl.training import Microbatch, Trainer, TrainResult
-from impl.transformer import LayerConfig
 from verify.case import Case
 from verify.oracle.gpt.model import OPTIONS as _OPTIONS
 from verify.placement import Placements
-from verify.targets.impl.context import attention_arguments
 from verify.targets.impl.dropout import tracker_of
-from verify.targets.impl.positions import rotary_of
 from verify.targets.impl.stacks import Stacks
 from verify.targets.impl.subject import Builder, Tensors, switches
 from verify.targets.impl.training import (
@@ -43,19 +40,13 @@ from verify.targets.impl.training import (
     schedule_of,
     shards_only,
 )
+from verify.targets.impl.transformer import layer_config
 
 OPTIONS: Mapping[str, tuple[str, ...]] = {"gpt_training": _OPTIONS}
-_SIZES = ("hidden", "heads", "groups", "head_size", "ffn")
-_GIVEN = ("norm", "activation", "hidden_dropout", "attention_dropout", "recompute")
 
 
 def config_of(case: Case, groups: Groups) -> ModelConfig:
     """The model that a case describes."""
-    attention = attention_arguments(case, groups)
-    layer: dict[str, Any] = {name: case.options[name] for name in _GIVEN if name in case.options}
-    layer |= {name: case.shape[name] for name in _SIZES}
-    layer |= {name: attention[name] for name in ("algorithm", "placement", "mask")}
-    turned = case.options.get("rotary_dim") is not None
     named = {"multiple": "vocabulary_multiple", "every": "experts_every"}
     named |= {"first": "first_stage_layers", "last": "last_stage_layers"}
     named |= {"multi_token": "multi_token_layers", "multi_token_scaling": "multi_token_scaling"}
@@ -65,12 +56,7 @@ def config_of(case: Case, groups: Groups) -> ModelConfig:
     if text := case.options.get("split"):
         given["split"] = tuple(int(each) for each in str(text).split(","))
     return ModelConfig(
-        layer=LayerConfig(
-            rotary=rotary_of(case, case.shape["head_size"]) if turned else None,
-            experts=_experts(case),
-            **switches(case, "zero_centered", "qk_norm", "bias"),
-            **layer,
-        ),
+        layer=layer_config(case, groups, experts=_experts(case), **switches(case, "layer_scaling")),
         layers=case.shape["layers"],
         vocabulary=case.shape["vocabulary"],
         max_sequence=case.shape["sequence"],

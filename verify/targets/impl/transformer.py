@@ -39,21 +39,9 @@ class _LayerSubject(BlockSubject):
 
 def transformer_layer(case: Case, groups: Groups) -> BlockSubject:
     """`TransformerLayer`."""
-    attention = attention_arguments(case, groups)
-    given: dict[str, Any] = {name: case.options[name] for name in _GIVEN if name in case.options}
-    given |= {name: case.shape[name] for name in _SIZES}
-    given |= {name: attention[name] for name in ("algorithm", "placement", "mask")}
-    turned = case.options.get("rotary_dim") is not None
     number = case.options.get("layer_number")
-    config = LayerConfig(
-        rotary=rotary_of(case, case.shape["head_size"]) if turned else None,
-        latent=_latent(case),
-        layer_scaling=number is not None,
-        **switches(case, *_SWITCHES),
-        **given,
-    )
     module = TransformerLayer(
-        config,
+        layer_config(case, groups, layer_scaling=number is not None),
         groups=groups,
         tracker=tracker_of(case.layout, seed=case.seed),
         init=partial(constant_, val=math.nan),
@@ -65,6 +53,22 @@ def transformer_layer(case: Case, groups: Groups) -> BlockSubject:
         return {"y": module(inputs["x"], packed=packed_of(inputs), padding=padding_of(inputs))}
 
     return _LayerSubject(module, groups, call)
+
+
+def layer_config(case: Case, groups: Groups, **own: Any) -> LayerConfig:
+    """The layer that a case describes, with what its options do not say as `own`."""
+    attention = attention_arguments(case, groups)
+    given: dict[str, Any] = {name: case.options[name] for name in _GIVEN if name in case.options}
+    given |= {name: case.shape[name] for name in _SIZES}
+    given |= {name: attention[name] for name in ("algorithm", "placement", "mask")}
+    turned = case.options.get("rotary_dim") is not None
+    return LayerConfig(
+        rotary=rotary_of(case, case.shape["head_size"]) if turned else None,
+        latent=_latent(case),
+        **switches(case, *_SWITCHES),
+        **given,
+        **own,
+    )
 
 
 def _latent(case: Case) -> LatentSizes | None:
