@@ -114,8 +114,7 @@ def test_a_resumed_log_has_every_step_once(cluster, options, tmp_path):
 
 def test_runs_are_drawn_into_one_picture(tmp_path):
     for name in ("one", "two"):
-        records = [Record(i, 5 - i, 1.0, 0.1, 8, i, 0.1) for i in range(4)]
-        lines = [json.dumps(vars(record)) for record in records]
+        lines = [json.dumps({**LINE, "step": i, "loss": 5.0 - i}) for i in range(4)]
         (tmp_path / name).write_text("\n".join(lines) + "\n")
     runs = [f"one rank={tmp_path / 'one'}", f"tp2 <&>={tmp_path / 'two'}"]
     plot.main([*runs, "-o", str(tmp_path / "both.svg")], standalone_mode=False)
@@ -141,6 +140,14 @@ def test_megatrons_spellings_are_the_same_options():
         "--warmup 3": "--lr-warmup-iters 3",
         "--clip 0.5": "--clip-grad 0.5",
         "--distributed-optimizer": "--use-distributed-optimizer",
+        "--latent": "--multi-latent-attention",
+        "--qk-norm": "--qk-layernorm",
+        "--balance seq_aux_loss": "--moe-router-load-balancing-type seq_aux_loss",
+        "--balance-coefficient 0.1": "--moe-aux-loss-coeff 0.1",
+        "--z-coefficient 0.1": "--moe-z-loss-coeff 0.1",
+        "--dispatcher allgather": "--moe-token-dispatcher-type allgather",
+        "--shared-ffn 8": "--moe-shared-expert-intermediate-size 8",
+        "--layer-scaling": "--apply-query-key-layer-scaling",
     }
     for ours, theirs in pairs.items():
         parsed = [command.make_context("x", text.split()).params for text in (ours, theirs)]
@@ -166,6 +173,14 @@ REFUSED = {
     "--log . --steps 1": "log: .",
     "--lr 0.1 --min-lr 0.2": "minimum: 0.2",
     "--lr-decay-style wave": "'wave' is not one of",
+    "--moe-z-loss-coeff 0.1": "z_coefficient: 0.1 has no effect without --num-experts",
+    "--experts 2 --balance-coefficient 0.1": "balance_coefficient: 0.1 of no loss; give --moe",
+    "--v-head-dim 4": "value_size: 4 has no effect without --multi-latent-attention",
+    "--latent --groups 1": "groups: 1 of 2 heads",
+    "--latent --kv-lora-rank 0": "kv_lora_rank: 0 is no size",
+    "--fp16 --bf16": "fp16: --bf16 is given too",
+    "--initial-loss-scale 4": "has no effect without --fp16",
+    "--fp16 --initial-loss-scale 0": "initial_loss_scale: 0.0 is below 1",
 }
 
 
@@ -176,6 +191,8 @@ LINE = {
     "lr": 0.1,
     "tokens": 8,
     "consumed": 4,
+    "skipped": False,
+    "further": [],
     "seconds": 0.1,
 }
 NO_STEPS = {
@@ -187,6 +204,8 @@ NO_STEPS = {
     "step=1.5, no whole number": json.dumps({**LINE, "step": 1.5}),
     "tokens=True, no whole number": json.dumps({**LINE, "tokens": True}),
     "no whole number up to": json.dumps({**LINE, "step": 10**400}),
+    "skipped=0, no true or false": json.dumps({**LINE, "skipped": 0}),
+    "further=['x'], no list of numbers": json.dumps({**LINE, "further": ["x"]}),
     "a value of 1e+301; it shows up to 1e+300": json.dumps({**LINE, "loss": 1e301}),
 }
 
@@ -207,6 +226,59 @@ def test_any_loss_can_be_drawn(loss, tmp_path):
     path.write_text(json.dumps({**LINE, "loss": loss}) + "\n")
     plot.main([f"run={path}", "-o", str(tmp_path / "x.svg")], standalone_mode=False)
     assert "nan" not in (tmp_path / "x.svg").read_text()
+
+
+KINDS = {
+    "experts that are balanced": {
+        "experts": 4,
+        "shared_ffn": 8,
+        "balance": "global_aux_loss",
+        "balance_coefficient": 0.1,
+        "z_coefficient": 0.01,
+        "multi_token_layers": 2,
+    },
+    "latent attention": {
+        "latent": True,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 6,
+        "rope_size": 4,
+        "qk_norm": True,
+        "softmax": "learnable",
+        "layer_scaling": True,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_all_kinds_are_trained_alike_at_any_layout(kind, cluster, options):
+    given: dict = {**KINDS[kind], "layers": 4, "save": None, "lr": 0.1}
+    alone = _run(cluster, replace(options, **given))
+    spread = _run(cluster, replace(options, **given, tp=2, cp=2, pp=2, sequence_parallel=True))
+    for one, many in zip(alone, spread, strict=True):
+        assert [many.loss, *many.further] == pytest.approx([one.loss, *one.further], rel=1e-4)
+        assert many.grad_norm == pytest.approx(one.grad_norm, rel=1e-3)
+        assert len(one.further) == given.get("multi_token_layers", 0)
+    plain = _run(cluster, replace(options, layers=4, save=None, lr=0.1))
+    assert all(a.loss != pytest.approx(b.loss, rel=1e-4) for a, b in zip(alone, plain, strict=True))
+
+
+def test_a_balanced_router_is_trained_otherwise(cluster, options):
+    given: dict = {"experts": 4, "balance": "seq_aux_loss", "save": None}
+    weights = (0.0, 1.0)
+    found = [_run(cluster, replace(options, **given, balance_coefficient=w)) for w in weights]
+    assert found[0][0].loss == found[1][0].loss
+    assert found[0][0].grad_norm != pytest.approx(found[1][0].grad_norm, rel=1e-3)
+
+
+def test_float16_skips_steps_until_the_scale_fits(cluster, options):
+    given: dict = {"fp16": True, "initial_loss_scale": 2.0**34, "steps": 40, "save": None}
+    records = _run(cluster, replace(options, **given, dp=2, pp=2))
+    assert all(record.skipped for record in records[:4])
+    assert [record.lr for record in records[:5]] == [0.0] * 5
+    trained = [record for record in records if not record.skipped]
+    assert len(trained) > 10
+    assert trained[-1].loss < trained[0].loss - 0.3
+    assert all(record.grad_norm > 0 for record in trained)
 
 
 def factors(options: Options) -> dict[str, float]:

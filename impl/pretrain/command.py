@@ -14,7 +14,15 @@ import click
 from impl.mlp import ACTIVATIONS, GATES
 from impl.optimizer.schedule import SCHEDULES
 from impl.pipeline.schedules import KINDS
-from impl.pretrain.options import CP_ALGORITHMS, NORMS, POSITIONS, Options
+from impl.pretrain.options import (
+    BALANCES,
+    CP_ALGORITHMS,
+    DISPATCHERS,
+    NORMS,
+    POSITIONS,
+    SOFTMAXES,
+    Options,
+)
 from impl.pretrain.ranks import (
     CLUSTERS,
     RanksFailed,
@@ -59,8 +67,47 @@ _TABLE: tuple[tuple[str, str, Any, str], ...] = (
     ("tied", "--untie-embeddings-and-output-weights", "no", "Logits have weights of their own."),
     ("bias", "--bias", "flag", "Linear layers add one."),
     ("dropout", "--dropout --hidden-dropout", float, "Of hidden states."),
+    ("attention_dropout", "--attention-dropout", float, "Of shares of attention."),
+    ("qk_norm", "--qk-norm --qk-layernorm", "flag", "Normalise queries and keys, or latents."),
+    ("softmax", "--softmax-type", _one_of(SOFTMAXES), "learnable: with a sink for each head."),
+    (
+        "layer_scaling",
+        "--layer-scaling --apply-query-key-layer-scaling",
+        "flag",
+        "Divide scores by the layer's number before the softmax, and multiply them in it.",
+    ),
+    (
+        "latent",
+        "--latent --multi-latent-attention",
+        "flag",
+        "Queries, keys and values from latents.",
+    ),
+    ("kv_lora_rank", "--kv-lora-rank", int, "The latent of keys and values."),
+    ("q_lora_rank", "--q-lora-rank", int, "The latent of queries. Default: none."),
+    ("rope_size", "--qk-pos-emb-head-dim", int, "Features of its heads that have positions."),
+    ("value_size", "--v-head-dim", int, "Of its values. Default: as a head's."),
     ("experts", "--experts --num-experts", int, "Experts of a layer. Default: none."),
     ("top_k", "--top-k --moe-router-topk", int, "Experts of a token."),
+    (
+        "shared_ffn",
+        "--shared-ffn --moe-shared-expert-intermediate-size",
+        int,
+        "Features of an expert that all tokens have. Default: none.",
+    ),
+    (
+        "dispatcher",
+        "--dispatcher --moe-token-dispatcher-type",
+        _one_of(DISPATCHERS),
+        "How tokens travel to experts.",
+    ),
+    (
+        "balance",
+        "--balance --moe-router-load-balancing-type",
+        _one_of(BALANCES),
+        "A loss of unequal loads: of a microbatch, of each sequence, of all of a step.",
+    ),
+    ("balance_coefficient", "--balance-coefficient --moe-aux-loss-coeff", float, "Its weight."),
+    ("z_coefficient", "--z-coefficient --moe-z-loss-coeff", float, "That of routers' z-loss."),
     (
         "multi_token_layers",
         "--multi-token-layers --mtp-num-layers",
@@ -94,6 +141,8 @@ _TABLE: tuple[tuple[str, str, Any, str], ...] = (
     ("beta1", "--adam-beta1", float, "Of AdamW."),
     ("beta2", "--adam-beta2", float, "Of AdamW."),
     ("bf16", "--bf16", "flag", "Compute in bfloat16, with main weights in float32."),
+    ("fp16", "--fp16", "flag", "Compute in float16, with a dynamic scale of the loss."),
+    ("initial_loss_scale", "--initial-loss-scale", float, "The first one, with --fp16."),
     (
         "distributed_optimizer",
         "--distributed-optimizer --use-distributed-optimizer",

@@ -29,9 +29,11 @@ class Log:
         self._recent.append(record)
         if record.step % self.options.log_interval == 0 or record.step == self.options.steps:
             rate = sum(r.tokens for r in self._recent) / sum(r.seconds for r in self._recent)
+            further = "".join(f" {loss:.4f}" for loss in record.further)
+            norm = "skipped" if record.skipped else f"grad norm {record.grad_norm:.3f}"
             self.say(
-                f"step {record.step}/{self.options.steps}  loss {record.loss:.4f}"
-                f"  grad norm {record.grad_norm:.3f}  lr {record.lr:.2e}  {rate:,.0f} tokens/s"
+                f"step {record.step}/{self.options.steps}  loss {record.loss:.4f}{further}"
+                f"  {norm}  lr {record.lr:.2e}  {rate:,.0f} tokens/s"
             )
 
     def end(self, *, already: int) -> None:

@@ -7,11 +7,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from impl.context_parallel.attention import ALGORITHMS
 from impl.data import CORPUS
+from impl.latent_attention import LatentSizes
 from impl.model_config import ModelConfig, layers_of
 from impl.moe.layer import ExpertsConfig
-from impl.moe.router import Choice
+from impl.moe.router import Choice, Losses
 from impl.optimizer.schedule import Schedule
 from impl.rotary import RotaryEmbedding
 from impl.transformer import LayerConfig
@@ -25,6 +28,18 @@ CP_ALGORITHMS = {**{name: name for name in ALGORITHMS if name != "hierarchical"}
     "p2p": "ring",
     "a2a": "ulysses",
 }
+
+# What each is balanced over: a microbatch, each of its sequences, or the whole batch of a step.
+BALANCES = {
+    "none": None,
+    "aux_loss": "batch",
+    "seq_aux_loss": "sequence",
+    "global_aux_loss": "global",
+}
+_LATENT = ("kv_lora_rank", "q_lora_rank", "rope_size", "value_size")
+_COEFFICIENTS = ("balance_coefficient", "z_coefficient")
+DISPATCHERS = {"alltoall": "all_to_all", "allgather": "all_gather"}
+SOFTMAXES = {"vanilla": False, "learnable": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +69,22 @@ class Options:
     tied: bool = True
     bias: bool = False
     dropout: float = 0.0
+    attention_dropout: float = 0.0
+    qk_norm: bool = False
+    softmax: str = "vanilla"
+    layer_scaling: bool = False
+    latent: bool = False
+    kv_lora_rank: int = 32
+    q_lora_rank: int | None = None
+    rope_size: int = 8
+    value_size: int | None = None
     experts: int | None = None
     top_k: int = 2
+    shared_ffn: int | None = None
+    dispatcher: str = "alltoall"
+    balance: str = "none"
+    balance_coefficient: float = 0.0
+    z_coefficient: float = 0.0
     multi_token_layers: int = 0
     multi_token_scaling: float = 0.1
     recompute: str | None = None
@@ -75,6 +104,8 @@ class Options:
     beta1: float = 0.9
     beta2: float = 0.95
     bf16: bool = False
+    fp16: bool = False
+    initial_loss_scale: float = 2.0**32
     distributed_optimizer: bool = False
     overlap: bool = False
     bucket: int | None = None
@@ -127,11 +158,7 @@ class Options:
             self.hidden // self.heads,
             self._default_ffn() if self.ffn is None else self.ffn,
         )
-        rotary = self.positions == "rope"
-        experts = None
-        if self.experts is not None:
-            choice = Choice(top_k=self.top_k)
-            experts = ExpertsConfig(number=self.experts, ffn=ffn, choice=choice, bias=self.bias)
+        turned = self.rope_size if self.latent else head_size
         layer = LayerConfig(
             hidden=self.hidden,
             heads=self.heads,
@@ -141,10 +168,15 @@ class Options:
             norm=NORMS[self.norm],
             bias=self.bias,
             activation=self.activation,
-            experts=experts,
-            rotary=RotaryEmbedding(dim=head_size) if rotary else None,
+            experts=None if self.experts is None else self._experts(self.experts, ffn),
+            latent=self._latent(head_size) if self.latent else None,
+            qk_norm=self.qk_norm,
+            sink=SOFTMAXES[self.softmax],
+            layer_scaling=self.layer_scaling,
+            rotary=RotaryEmbedding(dim=turned) if self.positions == "rope" else None,
             algorithm=CP_ALGORITHMS[self.cp_algorithm],
             hidden_dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
             recompute=self.recompute,  # type: ignore[arg-type]
         )
         return ModelConfig(
@@ -158,6 +190,11 @@ class Options:
             multi_token_layers=self.multi_token_layers,
             multi_token_scaling=self.multi_token_scaling,
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return torch.float16 if self.fp16 else torch.bfloat16 if self.bf16 else torch.float32
 
     def schedule(self) -> Schedule:
         """Learning rates. ValueError where steps do not fit."""
@@ -195,6 +232,21 @@ class Options:
                 f"layout: ep={self.ep} etp={self.etp} split experts, of which there are none; give"
                 " --num-experts"
             )
+        if self.experts is None:
+            self._check_unused("without --num-experts", "shared_ffn", "balance", *_COEFFICIENTS)
+        if not self.latent:
+            self._check_unused("without --multi-latent-attention", *_LATENT)
+        if not self.fp16:
+            self._check_unused("without --fp16", "initial_loss_scale")
+        if self.balance == "none" and self.balance_coefficient:
+            raise ValueError(
+                f"balance_coefficient: {self.balance_coefficient} of no loss; give"
+                f" --moe-router-load-balancing-type {', '.join(n for n in BALANCES if n != 'none')}"
+            )
+        if self.bf16 and self.fp16:
+            raise ValueError("fp16: --bf16 is given too; give one")
+        if not self.initial_loss_scale >= 1:
+            raise ValueError(f"initial_loss_scale: {self.initial_loss_scale} is below 1")
         layout, config = self.layout(), self.model(vocabulary=1)
         for stage in range(layout.pp):
             for chunk in range(layout.vpp):
@@ -206,6 +258,35 @@ class Options:
                 f"global_batch_size: {self.global_batch_size} does not divide by dp={self.dp}"
                 f" ranks of micro_batch_size={self.microbatch_size}; give a multiple of {each}"
             )
+
+    def _check_unused(self, why: str, *names: str) -> None:
+        """Refuse options that would do nothing."""
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name}: {getattr(self, name)} has no effect {why}")
+
+    def _experts(self, number: int, ffn: int) -> ExpertsConfig:
+        losses = Losses(
+            level=BALANCES[self.balance], balance=self.balance_coefficient, z=self.z_coefficient
+        )
+        return ExpertsConfig(
+            number=number,
+            ffn=ffn,
+            choice=Choice(top_k=self.top_k),
+            dispatcher=DISPATCHERS[self.dispatcher],
+            bias=self.bias,
+            shared_ffn=self.shared_ffn,
+            losses=losses,
+        )
+
+    def _latent(self, head_size: int) -> LatentSizes:
+        return LatentSizes(
+            kv_lora_rank=self.kv_lora_rank,
+            rope_size=self.rope_size,
+            value_size=head_size if self.value_size is None else self.value_size,
+            q_lora_rank=self.q_lora_rank,
+        )
 
     def _default_ffn(self) -> int:
         """Four times the hidden size; with a gate, about as many weights in three matrices."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,8 @@ LARGEST = 2**63 - 1
 @dataclass(frozen=True)
 class Record:
     """A step: the mean loss of its tokens before the update, the norm of the gradients before
-    clipping, the learning rate of the first group, and how long it took."""
+    clipping, the learning rate of the first group, whether the step was skipped because gradients
+    overflowed, the mean losses of multi-token prediction, and how long it took."""
 
     step: int
     loss: float
@@ -22,6 +23,8 @@ class Record:
     lr: float
     tokens: int
     consumed: int
+    skipped: bool
+    further: list[float]
     seconds: float
 
 
@@ -55,13 +58,31 @@ def _record(line: str, where: str) -> Record:
             f"log: {where} is no step of a run, which has {', '.join(names)}; give another file"
         )
     for field in dataclasses.fields(Record):
-        value = values[field.name]
-        whole = field.type == "int"
-        fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        if not fits or (isinstance(value, int) and abs(value) > LARGEST):
-            kind = f"whole number up to {LARGEST}" if whole else "number"
-            raise ValueError(f"log: {where} has {field.name}={value!r}, no {kind}")
+        kind, fits = _KINDS[str(field.type)]
+        if not fits(values[field.name]):
+            raise ValueError(f"log: {where} has {field.name}={values[field.name]!r}, no {kind}")
     return Record(**values)
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, float):
+        return True
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+# Of fields by their types: what a value is, and whether one is that.
+_KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "int": (
+        f"whole number up to {LARGEST}",
+        lambda value: isinstance(value, int) and _is_number(value),
+    ),
+    "float": ("number", _is_number),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "list[float]": (
+        "list of numbers",
+        lambda value: isinstance(value, list) and all(map(_is_number, value)),
+    ),
+}
 
 
 def write_log(path: Path, records: Sequence[Record]) -> None:

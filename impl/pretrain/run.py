@@ -23,6 +23,7 @@ from impl.initialise import initialise_whole, transformer_rule
 from impl.model import build_model, tie_embeddings
 from impl.model_config import ModelConfig
 from impl.optimizer.adam import AdamW
+from impl.optimizer.loss_scale import DynamicLossScale
 from impl.optimizer.mixed import Optimizer, ParameterGroup
 from impl.parameters import defer
 from impl.pretrain.log import Log
@@ -101,6 +102,7 @@ def build(options: Options, groups: Groups) -> Run:
         schedule=options.schedule(),
         weight_decay=options.weight_decay,
         max_norm=options.clip or None,
+        loss_scale=DynamicLossScale(value=options.initial_loss_scale) if options.fp16 else None,
     )
     trainer = Trainer(
         chunks,
@@ -142,7 +144,7 @@ def _model(
         groups=groups,
         tracker=tracker,
         init=defer,
-        dtype=torch.bfloat16 if options.bf16 else torch.float32,
+        dtype=options.dtype,
         device=device,
     )
     initialise_whole(
@@ -186,5 +188,7 @@ def _record(result: TrainResult, progress: Progress, seconds: float) -> Record:
         lr=result.step.rates[0],
         tokens=int(result.tokens),
         consumed=progress.consumed,
+        skipped=result.step.skipped,
+        further=result.further.tolist(),
         seconds=seconds,
     )
