@@ -16,7 +16,7 @@ from verify.placement import Partial
 from verify.rank_program import contract_of
 from verify.reference import Reference
 from verify.replica import RankMap
-from verify.tolerance import Tolerance
+from verify.tolerance import EFFORTS, Tolerance
 
 # Operators of references that only move elements, make them, decide between them, or write them in
 # another dtype, which rounds at most once.
@@ -230,3 +230,44 @@ def test_what_is_left_of_a_sharp_softmax_may_be_rounded_as_its_terms_are():
         said = [tolerance.excess("grad weight", x, expected, lambda full: full) for x in found]
         assert said[0] is None
         assert said[1] is not None
+
+
+def _cut_off(seed: int) -> Reference:
+    """A sum that is cut off a little below zero, where its rounding errors may take it above."""
+    case = Case(concept="cut", layout=Layout(), lens="native", dtype="bfloat16", seed=seed)
+
+    def reference(inputs, parameters):
+        x, weight = inputs["x"], parameters["weight"]
+        above = (x.double() @ weight.double().t()).detach() + 0.02
+        cut = torch.relu(x @ weight.t() - above.to(x.dtype)).square()
+        return {"y": cut, "shown": x.detach().clone()}
+
+    contract = Contract(
+        inputs={"x": TensorSpec((1, 1, 16))},
+        parameters={"weight": (1, 16)},
+        outputs={"y": TensorSpec((1, 1, 1)), "shown": TensorSpec((1, 1, 16), {}, None)},
+        reference=reference,
+    )
+    return Scene(case, contract, {"weight": {}}).references[""]
+
+
+def test_what_is_zero_in_some_runs_is_judged_by_many():
+    """A gradient that is exactly zero in the reference and in the first runs, but not in all."""
+    late = 0
+    for seed in range(40):
+        reference = _cut_off(seed)
+        expected = reference.results["grad weight"]
+        runs = [reference.rounded(torch.bfloat16, n)["grad weight"] for n in range(EFFORTS[-1] + 1)]
+        seen = [bool(each.any()) for each in runs]
+        if expected.any() or any(seen[: EFFORTS[1] + 1]) or not any(seen):
+            continue
+        late += 1
+        found = runs[seen.index(True)].double()
+        candidates = (found, 1e3 * found)
+        said = [
+            Tolerance(reference).excess("grad weight", each, expected, lambda full: full)
+            for each in candidates
+        ]
+        assert said[0] is None
+        assert said[1] is not None
+    assert late > 2

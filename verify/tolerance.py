@@ -49,7 +49,8 @@ Cut = Callable[[Tensor], Tensor]
 MULTIPLES = {"fp64": 1e3, "native": 8.0}
 # Disturbed runs behind a bound: none first, because most candidates are nearer than that.
 EFFORTS = (0, 4, 32)
-# So many times its bound no further run would raise a bound that some runs have measured.
+# So many times its bound no further run would raise a bound that some runs have measured. A bound of
+# zero none has: what is cut off at zero (squared relu) is a little above it in one run of many.
 HOPELESS = 100.0
 MANY_ROWS = 32
 COHERENT = 3.0
@@ -100,7 +101,7 @@ class Tolerance:
             deviations = [_rows(cut(each)) for each in self._deviations(name, runs)]
             found = self._beyond(name, candidate, expected, difference, deviations)
             found = found or self._scaled(candidate, expected, difference, deviations)
-            if found is None or (runs and found.error > HOPELESS * found.bound):
+            if found is None or (runs and 0 < HOPELESS * found.bound < found.error):
                 return found
         return found
 
