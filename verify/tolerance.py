@@ -49,8 +49,8 @@ Cut = Callable[[Tensor], Tensor]
 MULTIPLES = {"fp64": 1e3, "native": 8.0}
 # Disturbed runs behind a bound: none first, because most candidates are nearer than that.
 EFFORTS = (0, 4, 32)
-# So many times its bound no further run would raise a bound that some runs have measured. A bound of
-# zero none has: what is cut off at zero (squared relu) is a little above it in one run of many.
+# So many times its bound no further run would raise a bound that some runs have measured. None has
+# measured zero: what is cut off there (by a squared relu) is a little above it in one run of many.
 HOPELESS = 100.0
 MANY_ROWS = 32
 COHERENT = 3.0
