@@ -66,9 +66,9 @@ def test_an_example_of_several_checks_is_one_example():
         assert list(counts.values()) == [2]
 
 
-def _line(seed, count=30, bad=()):
+def _line(seed, options, count=30, bad=()):
     return {
-        "seed": seed, "options": ["--target", "impl", "--max-examples", "50"], "commit": "abc",
+        "seed": seed, "options": list(options), "commit": "abc",
         "target": "impl 1", "platform": "here", "versions": {}, "seconds": 60.0, "properties": 2,
         "examples": count, "compared": 100, "arithmetic": {"fp64 float64": count},
         "concepts": {"norm": count}, "layouts": ["1 rank"],
@@ -83,7 +83,7 @@ def count(tmp_path, monkeypatch):
 
     def one(seed, options, workers, folder):
         ran.append(seed)
-        line = _line(seed, bad=["norm.is"] * (seed == 3))
+        line = _line(seed, options, bad=["norm.is"] * (seed == 3))
         folder.mkdir(exist_ok=True)
         with (folder / "journal.jsonl").open("a") as stream:
             stream.write(json.dumps(line) + "\n")
@@ -102,7 +102,7 @@ def test_false_alarms_are_counted_until_there_are_enough_examples_and_resumed(co
     result, ran = count("--examples", "50")
     assert (result.exit_code, ran) == (0, [1, 2])
     summary = (tmp_path / "s.md").read_text()
-    assert "60 examples of all suites on the unmodified impl 1: no alarms." in summary
+    assert "60 examples on the unmodified impl 1: no alarms." in summary
     with (tmp_path / "f/journal.jsonl").open("a") as journal:
         journal.write('{"seed": 3, "opt')
     result, ran = count("--examples", "100")
@@ -110,14 +110,24 @@ def test_false_alarms_are_counted_until_there_are_enough_examples_and_resumed(co
     summary = (tmp_path / "s.md").read_text()
     assert "120 examples" in summary
     assert "- seed 3, norm.is: failed" in summary
-    assert json.loads((tmp_path / "s.json").read_text())["seeds"] == [1, 2, 3, 4]
+    assert json.loads((tmp_path / "s.json").read_text())["runs"][0]["seeds"] == [1, 2, 3, 4]
 
 
-def test_a_folder_of_other_options_is_refused(count, tmp_path):
+def test_a_folder_goes_on_with_other_options(count, tmp_path):
     count("--examples", "20")
-    result, _ = count("--examples", "20", "--max-examples", "7")
+    result, ran = count("--examples", "50", "--suite", "norm,mlp")
+    assert (result.exit_code, ran) == (0, [1, 1])
+    summary = (tmp_path / "s.md").read_text()
+    assert "60 examples on the unmodified impl 1: no alarms." in summary
+    assert "ci/false-alarms --target impl --max-examples 50 --suite norm,mlp\n" in summary
+    assert "| all | 1 | 30 |\n| norm, mlp | 1 | 30 |\n" in summary
+
+
+def test_a_folder_of_another_target_is_refused(count, tmp_path):
+    count("--examples", "20")
+    result, _ = count("--examples", "20", "--target", "other")
     assert result.exit_code == 2
-    assert "has other options" in result.output
+    assert "is of another target" in result.output
     (tmp_path / "f/journal.jsonl").write_text("[1]\n")
     result, _ = count("--examples", "20")
     assert result.exit_code == 2

@@ -4,8 +4,9 @@ alone, until so many examples are done; what is done is kept, and the summary is
     ci/false-alarms --examples 100000 -n 2
 
 Whatever fails of the reference implementation is a false alarm, or a defect of it: somebody looks.
-A line of the journal is one seed. A seed that is cut short is run again; those that are in the
-journal are not, and their reports are kept only if something failed.
+A line of the journal is one seed with some options. A seed that is cut short is run again; those
+that are in the journal are not, and their reports are kept only if something failed. With other
+options, as `--suite` for suites that take less time for each example, a folder goes on too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import click
 
@@ -53,9 +55,9 @@ def main(
     options = ["--target", target, "--max-examples", str(max_examples)]
     options += ["--suite", suite] if suite else []
     seed, lines = first_seed, journal(Path(folder))
-    if any(line["options"] != options for line in lines):
-        raise click.UsageError(f"--folder: {folder} has other options; name another folder")
-    seeds = {line["seed"] for line in lines}
+    if any(line["target"].split()[0] != target for line in lines):
+        raise click.UsageError(f"--folder: {folder} is of another target; name another folder")
+    seeds = {line["seed"] for line in lines if line["options"] == options}
     while sum(line["examples"] for line in lines) < examples:
         while seed in seeds:
             seed += 1
@@ -89,11 +91,12 @@ def journal(folder: Path) -> list[dict[str, Any]]:
 
 def _one_seed(seed: int, options: Sequence[str], workers: str, folder: Path) -> dict[str, Any]:
     """Run one seed and note what came of it."""
-    report = folder / f"seed-{seed}"
+    named = f"-{crc32(' '.join(options).encode()):08x}" if "--suite" in options else ""
+    report = folder / f"seed-{seed}{named}"
     command = [sys.executable, "-m", "verify", "run", "--profile", "ci", *options]
     command += ["--seed", str(seed), "--report", str(report), "-n", workers]
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"seed-{seed}.log").open("w") as log:
+    with report.with_suffix(".log").open("w") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
     if done.returncode not in (0, 1) or not (report / "report.json").exists():
         raise click.ClickException(f"seed {seed}: no report; see {log.name}")
@@ -154,12 +157,11 @@ def described(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "examples": sum(line["examples"] for line in lines),
         "compared": sum(line["compared"] for line in lines),
         "seconds": round(sum(line["seconds"] for line in lines), 1),
-        "seeds": [line["seed"] for line in lines],
+        "runs": _runs(lines),
         "commits": list(dict.fromkeys(line["commit"] for line in lines)),
         "targets": list(dict.fromkeys(line["target"] for line in lines)),
         "platforms": list(dict.fromkeys(line["platform"] for line in lines)),
         "versions": lines[-1]["versions"] if lines else {},
-        "options": lines[-1]["options"] if lines else [],
         "layouts": len({text for line in lines for text in line["layouts"]}),
         "arithmetic": total([line["arithmetic"] for line in lines]),
         "concepts": total([line["concepts"] for line in lines]),
@@ -167,26 +169,42 @@ def described(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _runs(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What was run with which options: the seeds, and how many examples."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for line in lines:
+        own = found.setdefault(
+            tuple(line["options"]), {"options": line["options"], "seeds": [], "examples": 0}
+        )
+        own["seeds"].append(line["seed"])
+        own["examples"] += line["examples"]
+    return list(found.values())
+
+
 def text_of(document: Mapping[str, Any], wanted: int) -> str:
     """The summary as Markdown; made by the script and by nobody else."""
     count, alarms = document["examples"], document["alarms"]
     found = f"{len(alarms) or 'no'} alarm{'s' * (len(alarms) != 1)}"
-    options = document["options"]
-    suites = f"the suites {options[-1]}" if "--suite" in options else "all suites"
     state = "" if count >= wanted else f" (so far: {wanted} are wanted)"
     lines = [
         "# False alarms",
         "",
-        f"{count:,} examples{state} of {suites} on the unmodified"
-        f" {', '.join(document['targets'])}: {found}.",
+        f"{count:,} examples{state} on the unmodified {', '.join(document['targets'])}: {found}.",
         "",
         f"{document['compared']:,} elements were compared, on {document['layouts']} layouts, in"
-        f" {document['seconds'] / 60:.0f} minutes on {'; '.join(document['platforms'])}. Seeds"
-        f" {_ranges(document['seeds'])}; commits {', '.join(document['commits'])}.",
+        f" {document['seconds'] / 60:.0f} minutes on {'; '.join(document['platforms'])}; commits"
+        f" {', '.join(document['commits'])}.",
         "",
         "Made by this script, which goes on where it was stopped:",
         "",
-        f"    ci/false-alarms --examples {wanted} {' '.join(options)}",
+        *(f"    ci/false-alarms {' '.join(run['options'])}" for run in document["runs"]),
+        "",
+        "| suites | seeds | examples |",
+        "|---|---|---:|",
+        *(
+            f"| {_suites(run['options'])} | {_ranges(run['seeds'])} | {run['examples']:,} |"
+            for run in document["runs"]
+        ),
         "",
         "| lens and dtype | examples |",
         "|---|---:|",
@@ -200,6 +218,12 @@ def text_of(document: Mapping[str, Any], wanted: int) -> str:
         lines += ["", "## Alarms", ""]
         lines += [f"- seed {e['seed']}, {e['property']}: {e['verdict']}" for e in alarms]
     return "\n".join(lines) + "\n"
+
+
+def _suites(options: Sequence[str]) -> str:
+    """`norm, mlp`, or `all`."""
+    named = options[options.index("--suite") + 1] if "--suite" in options else "all"
+    return named.replace(",", ", ")
 
 
 def _ranges(seeds: Sequence[int]) -> str:
