@@ -37,6 +37,10 @@ class Setting:
     layers: int = 2
     hidden: int = 4
     heads: int = 2
+    scale: float | None = None
+    alibi: bool = False
+    layer_scaling: bool = False
+    sink: bool = False
     tied: bool = True
     adam: bool = True
     bf16: bool = False
@@ -56,6 +60,10 @@ def made(setting: Setting) -> Training:
             head_size=4 // setting.heads,
             ffn=4,
             activation="swiglu",
+            scale=setting.scale,
+            alibi=setting.alibi,
+            layer_scaling=setting.layer_scaling,
+            sink=setting.sink,
         ),
         layers=setting.layers,
         vocabulary=7,

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.init import constant_
 
-from impl.checkpoint.model import _choices
 from impl.data_parallel import DataParallel
 from impl.groups import build_groups
 from impl.initialise import initialise_whole, normal
@@ -25,7 +24,7 @@ from impl.optimizer.sgd import SGD
 from impl.random import parallel_tracker
 from impl.rotary import RotaryEmbedding
 from impl.training import Microbatch, Trainer
-from impl.transformer import LayerConfig
+from impl.transformer import LayerConfig, TransformerLayer
 from verify.cluster import open_cluster
 from verify.layout import Layout
 
@@ -189,12 +188,23 @@ def test_parameters_have_the_names_that_they_have_in_the_whole_model(sim):
     assert {*first, *last} == {*alone, "output.weight"}
 
 
-@pytest.mark.parametrize("given", [{"scale": 0.25}, {"alibi": True}, {"layer_scaling": True}])
-def test_scores_are_what_a_checkpoint_is_of(given):
-    assert _choices(config(layer=given)) != _choices(config())
+def numbers(layout: Layout, **given: Any) -> dict[str, int]:
+    """Rank program: the numbers of a rank's layers by their names in the model."""
+    groups = build_groups(layout)
+    tracker = parallel_tracker(1, layout=layout, rank=dist.get_rank())
+    init = partial(constant_, val=0.0)
+    chunks = build_model(config(**given), groups=groups, tracker=tracker, init=init)
+    groups.destroy()
+    return {
+        name.partition(".")[2]: each.attention.core.given["layer_number"]
+        for name, each in chunks.named_modules()
+        if isinstance(each, TransformerLayer)
+    }
 
 
-def test_layers_of_a_model_know_their_numbers(sim):
-    given = {"layer": {"layer_scaling": True}, "multi_token_layers": 1}
-    (found,) = sim.run(partial(names, **given), Layout(), world_size=1)
-    assert "layers.3.mlp.fc1.weight" in found
+def test_layers_of_a_model_know_their_numbers_in_it(sim):
+    program = partial(numbers, layer={"layer_scaling": True}, multi_token_layers=2)
+    first, last = sim.run(program, Layout(pp=2, vpp=2), world_size=2)
+    assert first == {"layers.0": 1, "layers.2": 3}
+    further = {"multi_token.0.layer": 5, "multi_token.1.layer": 6}
+    assert last == {"layers.1": 2, "layers.3": 4, **further}
