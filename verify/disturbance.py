@@ -38,14 +38,16 @@ ARITHMETIC = frozenset(_ROUNDING.split())
 CONTRACTIONS = frozenset(("addmm", "baddbmm", "bmm", "mm", "sum"))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Contraction:
-    """A contraction that was computed: `result`, of `function` with operands as they were given."""
+    """A contraction that was computed: `result`, of `function` with operands as they were given,
+    and `current` until one of them is written to."""
 
     result: Tensor
     function: Any
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
+    current: bool = True
 
 
 class Disturbing(TorchDispatchMode):
@@ -56,8 +58,10 @@ class Disturbing(TorchDispatchMode):
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
         self._generator = generator
-        # By the address of the result's storage, which is not given to another as long as it lives.
+        # By the addresses of storages, which are given to no others as long as these live: the
+        # contractions by their results, and those that change with what is there.
         self._contractions: dict[int, _Contraction] = {}
+        self._changing: dict[int, list[_Contraction]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -81,15 +85,19 @@ class Disturbing(TorchDispatchMode):
             return function(*args, **given)
         result = function(*self._all_moved(args, written), **given)
         if name in CONTRACTIONS and result.is_floating_point() and result.numel():
-            self._contractions[_address(result)] = _Contraction(result, function, args, given)
+            self._keep(_Contraction(result, function, args, given))
         return result
+
+    def _keep(self, contraction: _Contraction) -> None:
+        self._contractions[_address(contraction.result)] = contraction
+        for each in (contraction.result, *contraction.args):
+            if isinstance(each, Tensor):
+                self._changing.setdefault(_address(each), []).append(contraction)
 
     def _forget(self, address: int) -> None:
         """What is there changes: neither a contraction nor its operands are what they were."""
-        for result, contraction in list(self._contractions.items()):
-            operands = [each for each in contraction.args if isinstance(each, Tensor)]
-            if address in (result, *map(_address, operands)):
-                del self._contractions[result]
+        for contraction in self._changing.pop(address, ()):
+            contraction.current = False
 
     def _all_moved(
         self,
@@ -105,7 +113,7 @@ class Disturbing(TorchDispatchMode):
         """What is to be given a dtype: a contraction, if that is narrower than its own, of operands
         that were moved by the roundoff of that."""
         contraction = self._contractions.get(_address(tensor))
-        if contraction is None or not _narrower(dtype, tensor.dtype):
+        if contraction is None or not contraction.current or not _narrower(dtype, tensor.dtype):
             return tensor
         operands = self._all_moved(contraction.args, dtype=dtype)
         again = contraction.function(*operands, **contraction.kwargs)
@@ -125,10 +133,10 @@ def moved(tensor: Tensor, generator: torch.Generator, dtype: torch.dtype | None 
     """`tensor` times 1 plus or minus the unit roundoff of `dtype`, of its own unless given, rounded
     to its own: a neighbour of what it was, where that is narrower than float64, or a power of two
     itself."""
-    roundoff = torch.finfo(dtype or tensor.dtype).eps / 2
+    eps = torch.finfo(dtype or tensor.dtype).eps
     # In float64 from the start: 1 + 2**-24 is 1 in float32.
-    signs = torch.randint(0, 2, tensor.shape, generator=generator).double() * 2 - 1
-    return (tensor.double() * (1 + roundoff * signs)).to(tensor.dtype)
+    ups = torch.empty(tensor.shape, dtype=torch.float64).random_(0, 2, generator=generator)
+    return ups.mul_(eps).add_(1 - eps / 2).mul_(tensor).to(tensor.dtype)
 
 
 def _written(function: Any, args: Sequence[Any], given: Mapping[str, Any]) -> list[Tensor]:
