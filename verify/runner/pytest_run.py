@@ -52,6 +52,9 @@ def set_up(config: pytest.Config) -> None:
     config.add_cleanup(partial(set_limits, limits()))
     set_limits(given_limits)
     config.add_cleanup(use_profile(options))
+    # References are small: more threads than one only wait for each other, on a busy machine long.
+    config.add_cleanup(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(1)
     if not _is_controller(config):
         config.pluginmanager.register(Examiner(options, given_limits, known, config), EXAMINER)
         config.pluginmanager.register(check_fixture)
