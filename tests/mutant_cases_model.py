@@ -77,6 +77,9 @@ def cases() -> Iterator[tuple[str, Case]]:
     skipped = {"loss_scale": "dynamic", "overflow": 1, "tied": False}
     alone = case_of("gpt_training", Layout(pp=2), {**SMALL, "steps": 2}, **skipped, **PLAIN)
     yield "equivalence", alone
+    latent = {**single, "kv_lora": 4, "rope_size": 2, "value_size": 2}
+    scored = {"sink": True, "layer_scaling": True, "alibi": True}
+    yield "equivalence", case_of("gpt_training", Layout(tp=2), latent, **scored, **PLAIN)
     balanced = {**SMALL, "experts": 2, "top_k": 1, "layers": 4, "batch": 2}
     added = {"balance": "batch", "z_loss": 0.25, "loss_scale": "static"}
     yield "equivalence", case_of("gpt_training", chunks, balanced, **added, **PLAIN)

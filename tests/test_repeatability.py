@@ -1,7 +1,9 @@
 """Two runs of one profile have the same verdicts and the same examples, however they are spread."""
 
 import json
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -119,8 +121,35 @@ def test_a_folder_goes_on_with_other_options(count, tmp_path):
     assert (result.exit_code, ran) == (0, [1, 1])
     summary = (tmp_path / "s.md").read_text()
     assert "60 examples on the unmodified impl 1: no alarms." in summary
-    assert "ci/false-alarms --target impl --max-examples 50 --suite norm,mlp\n" in summary
+    command = "ci/false-alarms --examples {} --first-seed 1 --target impl --max-examples 50"
+    assert f"    {command.format(30)}\n" in summary
+    assert f"    {command.format(60)} --suite norm,mlp\n" in summary
     assert "| all | 1 | 30 |\n| norm, mlp | 1 | 30 |\n" in summary
+
+
+def test_what_failed_is_kept_when_the_same_seed_is_run_with_other_options(tmp_path, monkeypatch):
+    def run(command, stdout, **given):
+        report = Path(command[command.index("--report") + 1])
+        bad = "7" not in command
+        report.mkdir()
+        document = {"seed": 1, "finished": True, "bad": bad}
+        (report / "report.json").write_text(json.dumps(document))
+        stdout.write("what was said")
+        return subprocess.CompletedProcess(command, int(bad))
+
+    monkeypatch.setattr(alarms.subprocess, "run", run)
+    monkeypatch.setattr(alarms, "read", lambda path: json.loads(path.read_text()))
+    monkeypatch.setattr(
+        alarms,
+        "line_of",
+        lambda document, options: _line(1, options, bad=["norm.is"] * document["bad"]),
+    )
+    folder = tmp_path / "f"
+    alarms._one_seed(1, ["--max-examples", "50"], "1", folder)
+    kept = {path.name for path in folder.iterdir()} - {"journal.jsonl"}
+    assert len(kept) == 2
+    alarms._one_seed(1, ["--max-examples", "7"], "1", folder)
+    assert {path.name for path in folder.iterdir()} == {*kept, "journal.jsonl"}
 
 
 def test_a_folder_of_another_target_is_refused(count, tmp_path):

@@ -6,7 +6,8 @@ for the input x and `grad weight` for the parameter weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,6 +29,18 @@ def result_names(contract: Contract) -> tuple[str, ...]:
     inputs = [name for name, spec in contract.inputs.items() if spec.grad_placements is not None]
     parameters = [name for name in contract.parameters if name not in contract.frozen]
     return (*contract.outputs, *(f"grad {name}" for name in (*inputs, *parameters)))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """While inside, torch computes with one thread: references are small, and more threads only
+    wait for each other, on a busy machine long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

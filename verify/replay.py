@@ -12,6 +12,7 @@ from verify import provenance
 from verify.cluster import CLUSTERS, DEVICES, open_cluster
 from verify.errors import BadArgument
 from verify.finding import Finding
+from verify.reference import one_thread
 from verify.report.files import read
 from verify.targets import load_target
 from verify.verdict import Judgement, Verdict, judge
@@ -87,7 +88,8 @@ class Replay:
     def run(self) -> Iterator[Replayed]:
         """Each case, as it goes now."""
         size = max(case.finding.case.layout.world_size for case in self.cases)
-        with closing(open_cluster(self.cluster, world_size=size, device=self.device)) as cluster:
+        opened = open_cluster(self.cluster, world_size=size, device=self.device)
+        with closing(opened) as cluster, one_thread():
             for recorded in self.cases:
                 finding = recorded.finding
                 now = judge(finding.check, finding.case, target_name=self.target, cluster=cluster)

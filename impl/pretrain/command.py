@@ -104,7 +104,7 @@ _TABLE: tuple[tuple[str, str, Any, str], ...] = (
         "balance",
         "--balance --moe-router-load-balancing-type",
         _one_of(BALANCES),
-        "A loss of unequal loads: of a microbatch, of each sequence, of all of a step.",
+        "A loss of unequal loads: of microbatches, sequences, or those of all replicas at once.",
     ),
     ("balance_coefficient", "--balance-coefficient --moe-aux-loss-coeff", float, "Its weight."),
     ("z_coefficient", "--z-coefficient --moe-z-loss-coeff", float, "That of routers' z-loss."),

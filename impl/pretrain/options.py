@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +21,11 @@ from impl.rotary import RotaryEmbedding
 from impl.transformer import LayerConfig
 from verify.layout import Layout
 
+# Options that have an effect with others only.
+_OF_LATENTS = ("kv_lora_rank", "q_lora_rank", "rope_size", "value_size")
+_COEFFICIENTS = ("balance_coefficient", "z_coefficient")
+_OF_EXPERTS = ("top_k", "shared_ffn", "dispatcher", "balance", *_COEFFICIENTS)
+LARGEST_SCALE = 2.0**64
 _PATHS = ("data", "cache", "save", "load", "log", "plot")
 POSITIONS = {"rope": "rotary", "learned_absolute": "learned", "none": "none"}
 NORMS = {"RMSNorm": "rms", "LayerNorm": "layer"}
@@ -28,16 +34,13 @@ CP_ALGORITHMS = {**{name: name for name in ALGORITHMS if name != "hierarchical"}
     "p2p": "ring",
     "a2a": "ulysses",
 }
-
-# What each is balanced over: a microbatch, each of its sequences, or the whole batch of a step.
+# What each is of: a microbatch, each sequence, the microbatches that replicas compute at once.
 BALANCES = {
     "none": None,
     "aux_loss": "batch",
     "seq_aux_loss": "sequence",
     "global_aux_loss": "global",
 }
-_LATENT = ("kv_lora_rank", "q_lora_rank", "rope_size", "value_size")
-_COEFFICIENTS = ("balance_coefficient", "z_coefficient")
 DISPATCHERS = {"alltoall": "all_to_all", "allgather": "all_gather"}
 SOFTMAXES = {"vanilla": False, "learnable": True}
 
@@ -233,20 +236,26 @@ class Options:
                 " --num-experts"
             )
         if self.experts is None:
-            self._check_unused("without --num-experts", "shared_ffn", "balance", *_COEFFICIENTS)
+            self._check_unused("without --num-experts", *_OF_EXPERTS)
         if not self.latent:
-            self._check_unused("without --multi-latent-attention", *_LATENT)
+            self._check_unused("without --multi-latent-attention", *_OF_LATENTS)
         if not self.fp16:
             self._check_unused("without --fp16", "initial_loss_scale")
-        if self.balance == "none" and self.balance_coefficient:
+        for name in _COEFFICIENTS:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: {getattr(self, name)} is no weight; give 0 or more")
+        if (self.balance == "none") is not (self.balance_coefficient == 0):
             raise ValueError(
-                f"balance_coefficient: {self.balance_coefficient} of no loss; give"
-                f" --moe-router-load-balancing-type {', '.join(n for n in BALANCES if n != 'none')}"
+                f"balance_coefficient: {self.balance_coefficient} of balance={self.balance}; give"
+                " one above 0 for a loss, and only for one:"
+                f" {', '.join(name for name in BALANCES if name != 'none')}"
             )
         if self.bf16 and self.fp16:
             raise ValueError("fp16: --bf16 is given too; give one")
-        if not self.initial_loss_scale >= 1:
-            raise ValueError(f"initial_loss_scale: {self.initial_loss_scale} is below 1")
+        if not 1 <= self.initial_loss_scale <= LARGEST_SCALE:
+            raise ValueError(
+                f"initial_loss_scale: {self.initial_loss_scale} is not from 1 to {LARGEST_SCALE:g}"
+            )
         layout, config = self.layout(), self.model(vocabulary=1)
         for stage in range(layout.pp):
             for chunk in range(layout.vpp):

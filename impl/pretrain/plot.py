@@ -75,13 +75,16 @@ def write_plot(logs: Mapping[str, Path], path: Path) -> None:
         if not records:
             raise ValueError(f"plot: {logs[name]} has no steps to show")
 
+    def norm(record: Record) -> float:
+        return math.nan if record.skipped else record.grad_norm
+
     def curves(value: Callable[[Record], float]) -> list[Curve]:
         return [
             Curve(name, tuple((r.step, value(r)) for r in each if math.isfinite(value(r))))
             for name, each in runs.items()
         ]
 
-    text = svg({"loss": curves(lambda r: r.loss), "gradient norm": curves(lambda r: r.grad_norm)})
+    text = svg({"loss": curves(lambda r: r.loss), "gradient norm": curves(norm)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

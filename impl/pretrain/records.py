@@ -14,8 +14,9 @@ LARGEST = 2**63 - 1
 @dataclass(frozen=True)
 class Record:
     """A step: the mean loss of its tokens before the update, the norm of the gradients before
-    clipping, the learning rate of the first group, whether the step was skipped because gradients
-    overflowed, the mean losses of multi-token prediction, and how long it took."""
+    clipping, the learning rate of the first group, and how long it took; whether the step was
+    skipped because gradients overflowed, of which the norm is 0 then; and the mean losses of
+    multi-token prediction."""
 
     step: int
     loss: float
@@ -23,9 +24,9 @@ class Record:
     lr: float
     tokens: int
     consumed: int
-    skipped: bool
-    further: list[float]
     seconds: float
+    skipped: bool = False
+    further: list[float] = dataclasses.field(default_factory=list)
 
 
 def read_log(path: Path) -> list[Record]:
@@ -46,21 +47,22 @@ def read_log(path: Path) -> list[Record]:
 
 
 def _record(line: str, where: str) -> Record:
-    """What a line says. ValueError unless it has every field and no other, each a number that such
-    a field can have."""
+    """What a line says. ValueError unless it has every field that has no default, no other than
+    fields, and in each what it can have."""
     try:
         values = json.loads(line)
     except ValueError as error:
         raise ValueError(f"log: {where} is no JSON; give the log of a run") from error
-    names = [field.name for field in dataclasses.fields(Record)]
-    if not isinstance(values, dict) or set(values) != set(names):
+    types = {field.name: str(field.type) for field in dataclasses.fields(Record)}
+    needed = types.keys() - {"skipped", "further"}
+    if not isinstance(values, dict) or not needed <= values.keys() <= types.keys():
         raise ValueError(
-            f"log: {where} is no step of a run, which has {', '.join(names)}; give another file"
+            f"log: {where} is no step of a run, which has {', '.join(types)}; give another file"
         )
-    for field in dataclasses.fields(Record):
-        kind, fits = _KINDS[str(field.type)]
-        if not fits(values[field.name]):
-            raise ValueError(f"log: {where} has {field.name}={values[field.name]!r}, no {kind}")
+    for name, value in values.items():
+        kind, fits = _KINDS[types[name]]
+        if not fits(value):
+            raise ValueError(f"log: {where} has {name}={value!r}, no {kind}")
     return Record(**values)
 
 

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -91,8 +92,7 @@ def journal(folder: Path) -> list[dict[str, Any]]:
 
 def _one_seed(seed: int, options: Sequence[str], workers: str, folder: Path) -> dict[str, Any]:
     """Run one seed and note what came of it."""
-    named = f"-{crc32(' '.join(options).encode()):08x}" if "--suite" in options else ""
-    report = folder / f"seed-{seed}{named}"
+    report = folder / f"seed-{seed}-{crc32(' '.join(options).encode()):08x}"
     command = [sys.executable, "-m", "verify", "run", "--profile", "ci", *options]
     command += ["--seed", str(seed), "--report", str(report), "-n", workers]
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,7 @@ def text_of(document: Mapping[str, Any], wanted: int) -> str:
         "",
         "Made by this script, which goes on where it was stopped:",
         "",
-        *(f"    ci/false-alarms {' '.join(run['options'])}" for run in document["runs"]),
+        *_commands(document["runs"]),
         "",
         "| suites | seeds | examples |",
         "|---|---|---:|",
@@ -218,6 +218,16 @@ def text_of(document: Mapping[str, Any], wanted: int) -> str:
         lines += ["", "## Alarms", ""]
         lines += [f"- seed {e['seed']}, {e['property']}: {e['verdict']}" for e in alarms]
     return "\n".join(lines) + "\n"
+
+
+def _commands(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Those that make the same again, one after the other: each says how many there are then."""
+    sums = accumulate(run["examples"] for run in runs)
+    return [
+        f"    ci/false-alarms --examples {count} --first-seed {min(run['seeds'])}"
+        f" {' '.join(run['options'])}"
+        for run, count in zip(runs, sums, strict=True)
+    ]
 
 
 def _suites(options: Sequence[str]) -> str:

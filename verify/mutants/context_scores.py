@@ -12,6 +12,8 @@ _blocks = partial(_mutant, module="impl.context_parallel.blocks")
 _sweep = partial(_mutant, module="impl.context_parallel.sweep")
 _ulysses = partial(_mutant, module="impl.context_parallel.ulysses")
 
+# Also in a whole model, whose layers have their numbers.
+_IN_MODELS = ("context_attention", "transformer_layer", "gpt_training")
 _LIES = "(c.sequence, c.position): c.rows"
 _MARKS = "~self.marks[lies[keys.sequence, keys.position]]"
 _PLACES = "torch.arange(c.position, c.position + c.tokens, device=self.slopes.device)"
@@ -61,6 +63,7 @@ MUTANTS = (
         wrong="Products are divided by the number of the layer, and not multiplied again.",
         snippet="found = found * self.layer_number",
         replacement="found = found * 1",
+        caught_by=_IN_MODELS,
     ),
     _blocks(
         name="sink-takes-no-share",
@@ -73,6 +76,7 @@ MUTANTS = (
         wrong="The gradient of a sink has the wrong sign.",
         snippet=_SINK,
         replacement=_SINK.replace("-", ""),
+        caught_by=_IN_MODELS,
     ),
     _blocks(
         name="sink-share-not-normalised",

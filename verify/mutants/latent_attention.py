@@ -23,6 +23,7 @@ MUTANTS = (
         wrong="The gradient of the shared key is of one rank's heads.",
         snippet=_COPIED,
         replacement="shared = shared.clone()",
+        caught_by=("latent_attention", "gpt_training"),
         seen="SP-09",
     ),
     _latent(

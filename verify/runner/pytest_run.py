@@ -4,6 +4,7 @@ examiner where properties run and the collector where the report is written.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import fields
 from functools import partial
 
@@ -13,6 +14,7 @@ import torch
 from verify.errors import BadArgument, HarnessError
 from verify.known import KnownFindings
 from verify.pytest_plugin import NAME, PACKAGE
+from verify.reference import one_thread
 from verify.runner import check_fixture
 from verify.runner.check_fixture import EXAMINER
 from verify.runner.collector import Collector
@@ -52,9 +54,9 @@ def set_up(config: pytest.Config) -> None:
     config.add_cleanup(partial(set_limits, limits()))
     set_limits(given_limits)
     config.add_cleanup(use_profile(options))
-    # References are small: more threads than one only wait for each other, on a busy machine long.
-    config.add_cleanup(partial(torch.set_num_threads, torch.get_num_threads()))
-    torch.set_num_threads(1)
+    threads = ExitStack()
+    threads.enter_context(one_thread())
+    config.add_cleanup(threads.close)
     if not _is_controller(config):
         config.pluginmanager.register(Examiner(options, given_limits, known, config), EXAMINER)
         config.pluginmanager.register(check_fixture)

@@ -43,7 +43,8 @@ _EXPERTS = (False, False, True)
 
 @st.composite
 def round_trip_cases(draw: st.DrawFn) -> Case:
-    """Cases of `checkpoint`: every kind of parameter, in shards of the optimizer or not."""
+    """Cases of `checkpoint`: every kind of parameter, those of latent attention and experts too, in
+    shards of the optimizer or not."""
     options: Choices = {name: OPTIMIZING[name] for name in ("bucket", "distributed")}
     case = draw(
         model_cases(

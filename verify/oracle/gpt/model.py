@@ -38,8 +38,8 @@ SIZES = (
 TRAINING = tuple(name for name in _TRAINING if name != "norm")
 FROZEN = ("", "norm", "mlp", "embedding", "layers")
 # Of how scores become shares, what needs nothing of the data; `layer_scaling` numbers the layers.
-SCORED = ("alibi", "sink", "scale")
-LAYER = (*(name for name in _LAYER if name != "packed"), *SCORED)
+_SCORES = ("alibi", "sink", "scale")
+LAYER = (*(name for name in _LAYER if name != "packed"), *_SCORES)
 # Of routers, the losses that they add.
 AUXILIARY = ("balance", "coefficient", "z_loss")
 ROUTED = ("dispatcher", "activation", *AUXILIARY)
