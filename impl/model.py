@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleDict, ModuleList, Parameter
 
 from impl.collectives import all_reduce
+from impl.context_parallel.zigzag import PackedSequences
 from impl.cross_entropy import vocab_parallel_cross_entropy
 from impl.dropout import dropout
 from impl.embedding import PositionEmbedding, VocabParallelEmbedding
@@ -74,12 +75,12 @@ class Embedding(Module):
         self.parallel, self.p = parallel, config.layer.hidden_dropout
         self._stream = tracker.stream(stream_of(*["tp"] * parallel, "cp"))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """The hidden states."""
+    def forward(self, tokens: Tensor, *, packed: PackedSequences | None = None) -> Tensor:
+        """The hidden states; `packed` are the sequences of all ranks of cp."""
         x = self.tokens(tokens)
         x = x if self.parallel else x.transpose(0, 1)
         if self.positions is not None:
-            x = self.positions(x)
+            x = self.positions(x, packed=packed)
         return dropout(x, p=self.p, stream=self._stream, training=self.training)
 
 
@@ -126,16 +127,25 @@ class GPTModel(Module):
             self._end(own, made)
         self._share_embedding()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The next chunk's input; of the last chunk the hidden states that `losses` takes."""
+    def forward(self, x: Tensor, *, packed: PackedSequences | None = None) -> Tensor:
+        """The next chunk's input; of the last chunk the hidden states that `losses` takes. `packed`
+        are the sequences of all ranks of cp, where a row has several."""
         if self.pre_process:
-            self._check(x)
-            x = self.embedding(x)
+            self._check(x, packed)
+            x = self.embedding(x, packed=packed)
         for layer in self.layers.values():
-            x = layer(x)
+            x = layer(x, packed=packed)
         return x
 
-    def losses(self, h: Tensor, *, tokens: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    def losses(
+        self,
+        h: Tensor,
+        *,
+        tokens: Tensor,
+        targets: Tensor,
+        mask: Tensor,
+        packed: PackedSequences | None = None,
+    ) -> Tensor:
         """Sums over this rank's tokens that count: of the loss, and in training of that of every
         depth of multi-token prediction, [1 + depths].
 
@@ -145,8 +155,9 @@ class GPTModel(Module):
         sums = [self._sum(self.final_norm(h), targets, mask)]
         if self.multi_token is not None and self.training:
             rows = torch.stack([tokens, targets, mask])
+            lookup = self.embedding.tokens if self.pre_process else self.lookup
             for states, (_, later, counts) in self.multi_token(
-                h, rows, embedding=self.embedding.tokens if self.pre_process else self.lookup
+                h, rows, embedding=lookup, packed=packed
             ):
                 sums.append(self._sum(states, later, counts))
         return torch.stack(sums)
@@ -216,8 +227,9 @@ class GPTModel(Module):
             copy.shared_embedding = True  # type: ignore[attr-defined]
             copy.shared = True  # type: ignore[attr-defined]
 
-    def _check(self, tokens: Tensor) -> None:
+    def _check(self, tokens: Tensor, packed: PackedSequences | None) -> None:
         length = tokens.shape[-1] * self.groups.size("cp")
+        length = length if packed is None else max(packed.padded_lengths)
         if length > self.config.max_sequence:
             raise ValueError(
                 f"sequence: {length} tokens are more than max_sequence={self.config.max_sequence}"

@@ -4,7 +4,8 @@
 
 h[0] are the hidden states that the model ends with, before its last norm. The logits of norm(h[k])
 are of the token after t[i + k], by the model's own output weights; its own embedding, too, looks up
-the tokens. So a loss of depth k has nothing to say of the last k tokens of a sequence. DeepSeek-AI,
+the tokens. So a loss of depth k has nothing to say of the last k tokens of a sequence, also of one
+of several that are packed. DeepSeek-AI,
 arXiv:2412.19437, section 2.2, equations 21 to 25; a module has a last norm of its own, as in their
 checkpoints and in Megatron-LM.
 """
@@ -21,7 +22,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module, ModuleList
 
 from impl.collectives import all_gather
-from impl.context_parallel.zigzag import PackedSequences, Placement, chunks_by_rank, positions
+from impl.context_parallel.zigzag import Chunks, PackedSequences, Placement, chunks_by_rank
 from impl.embedding import VocabParallelEmbedding
 from impl.groups import Groups
 from impl.norm import NORMS
@@ -70,10 +71,12 @@ class PredictionModule(Module):
             config, groups=groups, tracker=tracker, init=init, layer_number=layer_number, **made
         )
 
-    def forward(self, h: Tensor, embedded: Tensor) -> Tensor:
+    def forward(
+        self, h: Tensor, embedded: Tensor, *, packed: PackedSequences | None = None
+    ) -> Tensor:
         """The next hidden states."""
         joined = torch.cat([self.hidden_norm(h), self.embedding_norm(embedded)], dim=-1)
-        return self.layer(linear(joined, self.weight))
+        return self.layer(linear(joined, self.weight), packed=packed)
 
 
 class MultiTokenPrediction(ModuleList):
@@ -90,7 +93,12 @@ class MultiTokenPrediction(ModuleList):
         self.groups, self.placement = groups, configs[0].placement
 
     def forward(
-        self, h: Tensor, rows: Tensor, *, embedding: VocabParallelEmbedding
+        self,
+        h: Tensor,
+        rows: Tensor,
+        *,
+        embedding: VocabParallelEmbedding,
+        packed: PackedSequences | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each depth the states to make logits of, normalised, and the `rows` that they are for.
 
@@ -99,21 +107,29 @@ class MultiTokenPrediction(ModuleList):
         and count nothing where there are none. Forward: an all-gather of `rows` over cp, and the
         collectives of the parts.
         """
-        ahead = look_ahead(rows, depths=len(self), group=self.groups.cp, placement=self.placement)
+        ahead = look_ahead(
+            rows, depths=len(self), group=self.groups.cp, placement=self.placement, packed=packed
+        )
         for module, (moved, inside) in zip(self, ahead, strict=True):
             assert isinstance(module, PredictionModule)
             tokens, targets, counts = moved
             embedded = embedding(tokens.where(inside, NOTHING))
             if not embedding.scatter_to_sequence:
                 embedded = embedded.transpose(0, 1)
-            h = module(h, embedded)
+            h = module(h, embedded, packed=packed)
             yield module.final_norm(h), torch.stack([tokens, targets, counts * inside])
 
 
 def look_ahead(
-    rows: Tensor, *, depths: int, group: ProcessGroup, placement: Placement
+    rows: Tensor,
+    *,
+    depths: int,
+    group: ProcessGroup,
+    placement: Placement,
+    packed: PackedSequences | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """For k = 1 .. `depths` what lies k places further on in the whole sequence, and where that is.
+    """For k = 1 .. `depths` what lies k places further on in the whole sequence, and where that is
+    a token of the same one.
 
     `rows` [..., sequence] and what comes of them are this rank's places of cp, in their order, and
     bool [sequence] says at which of them there is such a place: at others values mean nothing. A
@@ -121,15 +137,25 @@ def look_ahead(
     """
     size = dist.get_world_size(group)
     length = rows.shape[-1] * size
-    whole = PackedSequences((length,), (length,))
-    order = [
-        torch.arange(chunk.position, chunk.position + chunk.length)
-        for chunks in chunks_by_rank(whole, size=size, placement=placement)
-        for chunk in chunks
-    ]
+    whole = packed or PackedSequences((length,), (length,))
+    by_rank = chunks_by_rank(whole, size=size, placement=placement)
+    order = [_places(whole, chunks) for chunks in by_rank]
     gathered = all_gather(rows, dim=-1, group=group)
     in_order = gathered[..., torch.cat(order).argsort().to(rows.device)]
-    mine = positions(length, group=group, placement=placement).to(rows.device)
+    own = dist.get_rank(group)
+    mine, ends = (each.to(rows.device) for each in (order[own], _ends(whole, by_rank[own])))
     for k in range(1, depths + 1):
         ahead = mine + k
-        yield in_order[..., ahead.clamp(max=length - 1)], ahead < length
+        yield in_order[..., ahead.clamp(max=length - 1)], ahead < ends
+
+
+def _places(whole: PackedSequences, chunks: Chunks) -> Tensor:
+    """Where the places of a rank are in all sequences together."""
+    starts = [(whole.starts[chunk.sequence] + chunk.position, chunk.length) for chunk in chunks]
+    return torch.cat([torch.arange(start, start + length) for start, length in starts])
+
+
+def _ends(whole: PackedSequences, chunks: Chunks) -> Tensor:
+    """For each place of a rank, the one after the last token of its sequence."""
+    ends = [start + length for start, length in zip(whole.starts, whole.lengths, strict=True)]
+    return torch.cat([torch.full((c.length,), ends[c.sequence]) for c in chunks])

@@ -14,13 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import ModuleList
+from torch.nn import Module, ModuleList
 
 from impl.collectives import all_reduce
+from impl.context_parallel.zigzag import PackedSequences
 from impl.data_parallel import DataParallel
 from impl.gradients import finalise_gradients
 from impl.groups import Groups
@@ -35,11 +37,14 @@ from impl.pipeline.schedules import Schedule, build_schedule, forward_only
 @dataclass(frozen=True)
 class Microbatch:
     """`tokens` and the `targets` that should follow them, int [batch, sequence], and how much each
-    target counts, 0 or 1 in `mask`: of this rank of dp and cp, the same on all of tp and pp."""
+    target counts, 0 or 1 in `mask`: of this rank of dp and cp, the same on all of tp and pp. Where
+    a row has several sequences, they are `packed` in every row alike, those of all ranks of cp;
+    none attends to another, and each has its own positions."""
 
     tokens: Tensor
     targets: Tensor
     mask: Tensor
+    packed: PackedSequences | None = None
 
 
 @dataclass(frozen=True)
@@ -166,8 +171,12 @@ class Trainer:
             sums.append(losses.detach())
             return losses[0] + self._weight * losses[1:].sum()
 
+        def forward(chunk: Module, x: Tensor, m: int) -> Tensor:
+            y: Tensor = chunk(x, packed=microbatches[m].packed)
+            return y
+
         return Stage(
-            chunks=list(self.chunks),
+            chunks=[partial(forward, chunk) for chunk in self.chunks],
             parameters=[list(chunk.parameters()) for chunk in self.chunks],
             loss=loss,
         )

@@ -69,7 +69,9 @@ def most_kept(kind: str, microbatches: int) -> tuple[int, int]:
     Watched(
         build_schedule(kind, pp=2, microbatches=microbatches),
         stage=Stage(
-            chunks=[lambda x: linear(x, weight)], parameters=[[weight]], loss=lambda y, _: y.sum()
+            chunks=[lambda x, _: linear(x, weight)],
+            parameters=[[weight]],
+            loss=lambda y, _: y.sum(),
         ),
         link=link,
         inputs=[torch.ones(3, 3, dtype=torch.float64, requires_grad=True)] * microbatches,
@@ -95,7 +97,7 @@ def frozen(kind: str) -> tuple[int, int]:
     outcome = Executor(
         build_schedule(kind, pp=2, microbatches=2),
         stage=Stage(
-            chunks=[lambda x: x * weight], parameters=[[weight]], loss=lambda y, _: y.sum()
+            chunks=[lambda x, _: x * weight], parameters=[[weight]], loss=lambda y, _: y.sum()
         ),
         link=link,
         inputs=[torch.ones(2, dtype=torch.float64)] * 2,
@@ -115,13 +117,13 @@ def refusals() -> list[str]:
     """Rank program: the messages of runs whose parts do not fit."""
     link = Link(dist.group.WORLD, dtype=torch.float64)
     schedule = build_schedule("gpipe", pp=2, microbatches=2)
-    stage = Stage(chunks=[torch.sin], parameters=[()], loss=lambda y, _: y.sum())
+    stage = Stage(chunks=[lambda x, _: x.sin()], parameters=[()], loss=lambda y, _: y.sum())
     two = [torch.ones(1)] * 2
     found = []
     for table, own, inputs in (
         (build_schedule("gpipe", pp=3, microbatches=2), stage, two),
         (schedule, Stage(chunks=[], parameters=[()]), two),
-        (schedule, Stage(chunks=[torch.sin], parameters=[()]), two[: 1 - link.stage]),
+        (schedule, Stage(chunks=[lambda x, _: x.sin()], parameters=[()]), two[: 1 - link.stage]),
     ):
         with pytest.raises(ValueError) as caught:
             Executor(table, stage=own, link=link, inputs=inputs, scale=1.0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal, get_args
 
 import torch
@@ -64,6 +64,11 @@ class PackedSequences:
     def total(self) -> int:
         """The places of all sequences."""
         return sum(self.padded_lengths)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first place of each, in all of them together."""
+        return tuple(accumulate((0, *self.padded_lengths[:-1])))
 
 
 def _differences(name: str, cumulative: Tensor) -> tuple[int, ...]:
@@ -169,9 +174,8 @@ def split_sequence(
     No collective. The gradient of `x` is zero outside the chunks: Partial over the group.
     """
     whole = packed or PackedSequences((x.shape[0],), (x.shape[0],))
-    before = [sum(whole.padded_lengths[:i]) for i in range(len(whole.padded_lengths))]
     chunks = _own_chunks(x.shape[0], group=group, placement=placement, packed=packed)
-    return torch.cat([x.narrow(0, before[c.sequence] + c.position, c.length) for c in chunks])
+    return torch.cat([x.narrow(0, whole.starts[c.sequence] + c.position, c.length) for c in chunks])
 
 
 def _own_chunks(

@@ -30,11 +30,11 @@ from impl.weight_pass import WeightPass
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What a stage computes. `chunks[c]` maps the activation of a microbatch to the next, and
-    `parameters[c]` are those of the chunk; `loss(y, microbatch)`, of the last chunk's output, is a
-    scalar, and needed on the last stage only."""
+    """What a stage computes. `chunks[c](x, microbatch)` maps the activation of a microbatch to the
+    next, and `parameters[c]` are those of the chunk; `loss(y, microbatch)`, of the last chunk's
+    output, is a scalar, and needed on the last stage only."""
 
-    chunks: Sequence[Callable[[Tensor], Tensor]]
+    chunks: Sequence[Callable[[Tensor, int], Tensor]]
     parameters: Sequence[Sequence[Parameter]]
     loss: Callable[[Tensor, int], Tensor] | None = None
 
@@ -133,7 +133,7 @@ class Executor:
         else:
             x = self._taken("activation", m, chunk).requires_grad_(training)
         with torch.set_grad_enabled(training):
-            y = self.stage.chunks[chunk](x)
+            y = self.stage.chunks[chunk](x, m)
             if self._place(chunk) == self._last:
                 assert self.stage.loss is not None
                 y = self.stage.loss(y, m)

@@ -72,8 +72,9 @@ def resumed_cases(
         model_cases(
             concept="resumed_training",
             options=options,
-            # What a microbatch is depends on dp.
+            # What a microbatch is depends on dp, and where packed sequences end on cp.
             model={
+                "packed": (0,),
                 "recompute": ("",),
                 "evaluated": (False,),
                 "balance": ("none", "sequence", "global"),

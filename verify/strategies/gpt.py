@@ -73,6 +73,7 @@ MODEL: Choices = {
     "recompute": ("", "", "full", "selective", "full_distributed"),
     "evaluated": _FLAGS,
     "mask": MASKS,
+    "packed": (0, 0, 0, 1, 2, 3),
     "norm": KINDS,
     "activation": ACTIVATIONS,
     "qk_norm": _FLAGS,
@@ -176,10 +177,15 @@ def model_cases(
     if algorithm == "hierarchical":
         inner = draw(st.sampled_from(divisors(layout.cp)))
         layout = dataclasses.replace(layout, hierarchical_cp=(inner, layout.cp // inner))
-    # A token that attends to itself only has a gradient of zero, of which rounding errors are seen.
+    # A token that attends to itself only has a gradient of zero, of which rounding errors are seen,
+    # and Adam makes steps: sequences that are packed have two tokens, and may have no more.
     least = 2 + int(str(choices.choose("multi_token")))
+    alone = optimizer == "adam" and least > 2
+    packed = int(str(choices.choose("packed", only=(0,) if alone else None)))
     placement = str(choices.choose("placement"))
-    shape = draw(_sizes(layout, str(algorithm), placement, routed=routed, least=least))
+    shape = draw(
+        _sizes(layout, str(algorithm), placement, routed=routed, least=least, packed=packed)
+    )
     shape["steps"] = draw(st.sampled_from(list(steps)))
     case = Case(concept=concept, layout=layout, shape=shape)
     case = choices.given_to(case, adam=optimizer == "adam")
@@ -263,10 +269,17 @@ def _padded(draw: st.DrawFn, case: Case, *, one_padding: bool) -> Case:
 
 @st.composite
 def _sizes(
-    draw: st.DrawFn, layout: Layout, algorithm: str, placement: str, *, routed: bool, least: int
+    draw: st.DrawFn,
+    layout: Layout,
+    algorithm: str,
+    placement: str,
+    *,
+    routed: bool,
+    least: int,
+    packed: int,
 ) -> dict[str, int]:
-    """Sizes that divide as the layout asks, and no larger than that by much; sequences have `least`
-    tokens or more."""
+    """Sizes that divide as the layout asks, and no larger than that by much; rows have `least`
+    tokens or more, and room for so many `packed` sequences."""
     tp, chunks = layout.tp, layout.pp * layout.vpp
     shared = shared_by(layout, algorithm)
     groups = draw(st.sampled_from([tp * shared, tp, *divisors(tp)]))
@@ -278,7 +291,7 @@ def _sizes(
     microbatches = layout.pp if grouped else draw(st.sampled_from((1, 2, 2, 3)))
     shape = {
         "microbatches": microbatches,
-        "sequence": unit * max(draw(st.integers(1, 2)), -(-least // unit)),
+        "sequence": unit * max(draw(st.integers(1, 2)), -(-least // unit), packed),
         "batch": layout.dp * draw(st.integers(1, 2)),
         "hidden": draw(st.integers(3, 5)),
         "heads": tp * shared * draw(st.integers(1, 2)),

@@ -7,6 +7,7 @@ microbatches through a pipeline, clipped, and applied by an optimizer, for sever
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from verify.case import Case
 from verify.oracle.context import PLACEMENTS
@@ -18,7 +19,7 @@ from verify.oracle.gpt.reference import ModelPlan, Training
 from verify.oracle.learning_rates import rates_of
 from verify.oracle.terms import one_of
 from verify.oracle.training_plan import FACTORS, plan_of
-from verify.placement import Cut, Listed, Partial, Placement, Placements, Shard, ZigzagShard
+from verify.placement import Cut, Listed, Partial, Placement, Placements, Shard
 
 AXES = ("tp", "cp", "dp", "pp", "etp", "ep", "edp")
 
@@ -26,7 +27,8 @@ AXES = ("tp", "cp", "dp", "pp", "etp", "ep", "edp")
 def gpt_training(case: Case) -> Contract:
     """tokens, targets [steps, microbatches, batch, sequence] of the vocabulary, and mask, which
     says what counts: the sequence as `placement` says over cp, the batch Shard over dp, Replicate
-    over tp and pp.
+    over tp and pp. With `packed` each row has so many sequences, of lengths as of `context_split`:
+    a loss of further tokens counts those of the same sequence only.
 
     Of every step: `loss`, the mean over all tokens that count; `norm` of all gradients before
     clipping, each parameter counted once; the `scale` of the loss; the learning `rates`; with
@@ -44,27 +46,29 @@ def gpt_training(case: Case) -> Contract:
     multiplies the gradient of what its first chunk gives by infinity. `skipped` says of each step
     if it was: it has a norm and gradients of zero, and changes nothing but the scale.
 
-    Options: those of `transformer_layer`, of one sequence without marks of padding, with
-    `layer_scaling` instead of a number, and the sizes of latents where it has them; of
-    `training_steps`, the order of the norm being `order`, and `frozen` a word of names;
-    `positions`, none, rotary (with a rotary_dim) or learned; `tied`; the vocabulary is padded to a
-    `multiple` of tp; `every`, which layers have the case's `experts`, with the auxiliary losses of
-    `moe_layer`; `first`, `last` and `split`, how layers are shared out; the `pipeline` schedule;
-    `dispatcher`.
+    Options: those of `transformer_layer` but marks of padding, with `layer_scaling` instead of a
+    number, and the sizes of latents where it has them; of `training_steps`, the order of the norm
+    being `order`, and `frozen` a word of names; `positions`, none, rotary (with a rotary_dim) or
+    learned; `tied`; the vocabulary is padded to a `multiple` of tp; `every`, which layers have the
+    case's `experts`, with the auxiliary losses of `moe_layer`; `first`, `last` and `split`, how
+    layers are shared out; the `pipeline` schedule; `dispatcher`.
     """
     model = Model.of(case)
     stacks = stacks_of(model)
     steps, shape = case.shape["steps"], case.shape
     plan = ModelPlan(**vars(plan_of(training_case(case), steps, frozen=FROZEN)))
     training = Training(model, stacks, plan, rates_of(training_case(case), steps))
-    zigzag = one_of(case, "placement", PLACEMENTS) == "zigzag"
-    placed: Placements = {"cp": ZigzagShard(3) if zigzag else Shard(3), "dp": Shard(2)}
+    cut = model.sequences.cut(one_of(case, "placement", PLACEMENTS))
+    placed: Placements = {"cp": replace(cut, dim=3), "dp": Shard(2)}
     size = (steps, shape["microbatches"], shape["batch"], shape["sequence"])
     highs = {"tokens": shape["vocabulary"], "targets": shape["vocabulary"], "mask": 2}
     divided, over = _divided(model)
     return Contract(
         axes=AXES,
-        inputs={name: TensorSpec(size, placed, None, high=high) for name, high in highs.items()},
+        inputs={
+            **{name: TensorSpec(size, placed, None, high=high) for name, high in highs.items()},
+            **model.sequences.inputs,
+        },
         parameters={name: stack.full for name, stack in stacks.items()},
         outputs=_outputs(model, plan, stacks),
         reference=training.run,

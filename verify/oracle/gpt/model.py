@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 from verify.case import Case, Option
 from verify.errors import BadArgument
-from verify.oracle.context import Sequences
+from verify.oracle.context import PLACEMENTS, Sequences, sequences_of
 from verify.oracle.contract import Contract
 from verify.oracle.layer import LATENT, Layer
 from verify.oracle.layer import OPTIONS as _LAYER
@@ -39,7 +40,7 @@ TRAINING = tuple(name for name in _TRAINING if name != "norm")
 FROZEN = ("", "norm", "mlp", "embedding", "layers")
 # Of how scores become shares, what needs nothing of the data; `layer_scaling` numbers the layers.
 _SCORES = ("alibi", "sink", "scale")
-LAYER = (*(name for name in _LAYER if name != "packed"), *_SCORES)
+LAYER = (*_LAYER, *_SCORES)
 # Of routers, the losses that they add.
 AUXILIARY = ("balance", "coefficient", "z_loss")
 ROUTED = ("dispatcher", "activation", *AUXILIARY)
@@ -119,11 +120,11 @@ class Model:
             scaling=_scaling(case),
         )
 
-    @property
+    @cached_property
     def sequences(self) -> Sequences:
-        """One sequence that fills its dimension."""
-        length = self.case.shape["sequence"]
-        return Sequences((length,), (length,), False)
+        """Those of every row, of all microbatches alike."""
+        placement = one_of(self.case, "placement", PLACEMENTS)
+        return sequences_of(self.case, self.case.shape["sequence"], placement)
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer of the model, counted from 0, has experts."""

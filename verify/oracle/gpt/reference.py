@@ -138,9 +138,10 @@ class Training:
         for depth in range(self.model.depths if training else 0):
             own = _members(weights, self.stacks, "multi_token.", depth)
             h = self._further(h, tokens, depth, own, weights, kept, added)
-            ahead = depth + 1
-            states = self.model.layer.normalised(h, own, "final_norm.")[: max(len(h) - ahead, 0)]
-            sums.append(self._sum(states, weights, targets[ahead:], mask[ahead:]))
+            places, inside = self._ahead(depth)
+            states = self.model.layer.normalised(h, own, "final_norm.")
+            counts = mask[places] * inside[:, None]
+            sums.append(self._sum(states, weights, targets[places], counts))
         return torch.stack(sums)
 
     def _hidden(
@@ -150,7 +151,7 @@ class Training:
         model = self.model
         x = F.embedding(tokens, weights["embedding.tokens.weight"][0])
         if model.positions == "learned":
-            x = x + weights["embedding.positions.weight"][0, : len(x), None]
+            x = x + weights["embedding.positions.weight"][0, model.sequences.positions, None]
         x = dropped(x, kept.get("embedding"), model.layer.hidden_dropout)
         for layer in range(model.case.shape["layers"]):
             own = _members(weights, self.stacks, "layers.", layer)
@@ -170,15 +171,24 @@ class Training:
         """The hidden states of a depth, counted from 0, of those before it: arXiv:2412.19437,
         equations 21 and 22. At the end of a sequence there is no token to look up, and zeros
         instead."""
-        model, ahead = self.model, tokens[depth + 1 :]
-        embedded = F.embedding(ahead, weights["embedding.tokens.weight"][0])
-        nothing = embedded.new_zeros(len(tokens) - len(ahead), *embedded.shape[1:])
-        embedded = model.layer.normalised(torch.cat([embedded, nothing]), own, "embedding_norm.")
+        model, (places, inside) = self.model, self._ahead(depth)
+        embedded = F.embedding(tokens[places], weights["embedding.tokens.weight"][0])
+        embedded = embedded.masked_fill(~inside[:, None, None], 0.0)
+        embedded = model.layer.normalised(embedded, own, "embedding_norm.")
         normal = model.layer.normalised(h, own, "hidden_norm.")
         x = F.linear(torch.cat([normal, embedded], dim=-1), own["weight"])
         inner = {n.removeprefix("layer."): w for n, w in own.items() if n.startswith("layer.")}
         masks = _masks(kept, model.case.shape["layers"] + depth)
         return _layer(x, model, inner, masks, added)
+
+    def _ahead(self, depth: int) -> tuple[Tensor, Tensor]:
+        """For each place the one that is `depth` + 1 further on, and whether that has a token of
+        the same sequence."""
+        sequences = self.model.sequences
+        places = torch.arange(sum(sequences.padded)) + depth + 1
+        ends = torch.tensor(sequences.real).repeat_interleave(torch.tensor(sequences.padded))
+        inside = sequences.positions + depth + 1 < ends
+        return places.clamp(max=len(places) - 1), inside
 
     def _sum(self, states: Tensor, weights: Tensors, targets: Tensor, mask: Tensor) -> Tensor:
         """The sum of the cross entropies of normalised states, each times its mask."""

@@ -29,6 +29,7 @@ from impl.training import Microbatch, Trainer, TrainResult
 from verify.case import Case
 from verify.oracle.gpt.model import OPTIONS as _OPTIONS
 from verify.placement import Placements
+from verify.targets.impl.context import packed_of
 from verify.targets.impl.dropout import tracker_of
 from verify.targets.impl.stacks import Stacks
 from verify.targets.impl.subject import Builder, Tensors, switches
@@ -280,8 +281,9 @@ class _Overflow(torch.autograd.Function):
 
 def microbatches_of(inputs: Tensors, step: int) -> list[Microbatch]:
     """Those of a step, of inputs that have all."""
-    given = (inputs[name][step] for name in ("tokens", "targets", "mask"))
-    return [Microbatch(*each) for each in zip(*given, strict=True)]
+    given = zip(*(inputs[name][step] for name in ("tokens", "targets", "mask")), strict=True)
+    packed = packed_of(inputs)
+    return [Microbatch(tokens, targets, mask, packed) for tokens, targets, mask in given]
 
 
 BUILDERS: Mapping[str, Builder] = {"gpt_training": GPTSubject}
