@@ -77,6 +77,12 @@ def cases() -> Iterator[tuple[str, Case]]:
     skipped = {"loss_scale": "dynamic", "overflow": 1, "tied": False}
     alone = case_of("gpt_training", Layout(pp=2), {**SMALL, "steps": 2}, **skipped, **PLAIN)
     yield "equivalence", alone
+    rows = {**further, "sequence": 16, "layers": 2}
+    several = {"packed": 3, "multi_token": 1, "positions": "learned"}
+    yield (
+        "equivalence",
+        case_of("gpt_training", Layout(cp=2, pp=2), rows, **several, **PLAIN),
+    )
     latent = {**single, "kv_lora": 4, "rope_size": 2, "value_size": 2}
     scored = {"sink": True, "layer_scaling": True, "alibi": True}
     yield "equivalence", case_of("gpt_training", Layout(tp=2), latent, **scored, **PLAIN)

@@ -74,8 +74,8 @@ MUTANTS = (
     _split(
         name="split-detached",
         wrong="No gradient reaches the whole sequence from its chunks.",
-        snippet="x.narrow(0, before[c.sequence] + c.position, c.length)",
-        replacement="x.detach().narrow(0, before[c.sequence] + c.position, c.length)",
+        snippet="x.narrow(0, whole.starts[c.sequence] + c.position, c.length)",
+        replacement="x.detach().narrow(0, whole.starts[c.sequence] + c.position, c.length)",
     ),
     _split(
         name="positions-of-places",

@@ -24,8 +24,8 @@ _LAST_NORM = """sequence_parallel=parallel,
 _LAYER = "str(index): TransformerLayer(config.layer_at(index), layer_number=index + 1, **own)"
 _NEEDED = "self.config.tied, self.config.tied or self.config.multi_token_layers > 0"
 _LOSSES = "last.losses(h, **vars(microbatches[m]))"
-_AHEAD = "yield in_order[..., ahead.clamp(max=length - 1)], ahead < length"
-_ONE_BY_ONE = """h = module(h, embedded)
+_AHEAD = "yield in_order[..., ahead.clamp(max=length - 1)], ahead < ends"
+_ONE_BY_ONE = """h = module(h, embedded, packed=packed)
             yield module.final_norm(h), """
 _EMBEDDING = "            embedding_group=self.groups.embedding,\n"
 _TOLD = "return all_reduce(all_reduce(told, group=self.groups.dp_cp), group=self.groups.pp)"
@@ -282,6 +282,28 @@ STEP = (
         seen="megatron/core/distributed/param_and_grad_buffer.py, shared_embedding",
     ),
 )
+PACKED = (
+    _model(
+        name="model-layers-not-packed",
+        wrong="Layers take packed sequences for one.",
+        snippet="x = layer(x, packed=packed)",
+        replacement="x = layer(x)",
+    ),
+    _model(
+        name="model-positions-go-on",
+        wrong="The second of packed sequences has learned positions that go on from the first.",
+        snippet="x = self.positions(x, packed=packed)",
+        replacement="x = self.positions(x)",
+        seen="ATT-09",
+    ),
+    _training(
+        name="model-first-stage-packed-only",
+        wrong="Only the first chunk is told of packed sequences.",
+        snippet="chunk(x, packed=microbatches[m].packed)",
+        replacement="chunk(x, packed=None if x.is_floating_point() else microbatches[m].packed)",
+        seen="ATT-09",
+    ),
+)
 MULTI_TOKEN = (
     _further(
         name="multi-token-one-too-few",
@@ -293,7 +315,7 @@ MULTI_TOKEN = (
         name="multi-token-rolled-in-the-chunk",
         wrong="Each rank rolls its own chunks of the sequence.",
         snippet=_AHEAD,
-        replacement="yield rows.roll(-k, -1), ahead < length",
+        replacement="yield rows.roll(-k, -1), ahead < ends",
         seen="CP-04",
     ),
     _further(
@@ -327,7 +349,8 @@ MULTI_TOKEN = (
         wrong="A depth hands on states that are normalised for the logits.",
         snippet=_ONE_BY_ONE,
         replacement=_ONE_BY_ONE.replace(
-            "module(h, embedded)", "module.final_norm(module(h, embedded))"
+            "module(h, embedded, packed=packed)",
+            "module.final_norm(module(h, embedded, packed=packed))",
         ).replace("module.final_norm(h)", "h"),
     ),
     _further(
@@ -346,8 +369,21 @@ MULTI_TOKEN = (
     _further(
         name="multi-token-embedding-not-trained",
         wrong="The embedding gets no gradient of the tokens further on.",
-        snippet="            h = module(h, embedded)\n",
-        replacement="            h = module(h, embedded.detach())\n",
+        snippet="            h = module(h, embedded, packed=packed)\n",
+        replacement="            h = module(h, embedded.detach(), packed=packed)\n",
+    ),
+    _further(
+        name="multi-token-across-sequences",
+        wrong="Tokens further on are also those of the next of several packed sequences.",
+        snippet="ends = [start + length for",
+        replacement="ends = [whole.total for",
+        seen="CP-04",
+    ),
+    _further(
+        name="multi-token-layers-not-packed",
+        wrong="The layers of further tokens take packed sequences for one.",
+        snippet="linear(joined, self.weight), packed=packed)",
+        replacement="linear(joined, self.weight))",
     ),
     _model(
         name="multi-token-copy-apart",
@@ -369,4 +405,4 @@ MULTI_TOKEN = (
         replacement="1.0 / max",
     ),
 )
-MUTANTS = (*MODEL, *STEP, *MULTI_TOKEN)
+MUTANTS = (*MODEL, *STEP, *PACKED, *MULTI_TOKEN)
