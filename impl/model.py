@@ -228,8 +228,8 @@ class GPTModel(Module):
             copy.shared = True  # type: ignore[attr-defined]
 
     def _check(self, tokens: Tensor, packed: PackedSequences | None) -> None:
-        length = tokens.shape[-1] * self.groups.size("cp")
-        length = length if packed is None else max(packed.padded_lengths)
+        whole = tokens.shape[-1] * self.groups.size("cp")
+        length = whole if packed is None else max(packed.padded_lengths)
         if length > self.config.max_sequence:
             raise ValueError(
                 f"sequence: {length} tokens are more than max_sequence={self.config.max_sequence}"

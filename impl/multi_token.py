@@ -5,9 +5,8 @@
 h[0] are the hidden states that the model ends with, before its last norm. The logits of norm(h[k])
 are of the token after t[i + k], by the model's own output weights; its own embedding, too, looks up
 the tokens. So a loss of depth k has nothing to say of the last k tokens of a sequence, also of one
-of several that are packed. DeepSeek-AI,
-arXiv:2412.19437, section 2.2, equations 21 to 25; a module has a last norm of its own, as in their
-checkpoints and in Megatron-LM.
+of several that are packed. DeepSeek-AI, arXiv:2412.19437, section 2.2, equations 21 to 25; a module
+has a last norm of its own, as in their checkpoints and in Megatron-LM.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module, ModuleList
 
 from impl.collectives import all_gather
-from impl.context_parallel.zigzag import Chunks, PackedSequences, Placement, chunks_by_rank
+from impl.context_parallel.zigzag import Chunks, PackedSequences, Placement, chunks_of
 from impl.embedding import VocabParallelEmbedding
 from impl.groups import Groups
 from impl.norm import NORMS
@@ -138,7 +137,7 @@ def look_ahead(
     size = dist.get_world_size(group)
     length = rows.shape[-1] * size
     whole = packed or PackedSequences((length,), (length,))
-    by_rank = chunks_by_rank(whole, size=size, placement=placement)
+    by_rank = chunks_of(length, size=size, placement=placement, packed=packed)
     order = [_places(whole, chunks) for chunks in by_rank]
     gathered = all_gather(rows, dim=-1, group=group)
     in_order = gathered[..., torch.cat(order).argsort().to(rows.device)]

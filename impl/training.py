@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 
 from impl.collectives import all_reduce
-from impl.context_parallel.zigzag import PackedSequences
+from impl.context_parallel.zigzag import PackedSequences, chunks_of
 from impl.data_parallel import DataParallel
 from impl.gradients import finalise_gradients
 from impl.groups import Groups
@@ -39,7 +39,8 @@ class Microbatch:
     """`tokens` and the `targets` that should follow them, int [batch, sequence], and how much each
     target counts, 0 or 1 in `mask`: of this rank of dp and cp, the same on all of tp and pp. Where
     a row has several sequences, they are `packed` in every row alike, those of all ranks of cp;
-    none attends to another, and each has its own positions."""
+    none attends to another, and each has its own positions. Padding counts unless `mask` is 0
+    there; to the losses of routers a row is one sequence, and padding counts too."""
 
     tokens: Tensor
     targets: Tensor
@@ -144,6 +145,7 @@ class Trainer:
     ) -> Tensor:
         """The sums of the losses of the whole step, float64, as `GPTModel.losses` has them in
         training."""
+        self._check_packed(microbatches)
         sums: list[Tensor] = []
         Executor(
             table,
@@ -180,6 +182,20 @@ class Trainer:
             parameters=[list(chunk.parameters()) for chunk in self.chunks],
             loss=loss,
         )
+
+    def _check_packed(self, microbatches: Sequence[Microbatch]) -> None:
+        """Raise ValueError on every rank alike where packed sequences are not those of a row."""
+        size = self.groups.size("cp")
+        for m, each in enumerate(microbatches):
+            try:
+                chunks_of(
+                    each.tokens.shape[-1] * size,
+                    size=size,
+                    placement=self.config.layer.placement,
+                    packed=each.packed,
+                )
+            except ValueError as error:
+                raise ValueError(f"microbatch {m}: {error}") from None
 
     def _shape(self, microbatches: Sequence[Microbatch]) -> tuple[int, ...] | None:
         """That of all activations, None if microbatches differ."""

@@ -77,7 +77,7 @@ def cases() -> Iterator[tuple[str, Case]]:
     skipped = {"loss_scale": "dynamic", "overflow": 1, "tied": False}
     alone = case_of("gpt_training", Layout(pp=2), {**SMALL, "steps": 2}, **skipped, **PLAIN)
     yield "equivalence", alone
-    rows = {**further, "sequence": 16, "layers": 2}
+    rows = {**further, "sequence": 16, "layers": 2, "microbatches": 2}
     several = {"packed": 3, "multi_token": 1, "positions": "learned"}
     yield (
         "equivalence",

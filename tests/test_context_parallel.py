@@ -121,7 +121,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "total": (
         lambda: attend(packed=lengths([0, 4])),
-        "cu_seqlens_padded: ends at 4, but 2 ranks with 4 tokens each have a sequence of 8",
+        "cu_seqlens_padded: ends at 4, the sequence is 8 long on 2 ranks",
     ),
     "packed": (
         lambda: attend(packed=lengths([0, 3, 8])),

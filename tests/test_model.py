@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.init import constant_
 
+from impl.context_parallel.zigzag import PackedSequences
 from impl.data_parallel import DataParallel
 from impl.groups import build_groups
 from impl.initialise import initialise_whole, normal
@@ -25,7 +26,7 @@ from impl.random import parallel_tracker
 from impl.rotary import RotaryEmbedding
 from impl.training import Microbatch, Trainer
 from impl.transformer import LayerConfig, TransformerLayer
-from verify.cluster import open_cluster
+from verify.cluster import RankFailures, open_cluster
 from verify.layout import Layout
 
 
@@ -108,7 +109,12 @@ def test_experts_that_nothing_would_balance_are_refused():
         ExpertsConfig(number=2, ffn=2, choice=Choice(top_k=1, score="sigmoid", expert_bias=True))
 
 
-def trained(layout: Layout, schedule: str | None, lengths: tuple[int, ...]) -> list[float]:
+def trained(
+    layout: Layout,
+    schedule: str | None,
+    lengths: tuple[int, ...],
+    packed: PackedSequences | None = None,
+) -> list[float]:
     """Rank program: the losses of two steps of a model that is drawn by the names of parameters,
     of microbatches of so many tokens."""
     groups = build_groups(layout)
@@ -136,6 +142,7 @@ def trained(layout: Layout, schedule: str | None, lengths: tuple[int, ...]) -> l
             torch.arange(2 * length).view(2, length) % 6,
             torch.arange(2 * length).view(2, length) % 5,
             (torch.arange(2 * length).view(2, length) % 3 > 0).long(),
+            packed,
         )
         for length in lengths
     ]
@@ -167,6 +174,21 @@ def test_microbatches_of_different_lengths(sim, layout, schedule):
 def test_a_sequence_that_is_too_long(sim):
     with pytest.raises(Exception, match=r"5 tokens are more than max_sequence=4"):
         sim.run(trained, Layout(), None, (5,), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        ((2, 1), "microbatch 0: cu_seqlens_padded: ends at 3, the sequence is 4 long on 2 ranks"),
+        ((3, 1), "microbatch 0: sequence: 3 does not divide into the 2 chunks"),
+    ],
+)
+def test_packed_sequences_that_do_not_fit_are_refused_on_every_rank(sim, lengths, words):
+    packed = PackedSequences(lengths, lengths)
+    with pytest.raises(RankFailures) as caught:
+        sim.run(trained, Layout(cp=2, pp=2), None, (2, 2), packed, world_size=4)
+    assert len(caught.value.failures) == 4
+    assert all(each.message.startswith(words) for each in caught.value.failures)
 
 
 def names(layout: Layout, **given: Any) -> list[str]:

@@ -28,7 +28,7 @@ def most_alive(kind: str, microbatches: int, overlap: bool) -> int:
     outputs: list[weakref.ref] = []
     most = 0
 
-    def chunk(x):
+    def chunk(x, microbatch):
         nonlocal most
         y = x + 1.0
         outputs.append(weakref.ref(y.untyped_storage()))

@@ -174,6 +174,10 @@ REFUSED = {
     "--lr 0.1 --min-lr 0.2": "minimum: 0.2",
     "--lr-decay-style wave": "'wave' is not one of",
     "--moe-z-loss-coeff 0.1": "z_coefficient: 0.1 has no effect without --num-experts",
+    "--experts 2 --top-k 3": "top_k: 3 is not from 1 to the 2 experts",
+    "--mtp-loss-scaling-factor 0.5": "multi_token_scaling: 0.5 has no effect without --mtp",
+    "--mtp-num-layers 1 --mtp-loss-scaling-factor nan": "multi_token_scaling: nan is no weight",
+    "--override-schedule": "override_schedule: True has no effect without --load or --resume",
     "--top-k 1": "top_k: 1 has no effect without --num-experts",
     "--dispatcher allgather": "dispatcher: allgather has no effect without --num-experts",
     "--experts 2 --balance-coefficient 0.1": "balance_coefficient: 0.1 of balance=none",
@@ -185,7 +189,7 @@ REFUSED = {
     "--latent --kv-lora-rank 0": "kv_lora_rank: 0 is no size",
     "--fp16 --bf16": "fp16: --bf16 is given too",
     "--initial-loss-scale 4": "has no effect without --fp16",
-    "--fp16 --initial-loss-scale 0": "initial_loss_scale: 0.0 is not from 1 to 1.84467e+19",
+    "--fp16 --initial-loss-scale 0": "initial_loss_scale: 0.0 is not from 1 to 2**64",
     "--fp16 --initial-loss-scale inf": "initial_loss_scale: inf is not from 1",
 }
 
@@ -246,6 +250,11 @@ KINDS = {
         "balance": "seq_aux_loss",
         "balance_coefficient": 1.0,
         "dispatcher": "allgather",
+    },
+    "experts that are balanced by microbatches": {
+        "experts": 4,
+        "balance": "aux_loss",
+        "balance_coefficient": 1.0,
     },
     "latent attention": {
         "latent": True,

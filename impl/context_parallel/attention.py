@@ -18,7 +18,7 @@ from impl.context_parallel.plan import ContextGroups, Extras, OnBlock, Plan
 from impl.context_parallel.ring import ring_attention
 from impl.context_parallel.scores import Scoring, gathered_marks
 from impl.context_parallel.ulysses import ulysses_attention
-from impl.context_parallel.zigzag import PackedSequences, Placement, chunks_by_rank
+from impl.context_parallel.zigzag import PackedSequences, Placement, chunks_of
 
 CAUSAL = AttentionMask()
 
@@ -84,14 +84,7 @@ def context_attention(
     _check_shapes(q, k, v)
     _check_extras(q, slopes, sink, padding)
     size = dist.get_world_size(groups.cp)
-    length = q.shape[0] * size
-    sequences = packed or PackedSequences((length,), (length,))
-    chunks = chunks_by_rank(sequences, size=size, placement=placement)
-    if sequences.total != length:
-        raise ValueError(
-            f"cu_seqlens_padded: ends at {sequences.total}, but {size} ranks with {q.shape[0]}"
-            f" tokens each have a sequence of {length}"
-        )
+    chunks = chunks_of(q.shape[0] * size, size=size, placement=placement, packed=packed)
     plan = Plan(
         groups=groups,
         chunks=chunks,

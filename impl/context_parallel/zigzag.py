@@ -128,6 +128,22 @@ def chunks_by_rank(
     )
 
 
+def chunks_of(
+    length: int, *, size: int, placement: Placement, packed: PackedSequences | None
+) -> tuple[Chunks, ...]:
+    """`chunks_by_rank` of one sequence of so many places, or of the `packed` ones that fill them.
+
+    ValueError where these end elsewhere, and as `chunks_by_rank`.
+    """
+    sequences = packed or PackedSequences((length,), (length,))
+    if sequences.total != length:
+        raise ValueError(
+            f"cu_seqlens_padded: ends at {sequences.total}, the sequence is {length} long on"
+            f" {size} ranks"
+        )
+    return chunks_by_rank(sequences, size=size, placement=placement)
+
+
 def side_by_side(chunks: Sequence[Chunk]) -> Chunks:
     """The same chunks in one tensor, one after the other; those without a place left out."""
     found, start = [], 0
@@ -181,10 +197,5 @@ def split_sequence(
 def _own_chunks(
     length: int, *, group: ProcessGroup, placement: Placement, packed: PackedSequences | None
 ) -> Chunks:
-    sequences = packed or PackedSequences((length,), (length,))
-    if sequences.total != length:
-        raise ValueError(
-            f"cu_seqlens_padded: ends at {sequences.total}, the sequence is {length} long"
-        )
-    size = dist.get_world_size(group)
-    return chunks_by_rank(sequences, size=size, placement=placement)[dist.get_rank(group)]
+    by_rank = chunks_of(length, size=dist.get_world_size(group), placement=placement, packed=packed)
+    return by_rank[dist.get_rank(group)]

@@ -25,7 +25,8 @@ from verify.layout import Layout
 _OF_LATENTS = ("kv_lora_rank", "q_lora_rank", "rope_size", "value_size")
 _COEFFICIENTS = ("balance_coefficient", "z_coefficient")
 _OF_EXPERTS = ("top_k", "shared_ffn", "dispatcher", "balance", *_COEFFICIENTS)
-LARGEST_SCALE = 2.0**64
+# Of the loss: far beyond what float16 holds, and far from what overflows float32.
+_LARGEST_SCALE = 2.0**64
 _PATHS = ("data", "cache", "save", "load", "log", "plot")
 POSITIONS = {"rope": "rotary", "learned_absolute": "learned", "none": "none"}
 NORMS = {"RMSNorm": "rms", "LayerNorm": "layer"}
@@ -237,11 +238,17 @@ class Options:
             )
         if self.experts is None:
             self._check_unused("without --num-experts", *_OF_EXPERTS)
+        else:
+            Choice(top_k=self.top_k).check(self.experts)
         if not self.latent:
             self._check_unused("without --multi-latent-attention", *_OF_LATENTS)
         if not self.fp16:
             self._check_unused("without --fp16", "initial_loss_scale")
-        for name in _COEFFICIENTS:
+        if not self.multi_token_layers:
+            self._check_unused("without --mtp-num-layers", "multi_token_scaling")
+        if self.override_schedule and self.source() is None:
+            self._check_unused("without --load or --resume", "override_schedule")
+        for name in (*_COEFFICIENTS, "multi_token_scaling"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: {getattr(self, name)} is no weight; give 0 or more")
         if (self.balance == "none") is not (self.balance_coefficient == 0):
@@ -252,9 +259,9 @@ class Options:
             )
         if self.bf16 and self.fp16:
             raise ValueError("fp16: --bf16 is given too; give one")
-        if not 1 <= self.initial_loss_scale <= LARGEST_SCALE:
+        if not 1 <= self.initial_loss_scale <= _LARGEST_SCALE:
             raise ValueError(
-                f"initial_loss_scale: {self.initial_loss_scale} is not from 1 to {LARGEST_SCALE:g}"
+                f"initial_loss_scale: {self.initial_loss_scale} is not from 1 to 2**64"
             )
         layout, config = self.layout(), self.model(vocabulary=1)
         for stage in range(layout.pp):

@@ -53,8 +53,9 @@ def _record(line: str, where: str) -> Record:
         values = json.loads(line)
     except ValueError as error:
         raise ValueError(f"log: {where} is no JSON; give the log of a run") from error
-    types = {field.name: str(field.type) for field in dataclasses.fields(Record)}
-    needed = types.keys() - {"skipped", "further"}
+    fields = dataclasses.fields(Record)
+    types = {field.name: str(field.type) for field in fields}
+    needed = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
     if not isinstance(values, dict) or not needed <= values.keys() <= types.keys():
         raise ValueError(
             f"log: {where} is no step of a run, which has {', '.join(types)}; give another file"

@@ -297,6 +297,19 @@ PACKED = (
         seen="ATT-09",
     ),
     _training(
+        name="model-packed-as-the-first",
+        wrong="All microbatches have the packed sequences of the first.",
+        snippet="chunk(x, packed=microbatches[m].packed)",
+        replacement="chunk(x, packed=microbatches[0].packed)",
+    ),
+    _model(
+        module="impl.pipeline.executor",
+        name="executor-first-microbatch",
+        wrong="Chunks are told that every microbatch is the first.",
+        snippet="self.stage.chunks[chunk](x, m)",
+        replacement="self.stage.chunks[chunk](x, 0)",
+    ),
+    _training(
         name="model-first-stage-packed-only",
         wrong="Only the first chunk is told of packed sequences.",
         snippet="chunk(x, packed=microbatches[m].packed)",
@@ -378,6 +391,12 @@ MULTI_TOKEN = (
         snippet="ends = [start + length for",
         replacement="ends = [whole.total for",
         seen="CP-04",
+    ),
+    _further(
+        name="multi-token-padding-follows",
+        wrong="What pads a sequence is taken for tokens that follow.",
+        snippet="zip(whole.starts, whole.lengths,",
+        replacement="zip(whole.starts, whole.padded_lengths,",
     ),
     _further(
         name="multi-token-layers-not-packed",

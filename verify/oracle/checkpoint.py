@@ -116,6 +116,11 @@ def resumed_training(case: Case) -> Contract:
             f"case.options.balance: microbatches of dp={case.layout.dp} are others than those of"
             f" dp={saved_layout(case).dp}; give sequence or global"
         )
+    if case.options.get("packed") and saved_layout(case).cp != case.layout.cp:
+        raise BadArgument(
+            f"case.options.packed: where sequences end at cp={case.layout.cp} is not where they end"
+            f" at cp={saved_layout(case).cp}; leave it out"
+        )
     plain = _checked(case)
     base, stacks = gpt_training(plain), stacks_of(Model.of(plain))
     inputs = {n: dataclasses.replace(spec, placements={}) for n, spec in base.inputs.items()}

@@ -250,9 +250,10 @@ def whole_sequence(case: Case, length: int, mask: Pattern) -> tuple[Shard | Zigz
     return whole.cut(one_of(case, "placement", PLACEMENTS)), whole.allowed(*mask)
 
 
-def sequences_of(case: Case, length: int, placement: str) -> Sequences:
+def sequences_of(case: Case, length: int, placement: str, *, draw: int = 0) -> Sequences:
     """With option packed, lengths that depend on the seed: multiples of the number of chunks, and
-    up to that much padding, more in one of four. A rest that is left belongs to the last."""
+    up to that much padding, more in one of four. A rest that is left belongs to the last. Each
+    `draw` has the same places, and other padding in them."""
     count = whole_number(case, "packed", least=1)
     if count is None:
         return Sequences((length,), (length,), False)
@@ -264,6 +265,7 @@ def sequences_of(case: Case, length: int, placement: str) -> Sequences:
     ends = [*sorted(drawn.sample(range(1, units), count - 1)), units]
     padded = [(end - start) * unit for start, end in zip([0, *ends], ends, strict=False)]
     padded[-1] += rest
+    drawn = random.Random(f"{case.seed}/cu_seqlens/{draw}") if draw else drawn
     real = [
         each - drawn.randint(0, each if drawn.random() < 0.25 else min(unit - 1, each - 1))
         for each in padded

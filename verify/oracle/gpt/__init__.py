@@ -67,7 +67,7 @@ def gpt_training(case: Case) -> Contract:
         axes=AXES,
         inputs={
             **{name: TensorSpec(size, placed, None, high=high) for name, high in highs.items()},
-            **model.sequences.inputs,
+            **model.lengths,
         },
         parameters={name: stack.full for name, stack in stacks.items()},
         outputs=_outputs(model, plan, stacks),

@@ -11,7 +11,7 @@ from itertools import accumulate
 from verify.case import Case, Option
 from verify.errors import BadArgument
 from verify.oracle.context import PLACEMENTS, Sequences, sequences_of
-from verify.oracle.contract import Contract
+from verify.oracle.contract import Contract, TensorSpec
 from verify.oracle.layer import LATENT, Layer
 from verify.oracle.layer import OPTIONS as _LAYER
 from verify.oracle.moe.layer import moe_layer
@@ -122,9 +122,25 @@ class Model:
 
     @cached_property
     def sequences(self) -> Sequences:
-        """Those of every row, of all microbatches alike."""
+        """Those of every row of the first microbatch. Where they lie is the same in all."""
+        return self.sequences_in(0)
+
+    @property
+    def lengths(self) -> Mapping[str, TensorSpec]:
+        """What tells of packed sequences: `cu_seqlens` [microbatches, sequences + 1], the same in
+        every step, and `cu_seqlens_padded` [sequences + 1]."""
+        count = self.case.shape["microbatches"]
+        found = dict(self.sequences.inputs)
+        if found:
+            each = [self.sequences_in(m).inputs["cu_seqlens"] for m in range(count)]
+            values = tuple(value for spec in each for value in spec.values or ())
+            found["cu_seqlens"] = TensorSpec((count, *each[0].shape), {}, None, values=values)
+        return found
+
+    def sequences_in(self, microbatch: int) -> Sequences:
+        """Those of every row of a microbatch."""
         placement = one_of(self.case, "placement", PLACEMENTS)
-        return sequences_of(self.case, self.case.shape["sequence"], placement)
+        return sequences_of(self.case, self.case.shape["sequence"], placement, draw=microbatch)
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer of the model, counted from 0, has experts."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from verify.oracle.context import attention_mask
+from verify.oracle.context import Sequences, attention_mask
 from verify.oracle.contract import Tensors
 from verify.oracle.dropout import dropped
 from verify.oracle.gpt.dropouts import kept_of
@@ -131,31 +131,37 @@ class Training:
         tokens, targets, mask = (
             inputs[n][at].transpose(0, 1) for n in ("tokens", "targets", "mask")
         )
-        h = self._hidden(tokens, weights, kept, added)
+        sequences = self.model.sequences_in(at[1])
+        h = self._hidden(tokens, weights, kept, added, sequences)
         last = {n: each[0] for n, each in weights.items() if n.startswith("final_norm.")}
         states = self.model.layer.normalised(h, last, "final_norm.")
         sums = [self._sum(states, weights, targets, mask)]
         for depth in range(self.model.depths if training else 0):
             own = _members(weights, self.stacks, "multi_token.", depth)
-            h = self._further(h, tokens, depth, own, weights, kept, added)
-            places, inside = self._ahead(depth)
+            h = self._further(h, tokens, depth, own, weights, kept, added, sequences)
+            places, inside = _ahead(sequences, depth)
             states = self.model.layer.normalised(h, own, "final_norm.")
             counts = mask[places] * inside[:, None]
             sums.append(self._sum(states, weights, targets[places], counts))
         return torch.stack(sums)
 
     def _hidden(
-        self, tokens: Tensor, weights: Tensors, kept: Tensors, added: list[Tensor]
+        self,
+        tokens: Tensor,
+        weights: Tensors,
+        kept: Tensors,
+        added: list[Tensor],
+        sequences: Sequences,
     ) -> Tensor:
         """[sequence, batch, hidden] of tokens [sequence, batch], after the last layer."""
         model = self.model
         x = F.embedding(tokens, weights["embedding.tokens.weight"][0])
         if model.positions == "learned":
-            x = x + weights["embedding.positions.weight"][0, model.sequences.positions, None]
+            x = x + weights["embedding.positions.weight"][0, sequences.positions, None]
         x = dropped(x, kept.get("embedding"), model.layer.hidden_dropout)
         for layer in range(model.case.shape["layers"]):
             own = _members(weights, self.stacks, "layers.", layer)
-            x = _layer(x, model, own, _masks(kept, layer), added)
+            x = _layer(x, model, own, _masks(kept, layer), added, sequences)
         return x
 
     def _further(
@@ -167,11 +173,12 @@ class Training:
         weights: Tensors,
         kept: Tensors,
         added: list[Tensor],
+        sequences: Sequences,
     ) -> Tensor:
         """The hidden states of a depth, counted from 0, of those before it: arXiv:2412.19437,
         equations 21 and 22. At the end of a sequence there is no token to look up, and zeros
         instead."""
-        model, (places, inside) = self.model, self._ahead(depth)
+        model, (places, inside) = self.model, _ahead(sequences, depth)
         embedded = F.embedding(tokens[places], weights["embedding.tokens.weight"][0])
         embedded = embedded.masked_fill(~inside[:, None, None], 0.0)
         embedded = model.layer.normalised(embedded, own, "embedding_norm.")
@@ -179,16 +186,7 @@ class Training:
         x = F.linear(torch.cat([normal, embedded], dim=-1), own["weight"])
         inner = {n.removeprefix("layer."): w for n, w in own.items() if n.startswith("layer.")}
         masks = _masks(kept, model.case.shape["layers"] + depth)
-        return _layer(x, model, inner, masks, added)
-
-    def _ahead(self, depth: int) -> tuple[Tensor, Tensor]:
-        """For each place the one that is `depth` + 1 further on, and whether that has a token of
-        the same sequence."""
-        sequences = self.model.sequences
-        places = torch.arange(sum(sequences.padded)) + depth + 1
-        ends = torch.tensor(sequences.real).repeat_interleave(torch.tensor(sequences.padded))
-        inside = sequences.positions + depth + 1 < ends
-        return places.clamp(max=len(places) - 1), inside
+        return _layer(x, model, inner, masks, added, sequences)
 
     def _sum(self, states: Tensor, weights: Tensors, targets: Tensor, mask: Tensor) -> Tensor:
         """The sum of the cross entropies of normalised states, each times its mask."""
@@ -214,6 +212,15 @@ def _count(inputs: Tensors, step: int) -> Tensor:
     return inputs["mask"][step].sum().clamp_min(1)
 
 
+def _ahead(sequences: Sequences, depth: int) -> tuple[Tensor, Tensor]:
+    """For each place the one that is `depth` + 1 further on, and whether that has a token of the
+    same sequence."""
+    places = torch.arange(sum(sequences.padded)) + depth + 1
+    ends = torch.tensor(sequences.real).repeat_interleave(torch.tensor(sequences.padded))
+    inside = sequences.positions + depth + 1 < ends
+    return places.clamp(max=len(places) - 1), inside
+
+
 def _members(
     weights: Tensors, stacks: Mapping[str, Stack], prefix: str, member: int
 ) -> dict[str, Tensor]:
@@ -231,12 +238,17 @@ def _masks(kept: Tensors, layer: int) -> dict[str, Tensor]:
 
 
 def _layer(
-    x: Tensor, model: Model, weights: Tensors, masks: Tensors, added: list[Tensor]
+    x: Tensor,
+    model: Model,
+    weights: Tensors,
+    masks: Tensors,
+    added: list[Tensor],
+    sequences: Sequences,
 ) -> Tensor:
     layer, p = model.layer, model.layer.hidden_dropout
     normal = layer.normalised(x, weights, "input_norm.")
     mask = attention_mask(layer_case(model.case))
-    out = attention_of(normal, masks, weights, layer, model.sequences, mask)
+    out = attention_of(normal, masks, weights, layer, sequences, mask)
     h = x + dropped(out, masks.get("attended"), p)
     normal = layer.normalised(h, weights, "mlp_norm.")
     if "mlp.router.weight" in weights:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.init import constant_
 
+from impl.context_parallel.zigzag import PackedSequences
 from impl.data_parallel import DataParallel
 from impl.groups import Groups
 from impl.model import build_model, model_parameters, tie_embeddings
@@ -29,7 +30,6 @@ from impl.training import Microbatch, Trainer, TrainResult
 from verify.case import Case
 from verify.oracle.gpt.model import OPTIONS as _OPTIONS
 from verify.placement import Placements
-from verify.targets.impl.context import packed_of
 from verify.targets.impl.dropout import tracker_of
 from verify.targets.impl.stacks import Stacks
 from verify.targets.impl.subject import Builder, Tensors, switches
@@ -282,8 +282,19 @@ class _Overflow(torch.autograd.Function):
 def microbatches_of(inputs: Tensors, step: int) -> list[Microbatch]:
     """Those of a step, of inputs that have all."""
     given = zip(*(inputs[name][step] for name in ("tokens", "targets", "mask")), strict=True)
-    packed = packed_of(inputs)
-    return [Microbatch(tokens, targets, mask, packed) for tokens, targets, mask in given]
+    packed = _packed_of(inputs)
+    return [
+        Microbatch(tokens, targets, mask, None if packed is None else packed[m])
+        for m, (tokens, targets, mask) in enumerate(given)
+    ]
+
+
+def _packed_of(inputs: Tensors) -> list[PackedSequences] | None:
+    """The packed sequences of each microbatch, if there are any."""
+    if "cu_seqlens" not in inputs:
+        return None
+    padded = inputs["cu_seqlens_padded"]
+    return [PackedSequences.from_cumulative(each, padded) for each in inputs["cu_seqlens"]]
 
 
 BUILDERS: Mapping[str, Builder] = {"gpt_training": GPTSubject}
