@@ -231,6 +231,21 @@ class Options:
                 raise ValueError(f"{name}: {getattr(self, name)} is not from 0 up to below 1")
         if self.init_std < 0:
             raise ValueError(f"init_std: {self.init_std} is negative")
+        self._check_together()
+        layout, config = self.layout(), self.model(vocabulary=1)
+        for stage in range(layout.pp):
+            for chunk in range(layout.vpp):
+                layers_of(config, layout=layout, stage=stage, chunk=chunk)
+        self.schedule()
+        each = self.dp * self.microbatch_size
+        if self.microbatch_size < 1 or self.global_batch_size < 1 or self.global_batch_size % each:
+            raise ValueError(
+                f"global_batch_size: {self.global_batch_size} does not divide by dp={self.dp}"
+                f" ranks of micro_batch_size={self.microbatch_size}; give a multiple of {each}"
+            )
+
+    def _check_together(self) -> None:
+        """Find options that need others, or exclude each other."""
         if self.experts is None and (self.ep > 1 or self.etp not in (None, self.tp)):
             raise ValueError(
                 f"layout: ep={self.ep} etp={self.etp} split experts, of which there are none; give"
@@ -262,17 +277,6 @@ class Options:
         if not 1 <= self.initial_loss_scale <= _LARGEST_SCALE:
             raise ValueError(
                 f"initial_loss_scale: {self.initial_loss_scale} is not from 1 to 2**64"
-            )
-        layout, config = self.layout(), self.model(vocabulary=1)
-        for stage in range(layout.pp):
-            for chunk in range(layout.vpp):
-                layers_of(config, layout=layout, stage=stage, chunk=chunk)
-        self.schedule()
-        each = self.dp * self.microbatch_size
-        if self.microbatch_size < 1 or self.global_batch_size < 1 or self.global_batch_size % each:
-            raise ValueError(
-                f"global_batch_size: {self.global_batch_size} does not divide by dp={self.dp}"
-                f" ranks of micro_batch_size={self.microbatch_size}; give a multiple of {each}"
             )
 
     def _check_unused(self, why: str, *names: str) -> None:
