@@ -282,7 +282,8 @@ def _sizes(
     tokens or more, and room for so many `packed` sequences."""
     tp, chunks = layout.tp, layout.pp * layout.vpp
     shared = shared_by(layout, algorithm)
-    groups = draw(st.sampled_from([tp * shared, tp, *divisors(tp)]))
+    # Two of them on a rank are told apart only where each has several queries.
+    groups = draw(st.sampled_from([2 * tp * shared, tp * shared, tp, *divisors(tp)]))
     size = draw(st.integers(2, 4))
     unit = layout.cp * (2 if placement == "zigzag" else 1)
     # Without sequence parallelism, experts share out the tokens of a tp group.
@@ -294,7 +295,7 @@ def _sizes(
         "sequence": unit * max(draw(st.integers(1, 2)), -(-least // unit), packed + (unit == 1)),
         "batch": layout.dp * draw(st.integers(1, 2)),
         "hidden": draw(st.integers(3, 5)),
-        "heads": tp * shared * draw(st.integers(1, 2)),
+        "heads": max(tp * shared, groups) * draw(st.integers(1, 2)),
         "groups": groups,
         "head_size": size * (tp // gcd(tp, 2 * groups * size)),
         "ffn": tp * draw(st.integers(1, 2)),

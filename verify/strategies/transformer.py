@@ -121,7 +121,8 @@ def _layer_sizes(
     """Sizes with room for so many packed sequences."""
     tp, shared = layout.tp, shared_by(layout, algorithm)
     # Of a group that ranks of tp share each has a copy, as an algorithm's ranks have of one.
-    groups = draw(st.sampled_from([tp * shared, tp, *divisors(tp)]))
+    # Two of them on a rank are told apart only where each has several queries.
+    groups = draw(st.sampled_from([2 * tp * shared, tp * shared, tp, *divisors(tp)]))
     size = draw(st.integers(2, 5))
     chunks = layout.cp * (2 if placement == "zigzag" else 1)
     chunks *= tp if layout.sequence_parallel else 1
@@ -129,7 +130,7 @@ def _layer_sizes(
         "sequence": max(chunks * draw(st.integers(max(packed, 1), packed + 1)), 2),
         "batch": draw(st.integers(1, 2)),
         "hidden": draw(st.integers(3, 5)),
-        "heads": tp * shared * draw(st.integers(1, 2)),
+        "heads": max(tp * shared, groups) * draw(st.integers(1, 2)),
         "groups": groups,
         "head_size": size * (tp // gcd(tp, 2 * groups * size)),
         "ffn": tp * draw(st.integers(1, 2)),
