@@ -23,6 +23,7 @@ from hypothesis import given
 from verify.case import Case
 from verify.runner.examiner import CheckCase
 from verify.strategies.cases import Choices
+from verify.strategies.dropouts import telling
 from verify.strategies.gpt import (
     DOUBLE,
     LARGE,
@@ -76,7 +77,7 @@ def test_stages_of_unequal_length(check: CheckCase, case: Case) -> None:
 
 @given(
     case=model_cases(
-        options={**CLIPPED, **SHARDED},
+        options={**CLIPPED, **SHARDED, "loss_scale": OPTIMIZING["loss_scale"]},
         model={"evaluated": (False,)},
         experts=(True,),
         dtypes=DOUBLE,
@@ -90,9 +91,11 @@ def test_mixture_of_experts(check: CheckCase, case: Case) -> None:
 
 
 @given(
-    case=model_cases(
-        options={"optimizer": OPTIMIZING["optimizer"]},
-        model={"hidden_dropout": (0.25, 0.1), "attention_dropout": (0.0, 0.25)},
+    case=telling(
+        model_cases(
+            options={"optimizer": OPTIMIZING["optimizer"]},
+            model={"hidden_dropout": (0.25, 0.1), "attention_dropout": (0.0, 0.25)},
+        )
     )
 )
 def test_dropout(check: CheckCase, case: Case) -> None:
