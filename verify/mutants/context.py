@@ -67,8 +67,8 @@ MUTANTS = (
     _split(
         name="split-not-entered",
         wrong="Every rank takes the chunks of the first.",
-        snippet="placement=placement)[dist.get_rank(group)]",
-        replacement="placement=placement)[0]",
+        snippet="return by_rank[dist.get_rank(group)]",
+        replacement="return by_rank[0]",
         seen="CP-15",
     ),
     _split(
