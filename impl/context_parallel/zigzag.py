@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Literal, get_args
 
@@ -65,7 +66,7 @@ class PackedSequences:
         """The places of all sequences."""
         return sum(self.padded_lengths)
 
-    @property
+    @cached_property
     def starts(self) -> tuple[int, ...]:
         """The first place of each, in all of them together."""
         return tuple(accumulate((0, *self.padded_lengths[:-1])))

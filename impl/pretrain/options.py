@@ -261,7 +261,7 @@ class Options:
             self._check_unused("without --fp16", "initial_loss_scale")
         if not self.multi_token_layers:
             self._check_unused("without --mtp-num-layers", "multi_token_scaling")
-        if self.override_schedule and self.source() is None:
+        if self.source() is None:
             self._check_unused("without --load or --resume", "override_schedule")
         for name in (*_COEFFICIENTS, "multi_token_scaling"):
             if not 0 <= getattr(self, name) < math.inf:

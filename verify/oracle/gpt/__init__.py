@@ -27,8 +27,9 @@ AXES = ("tp", "cp", "dp", "pp", "etp", "ep", "edp")
 def gpt_training(case: Case) -> Contract:
     """tokens, targets [steps, microbatches, batch, sequence] of the vocabulary, and mask, which
     says what counts: the sequence as `placement` says over cp, the batch Shard over dp, Replicate
-    over tp and pp. With `packed` each row has so many sequences, of lengths as of `context_split`:
-    a loss of further tokens counts those of the same sequence only.
+    over tp and pp. With `packed` each row has so many sequences, which lie as those of
+    `context_split`, with other padding in each microbatch: a loss of further tokens counts those of
+    the same sequence only.
 
     Of every step: `loss`, the mean over all tokens that count; `norm` of all gradients before
     clipping, each parameter counted once; the `scale` of the loss; the learning `rates`; with
