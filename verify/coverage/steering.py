@@ -2,9 +2,10 @@
 
 Strategies name their choices (`chosen`). While a property runs, a choice that Hypothesis would make
 at random takes the value that makes most pairs, with what this case has already, that no case of
-the property had (the greedy step of AETG: Cohen et al., IEEE TSE 23(7), 1997); where none makes a
-new one, Hypothesis chooses. A pair that was drawn `TRIES` times and never checked, because the case
-was rejected or is not supported, is given up.
+the property had (the greedy step of AETG: Cohen et al., IEEE TSE 23(7), 1997), or else one of which
+some are left; where none is, Hypothesis chooses. Factors of which a value of one leaves no room for
+those of another, as sizes in a world, are steered together (`foresee`). A pair that was drawn
+`TRIES` times and never checked, because the case was rejected or is not supported, is given up.
 
 Only choices that are random are steered: what Hypothesis replays, mutates or shrinks is as it wants
 it. What was on offer beside what was drawn is what else could have been: the pairs that
@@ -14,13 +15,15 @@ it. What was on offer beside what was drawn is what else could have been: the pa
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from random import Random
 from typing import Any, TypeVar
 
+from hypothesis import reject
 from hypothesis import strategies as st
 from hypothesis.control import current_build_context
+from hypothesis.internal.conjecture.choice import ChoiceTemplate
 
 from verify.case import Case
 from verify.coverage.factors import Pair, alone, pair_of, pairs_of, row_of, text_of
@@ -51,6 +54,7 @@ class Steering:
         self._defaults: dict[str, dict[str, object]] = defaultdict(dict)
         self._concepts: Counter[str] = Counter()
         self._case: dict[str, str] = {}
+        self._plan: Mapping[str, str] = {}
         self._concept = ""
         self._data: object = None
         # Ties are broken alike in every run.
@@ -62,17 +66,45 @@ class Steering:
 
     def best(self, data: object, factor: str, values: Sequence[str]) -> int | None:
         """The index of the value to choose; None where none is better than any other."""
-        if data is not self._data:
-            self._data, self._case, self._concept = data, {}, ""
+        self._begin(data)
         if factor == CONCEPT:
-            gains = {value: (-self._concepts[value], False) for value in values}
+            gains = [(-self._concepts[value], 0) for value in values]
         else:
-            gains = {value: self._gain(factor, value) for value in dict.fromkeys(values)}
-        most = max(gains.values())
-        best = [value for value, gain in gains.items() if gain == most]
-        if len(best) == len(gains):
-            return None
-        return values.index(self._random.choice(best))
+            gains = [self._gain(self._case, factor, value) for value in values]
+        if self._plan.get(factor) in values:
+            return values.index(self._plan[factor])
+        return self._one_of_the_best(gains)
+
+    def foresee(self, data: object, rows: Sequence[Mapping[str, str]]) -> None:
+        """Choose the factors of these rows, that are chosen next, as the best of the rows has
+        them."""
+        self._begin(data)
+        gains = []
+        for row in rows:
+            case = dict(self._case)
+            new = left = 0
+            for factor, value in row.items():
+                more, its = self._gain(case, factor, value)
+                new, left = new + more, left + its
+                case[factor] = value
+            gains.append((new, left))
+        index = self._one_of_the_best(gains)
+        self._plan = {} if index is None else rows[index]
+
+    def _begin(self, data: object) -> None:
+        if data is not self._data:
+            self._data, self._case, self._plan, self._concept = data, {}, {}, ""
+
+    def _one_of_the_best(self, gains: Sequence[tuple[int, int]]) -> int | None:
+        """The index of one that makes most new pairs, the likelier the more are left of it, by the
+        square of their number; None where all are as good."""
+        most = max(new for new, _ in gains)
+        weights = [left**2 * (new == most) for new, left in gains]
+        if not any(weights):
+            weights = [new == most for new, _ in gains]
+            if all(weights):
+                return None
+        return self._random.choices(range(len(gains)), weights)[0]
 
     def chose(self, factor: str, value: str) -> None:
         """A choice is made."""
@@ -120,14 +152,14 @@ class Steering:
             for value in sorted(self._values[concept] - had):
                 yield concept, alone(*value), self._tried[concept][value] >= TRIES
 
-    def _gain(self, factor: str, value: str) -> tuple[int, bool]:
-        """How many new pairs a value makes with what the case has, and whether any may be left with
-        whatever it may have: some of a value that no case had."""
+    def _gain(self, case: Mapping[str, str], factor: str, value: str) -> tuple[int, int]:
+        """How many new pairs a value makes with what a case has, one more if no case had it, and
+        how many are left of it, whatever with."""
         seen, drawn = self.seen[self._concept], self.drawn[self._concept]
         offered, left = self.offered[self._concept], self._left[self._concept]
-        new = 0
+        new = int(not self._tried[self._concept][factor, value])
         self._values[self._concept].add((factor, value))
-        for given in self._case.items():
+        for given in case.items():
             pair = pair_of(factor, value, *given)
             wanted = pair not in seen and drawn[pair] < TRIES
             new += wanted
@@ -135,7 +167,7 @@ class Steering:
                 offered.add(pair)
                 if wanted:
                     left.update((pair[:2], pair[2:]))
-        return new, left[factor, value] > 0 or not self._tried[self._concept][factor, value]
+        return new, left[factor, value]
 
     def _close(self, concept: str, pair: Pair) -> None:
         """The pair is wanted no more."""
@@ -175,8 +207,10 @@ def chosen(
         draw(st.integers(0, _MANY))
     if steering is None or not steering.active:
         return draw(strategy)
-    texts = [text_of(value if key is None else key(value)) for value in values]
     data = current_build_context().data
+    if factor == CONCEPT and _is_the_simplest_again(data):
+        reject()
+    texts = [text_of(value if key is None else key(value)) for value in values]
     index = steering.best(data, factor, texts)
     if index is None:
         value = draw(strategy)
@@ -185,6 +219,12 @@ def chosen(
             value = draw(strategy)
     steering.chose(factor, text_of(value if key is None else key(value)))
     return value
+
+
+def _is_the_simplest_again(data: Any) -> bool:
+    """Whether all that follows is the simplest, as in the first example of all. Hypothesis begins
+    with several of these, which differ in what repeats nothing; it stops where none is valid."""
+    return any(isinstance(each, ChoiceTemplate) for each in data.prefix[1:])
 
 
 @contextmanager
@@ -196,6 +236,16 @@ def _picking(data: Any, index: int) -> Iterator[None]:
         yield
     finally:
         data.provider = before
+
+
+def foresee(rows: Iterable[Mapping[str, object]]) -> None:
+    """Tell what the choices of several factors that follow may come to together: values of one
+    may leave no room for those of another, and are steered with them. Each factor is chosen as
+    always."""
+    steering = _Present.steering
+    if steering is not None and steering.active:
+        texts = [{factor: text_of(value) for factor, value in row.items()} for row in rows]
+        steering.foresee(current_build_context().data, texts)
 
 
 class _Picks:

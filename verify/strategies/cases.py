@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from verify.adversary import NONE, Adversary
 from verify.case import LENSES, Case, Lens, Option
-from verify.coverage.steering import CONCEPT, chosen, note_default
+from verify.coverage.steering import CONCEPT, chosen, foresee, note_default
 from verify.errors import BadArgument
 from verify.layout import DEFAULT_ORDER, Layout
 from verify.oracle.contract import Contract
 from verify.rank_program import contract_of
 from verify.runner.limits import limits
-from verify.strategies.layouts import orders
+from verify.strategies.layouts import orders, sizes_within
 
 # For some options, the values to draw from.
 Choices = Mapping[str, Sequence[Option]]
@@ -97,7 +97,10 @@ def layouts(
     """Layouts of a tensor-parallel concept: tp mostly awkward, replicas along dp, cp and pp more
     often than not, in any order of axes."""
     world = limits().world_size(max_world_size)
-    tp = chosen(draw, "tp", _up_to(world, (1, 2, 2, 3, 3, 4, 5, 6, 7, 8), min_tp))
+    wanted = {"tp": _up_to(world, (1, 2, 2, 3, 3, 4, 5, 6, 7, 8), min_tp)}
+    wanted |= {axis: [1, 2, 2, 3] for axis in ("dp", "cp", "pp")}
+    foresee(sizes_within(world, wanted))
+    tp = chosen(draw, "tp", wanted["tp"])
     sizes: dict[str, Any] = {"tp": tp}
     left = world // tp
     for axis in draw(st.permutations(("dp", "cp", "pp"))):
@@ -221,7 +224,12 @@ def _arithmetic(draw: st.DrawFn, case: Case, lenses: Sequence[Lens]) -> tuple[Le
     double = [lens for lens in applicable if lens != "native"]
     # As often float64 as the others together.
     dtypes = ["float64"] * 3 if double else []
-    dtype = chosen(draw, "dtype", [*dtypes, *NATIVE_DTYPES] if "native" in applicable else dtypes)
+    natives = NATIVE_DTYPES if "native" in applicable else ()
+    foresee(
+        [{"dtype": "float64", "lens": lens} for lens in double]
+        + [{"dtype": dtype, "lens": "native"} for dtype in natives]
+    )
+    dtype = chosen(draw, "dtype", [*dtypes, *natives])
     return chosen(draw, "lens", double if dtype == "float64" else ["native"]), dtype
 
 

@@ -6,7 +6,7 @@ All axes at once, and replicas; models small enough for that, of one layer a chu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from math import gcd, lcm
 from typing import Any
 
@@ -14,7 +14,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from verify.case import Case, Lens, Option
-from verify.coverage.steering import CONCEPT, chosen
+from verify.coverage.steering import CONCEPT, chosen, foresee
 from verify.layout import Layout
 from verify.oracle.gpt.model import FROZEN, POSITIONS
 from verify.oracle.mlp import ACTIVATIONS
@@ -28,14 +28,22 @@ from verify.strategies.cases import (
     with_option,
 )
 from verify.strategies.context import ALGORITHMS, MASKS, SCORED, shared_by
-from verify.strategies.layouts import divisors, orders
+from verify.strategies.layouts import (
+    chosen_experts,
+    divisors,
+    expert_sizes,
+    orders,
+    ranks_of_stage,
+    sizes_within,
+)
 from verify.strategies.training import OPTIONS as _TRAINING
 from verify.strategies.transformer import latents
 
 # Few ranks show most of what can be wrong, soon; the largest worlds are those of a long run.
-SMALL, LARGE = (2, 4, 4, 4), (2, 4, 4, 4, 8, 8, 16, 64)
+SMALL, LARGE = (2, 4, 4, 4), (2, 4, 4, 4, 8, 8, 16, 16, 64)
 AXES = {"pp": (1, 2, 2, 3, 4), "dp": (1, 2, 2, 3), "tp": (1, 1, 2, 2, 3), "cp": (1, 1, 2, 3)}
 WIDE = {"pp": (2, 3, 4), "dp": (2, 3, 4), "tp": (2, 3, 4), "cp": (1, 2, 4)}
+MOST_CHUNKS = 8
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 DOUBLE = DTYPES[:1]
 PLACEMENTS = ("zigzag", "contiguous")
@@ -105,37 +113,47 @@ def model_layouts(
     *,
     min_pp: int = 1,
     chunks: Sequence[int] = (1, 1, 2),
+    most_chunks: int = MOST_CHUNKS,
     experts: bool = False,
     shares: bool = False,
     worlds: Sequence[int] = SMALL,
+    algorithms: Sequence[str] = ALGORITHMS,
 ) -> Layout:
-    """Layouts of all axes in any order, of at most one of `worlds` ranks; with `shares` of
-    attention none over cp."""
+    """Layouts of all axes in any order, of at most one of `worlds` ranks, with one of `chunks` a
+    stage; with `shares` of attention none over cp. One of `algorithms` is chosen next."""
     fitting = [n for n in worlds if limits().world_size(n) == n]
     left = draw(st.sampled_from(fitting or [limits().world_size(min(worlds))]))
-    wanted = WIDE if left > 16 else AXES
+    wanted = dict(WIDE if left > 16 else AXES)
+    wanted["pp"] = tuple(n for n in wanted["pp"] if n >= min_pp)
+    if shares:
+        wanted["cp"] = (1,)
+    foresee(
+        {**row, "vpp": vpp, **more, "algorithm": algorithm}
+        for row in sizes_within(left, wanted)
+        for vpp in dict.fromkeys(_chunks_of(row["pp"], chunks, most_chunks))
+        for more in (few_experts(row) if experts else ({},))
+        for algorithm in (algorithms if row["cp"] > 1 else ALGORITHMS[:1])
+    )
     sizes: dict[str, Any] = {}
     # The first of them has the most room.
     for axis in ("pp", *draw(st.permutations(("dp", "tp", "cp")))):
-        least = min_pp if axis == "pp" else 1
-        fit = [n for n in wanted[axis] if least <= n <= left and not (shares and axis == "cp")]
-        sizes[axis] = chosen(draw, axis, fit or [1])
+        sizes[axis] = chosen(draw, axis, [n for n in wanted[axis] if n <= left] or [1])
         left //= sizes[axis]
-    sizes["vpp"] = chosen(draw, "vpp", list(chunks) if sizes["pp"] > 1 else [1])
+    sizes["vpp"] = chosen(draw, "vpp", _chunks_of(sizes["pp"], chunks, most_chunks))
     if experts:
-        stage = sizes["tp"] * sizes["cp"] * sizes["dp"]
-        sizes |= expert_sizes(draw, tp=sizes["tp"], stage=stage, choose=chosen)
+        sizes |= chosen_experts(draw, few_experts(sizes), tp=sizes["tp"])
     order = draw(orders(pp_last=True))
     return Layout(**sizes, order=order, sequence_parallel=chosen(draw, "sp", _FLAGS))
 
 
-def expert_sizes(
-    draw: st.DrawFn, *, tp: int, stage: int, choose: Callable[..., int]
-) -> dict[str, int | None]:
-    """ep up to 4, and etp 1 or tp, of a stage of so many ranks, each chosen by `choose`."""
-    etp = choose(draw, "etp", [n for n in sorted({1, tp}) if stage % n == 0])
-    ep = choose(draw, "ep", [n for n in divisors(stage // etp) if n <= 4])
-    return {"ep": ep, "etp": None if etp == tp else etp}
+def _chunks_of(pp: int, chunks: Sequence[int], most: int) -> list[int]:
+    """Those of `chunks` that a stage may have, of which there are at most `most` together."""
+    return [n for n in chunks if pp * n <= most] if pp > 1 else [1]
+
+
+def few_experts(sizes: Mapping[str, int]) -> list[dict[str, int]]:
+    """The sizes that experts have on a stage of these sizes: etp 1 or tp, ep up to 4."""
+    return expert_sizes(ranks_of_stage(sizes), etps=sorted({1, sizes["tp"]}), most=4)
 
 
 @st.composite
@@ -151,6 +169,7 @@ def model_cases(
     one_padding: bool = False,
     min_pp: int = 1,
     chunks: Sequence[int] = (1, 1, 2),
+    most_chunks: int = MOST_CHUNKS,
     double: Lens = "fp64",
     dtypes: Sequence[str] = DTYPES,
     worlds: Sequence[int] = SMALL,
@@ -167,9 +186,11 @@ def model_cases(
         model_layouts(
             min_pp=min_pp,
             chunks=chunks,
+            most_chunks=most_chunks,
             experts=routed,
             shares=bool(choices["attention_dropout"]),
             worlds=worlds,
+            algorithms=[str(each) for each in choices.values["algorithm"]],
         )
     )
     optimizer = chosen(draw, "optimizer", options["optimizer"]) if "optimizer" in options else None

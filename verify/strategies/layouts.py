@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from math import gcd
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import gcd, prod
 from typing import Any
 
 from hypothesis import strategies as st
 
+from verify.coverage.steering import chosen
 from verify.errors import BadArgument
 from verify.layout import AXES, DEFAULT_ORDER, Layout
 
@@ -14,6 +16,38 @@ from verify.layout import AXES, DEFAULT_ORDER, Layout
 def divisors(number: int) -> list[int]:
     """What divides `number`, ascending."""
     return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def sizes_within(most: int, wanted: Mapping[str, Iterable[int]]) -> list[dict[str, int]]:
+    """All sizes of axes, each of those wanted of it, that are at most so many ranks together."""
+    rows: list[dict[str, int]] = [{}]
+    for axis, sizes in wanted.items():
+        distinct = dict.fromkeys(sizes)
+        rows = [{**row, axis: size} for row in rows for size in distinct]
+    return [row for row in rows if prod(row.values()) <= most]
+
+
+def ranks_of_stage(sizes: Mapping[str, int]) -> int:
+    """How many ranks share a pipeline stage."""
+    return sizes["tp"] * sizes["cp"] * sizes["dp"]
+
+
+def expert_sizes(stage: int, *, etps: Iterable[int], most: int) -> list[dict[str, int]]:
+    """All sizes of experts on a stage of so many ranks: etp one of these, ep at most `most`."""
+    return [{"etp": etp, "ep": ep} for etp in etps for ep in divisors(stage // etp) if ep <= most]
+
+
+def chosen_experts(
+    draw: st.DrawFn,
+    possible: Sequence[Mapping[str, int]],
+    *,
+    tp: int,
+    choose: Callable[..., int] = chosen,
+) -> dict[str, int | None]:
+    """One of these sizes of experts, each axis chosen by `choose`; etp None where it is tp."""
+    etp = choose(draw, "etp", list(dict.fromkeys(each["etp"] for each in possible)))
+    ep = choose(draw, "ep", [each["ep"] for each in possible if each["etp"] == etp])
+    return {"ep": ep, "etp": None if etp == tp else etp}
 
 
 def orders(*, pp_last: bool) -> st.SearchStrategy[str]:

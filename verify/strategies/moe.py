@@ -17,7 +17,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from verify.case import LENSES, Case, Lens, Option
-from verify.coverage.steering import CONCEPT, chosen
+from verify.coverage.steering import CONCEPT, chosen, foresee
 from verify.errors import BadArgument
 from verify.layout import Layout
 from verify.lens import generate
@@ -30,7 +30,14 @@ from verify.strategies.cases import (
     completed,
     with_options,
 )
-from verify.strategies.layouts import divisors, orders
+from verify.strategies.layouts import (
+    chosen_experts,
+    divisors,
+    expert_sizes,
+    orders,
+    ranks_of_stage,
+    sizes_within,
+)
 
 Shape = dict[str, int]
 
@@ -82,26 +89,28 @@ def stage_layouts(
 ) -> Layout:
     """Layouts of both meshes, with one or two pipeline stages as replicas."""
     left = limits().world_size(max_world_size)
-    sizes: dict[str, Any] = {"pp": chosen(draw, "pp", [n for n in (1, 1, 2) if n <= left])}
-    left //= sizes["pp"]
-    for axis in draw(st.permutations(("tp", "dp", "cp"))):
-        small = (1, 2, 2, 3, 4) if axis == "tp" else (1, 2, 2, 3)
-        sizes[axis] = chosen(draw, axis, [n for n in small if n <= left])
+    wanted = {"pp": (1, 1, 2), "tp": (1, 2, 2, 3, 4), "dp": (1, 2, 2, 3), "cp": (1, 2, 2, 3)}
+    foresee({**row, **more} for row in sizes_within(left, wanted) for more in _experts_of(row))
+    sizes: dict[str, Any] = {}
+    for axis in ("pp", *draw(st.permutations(("tp", "dp", "cp")))):
+        sizes[axis] = chosen(draw, axis, [n for n in wanted[axis] if n <= left])
         left //= sizes[axis]
-    stage = sizes["tp"] * sizes["dp"] * sizes["cp"]
-    etp = chosen(draw, "etp", [n for n in (sizes["tp"], *divisors(stage)) if n <= 4])
+    sizes |= chosen_experts(draw, _experts_of(sizes), tp=sizes["tp"])
     # Over all ranks that there are is no size that other choices would have to meet.
     if draw(st.sampled_from((False, False, False, True))):
-        ep = stage // etp
-    else:
-        ep = chosen(draw, "ep", [n for n in divisors(stage // etp) if n <= _SPREAD])
+        sizes["ep"] = ranks_of_stage(sizes) // (sizes["etp"] or sizes["tp"])
     return Layout(
         **sizes,
-        ep=ep,
-        etp=None if etp == sizes["tp"] else etp,
         order=draw(orders(pp_last=True)),
         sequence_parallel=chosen(draw, "sp", sequence_parallel),
     )
+
+
+def _experts_of(sizes: Mapping[str, int]) -> list[dict[str, int]]:
+    """The sizes that experts have on a stage of these sizes: etp up to 4, tp first; ep up to 6."""
+    stage = ranks_of_stage(sizes)
+    etps = [n for n in dict.fromkeys((sizes["tp"], *divisors(stage))) if n <= 4]
+    return expert_sizes(stage, etps=etps, most=_SPREAD)
 
 
 @st.composite

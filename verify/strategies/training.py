@@ -7,28 +7,37 @@ neither parameters nor buckets divide; buckets hold one parameter, some, or all.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from hypothesis import assume
 from hypothesis import strategies as st
 
 from verify.case import LENSES, Case, Lens, Option
-from verify.coverage.steering import CONCEPT, chosen
+from verify.coverage.steering import CONCEPT, chosen, foresee
 from verify.layout import Layout
 from verify.oracle.learning_rates import STYLES
 from verify.runner.limits import limits
-from verify.strategies.cases import Choices, completed, contract_or_none, with_option
-from verify.strategies.layouts import divisors, orders
+from verify.strategies.cases import Choices, completed, contract_or_none, with_options
+from verify.strategies.layouts import (
+    chosen_experts,
+    divisors,
+    expert_sizes,
+    orders,
+    ranks_of_stage,
+    sizes_within,
+)
 
 _RATES: Choices = {
-    "schedule": STYLES,
     "warmup": (None, 1, 2),
     "decay": (None, 2, 3),
     "annealing": (None, 1),
     "minimum": (0.0, 0.25),
+    "schedule": STYLES,
 }
-# The default of an option comes first.
+# The default of an option comes first, and an option after those that its validity depends on.
 OPTIONS: Mapping[str, Choices] = {
     "learning_rates": {
         **_RATES,
@@ -71,18 +80,27 @@ _FAULTS: Mapping[str, tuple[Option, ...]] = {
 def training_layouts(draw: st.DrawFn, *, experts: bool, max_world_size: int = 8) -> Layout:
     """Layouts of one pipeline stage, of which dp has most; of experts, in other arrangements."""
     left = limits().world_size(max_world_size)
+    wanted = {"dp": (1, 2, 2, 3, 3, 4), "tp": (1, 1, 2, 3), "cp": (1, 1, 2, 3)}
+    foresee(
+        {**row, **more}
+        for row in sizes_within(left, wanted)
+        for more in (_experts_of(row) if experts else ({},))
+    )
     sizes: dict[str, Any] = {}
-    for axis, wanted in (("dp", (1, 2, 2, 3, 3, 4)), ("tp", (1, 1, 2, 3)), ("cp", (1, 1, 2, 3))):
-        sizes[axis] = chosen(draw, axis, [n for n in wanted if n <= left])
+    for axis, among in wanted.items():
+        sizes[axis] = chosen(draw, axis, [n for n in among if n <= left])
         left //= sizes[axis]
     if experts:
-        stage = sizes["tp"] * sizes["cp"] * sizes["dp"]
-        tp = sizes["tp"]
-        etp = chosen(draw, "etp", [n for n in (tp, *divisors(stage)) if n <= 2 or n == tp])
-        sizes["ep"] = chosen(draw, "ep", [n for n in divisors(stage // etp) if n <= 4])
-        sizes["etp"] = None if etp == sizes["tp"] else etp
+        sizes |= chosen_experts(draw, _experts_of(sizes), tp=sizes["tp"])
     order = draw(orders(pp_last=True))
     return Layout(**sizes, order=order, sequence_parallel=chosen(draw, "sp", (False, True)))
+
+
+def _experts_of(sizes: Mapping[str, int]) -> list[dict[str, int]]:
+    """The sizes that experts have on a stage of these sizes: etp tp or at most 2, ep up to 4."""
+    stage, tp = ranks_of_stage(sizes), sizes["tp"]
+    etps = [n for n in dict.fromkeys((tp, *divisors(stage))) if n <= 2 or n == tp]
+    return expert_sizes(stage, etps=etps, most=4)
 
 
 @st.composite
@@ -111,7 +129,7 @@ def training_cases(
         shape["experts"] = layout.ep * draw(st.integers(1, 2))
         shape["ffn"] *= layout.expert_tp
     case = Case(concept=concept, layout=layout, shape=shape)
-    case = draw(_with_options(case, options))
+    case = _with_options(draw, case, options)
     return draw(completed(case, lenses))
 
 
@@ -121,18 +139,26 @@ def rate_cases(draw: st.DrawFn) -> Case:
     concept = chosen(draw, CONCEPT, ("learning_rates",))
     shape = {"steps": draw(st.integers(2, 10))}
     case = Case(concept=concept, layout=Layout(), shape=shape)
-    return draw(completed(draw(_with_options(case, OPTIONS["learning_rates"])), ("fp64",)))
+    return draw(completed(_with_options(draw, case, OPTIONS["learning_rates"]), ("fp64",)))
 
 
-@st.composite
 def _with_options(draw: st.DrawFn, case: Case, options: Choices) -> Case:
-    """The case with options, which are checked together: a schedule alone has no end."""
-    known = OPTIONS[case.concept]
-    for name, values in options.items():
-        value = chosen(draw, name, values)
-        case = with_option(case, name, value, default=known[name][0])
-    assume(contract_or_none(case) is not None)
-    return case
+    known = {name: each for name, each in OPTIONS[case.concept].items() if name in options}
+    foresee(_rates(tuple((name, tuple(options[name])) for name in _RATES if name in options)))
+    return with_options(draw, case, known, wanted=options)
+
+
+@functools.cache
+def _rates(choices: tuple[tuple[str, tuple[Option, ...]], ...]) -> list[dict[str, Option]]:
+    """The values of these options that make a course of learning rates together."""
+    names = [name for name, _ in choices]
+    rows = [dict(zip(names, row, strict=True)) for row in product(*(each for _, each in choices))]
+    course = Case(concept="learning_rates", layout=Layout(), shape={"steps": 1})
+    return [
+        row
+        for row in rows
+        if contract_or_none(dataclasses.replace(course, options=row)) is not None
+    ]
 
 
 @st.composite
