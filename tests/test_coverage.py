@@ -12,7 +12,7 @@ from test_pytest_plugin import properties, report  # noqa: F401
 from verify.case import Case
 from verify.coverage.factors import pairs_of, row_from, row_key, row_of
 from verify.coverage.space import pair_counts, spaces_of
-from verify.coverage.steering import CONCEPT, Steering, chosen, note_default, steered
+from verify.coverage.steering import CONCEPT, Steering, chosen, foresee, note_default, steered
 from verify.layout import Layout
 from verify.report.pairs import triangle
 from verify.runner.draws import use_profile
@@ -172,6 +172,40 @@ def test_a_pair_that_is_never_checked_is_given_up(as_in_a_run):
 
     steering = drawn(_options(), 80, accept=accept)
     assert list(steering.open()) == [("options", ("algorithm", "c", "mask", "r"), True)]
+
+
+ARITHMETIC = {"double": ("exact", "fp64"), **dict.fromkeys(("wide", "narrow"), ("native",))}
+
+
+@st.composite
+def _calculated(draw, *, told):
+    """A size, a dtype, and a lens that the dtype has."""
+    concept = chosen(draw, CONCEPT, ("calculated",))
+    size = chosen(draw, "size", range(1, 9))
+    if told:
+        foresee({"type": name, "through": lens} for name in ARITHMETIC for lens in ARITHMETIC[name])
+    kind = chosen(draw, "type", list(ARITHMETIC))
+    options = {"size": size, "type": kind, "through": chosen(draw, "through", ARITHMETIC[kind])}
+    return Case(concept=concept, layout=Layout(), shape={"n": 1}, options=options)
+
+
+def test_choices_that_leave_others_none_are_steered_together(as_in_a_run):
+    """Of each size there are four cases, two of which differ in the last choice only: what is to be
+    had from it is nothing that a choice before it can know, unless it is told."""
+    told, alone = (drawn(_calculated(told=told), 34) for told in (True, False))
+    assert not list(told.open())
+    wanted = {pair for pair in told.seen["calculated"] if "size" in (pair[0], pair[2])}
+    assert {("size", str(n), "through", "exact") for n in range(1, 9)} <= wanted
+    assert len(wanted - alone.seen["calculated"]) > 1
+
+
+def test_the_simplest_case_is_drawn_once(as_in_a_run):
+    """Hypothesis begins with it several times where only a number before it differs."""
+    seen = []
+    drawn(cases("column_linear"), 100, accept=seen.append)
+    assert seen[0].layout == Layout()
+    assert sum(case == seen[0] for case in seen) == 1
+    assert sum(case.layout == Layout() for case in seen) < 10
 
 
 @pytest.mark.parametrize(

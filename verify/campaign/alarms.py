@@ -23,6 +23,7 @@ from zlib import crc32
 
 import click
 
+from verify.parent import die_with_parent
 from verify.report import read
 from verify.report.files import write_text
 from verify.runner.record import total
@@ -97,7 +98,13 @@ def _one_seed(seed: int, options: Sequence[str], workers: str, folder: Path) -> 
     command += ["--seed", str(seed), "--report", str(report), "-n", workers]
     folder.mkdir(parents=True, exist_ok=True)
     with report.with_suffix(".log").open("w") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+            preexec_fn=die_with_parent,
+        )
     if done.returncode not in (0, 1) or not (report / "report.json").exists():
         raise click.ClickException(f"seed {seed}: no report; see {log.name}")
     document = read(report / "report.json")

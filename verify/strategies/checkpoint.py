@@ -1,6 +1,7 @@
 """Hypothesis strategies of checkpoints: a model, the layout that saves and the one that loads it.
 
-The two are of as many ranks and otherwise as different as can be; sizes are those that both need.
+The two are of as many ranks and otherwise as different as can be, or differ in the order of ranks
+only; sizes are those that both need.
 """
 
 from __future__ import annotations
@@ -102,7 +103,11 @@ def _saved_elsewhere(draw: st.DrawFn, case: Case) -> Case:
     are shared out unevenly may be too many or too few for the stages of another layout: then that
     has one stage."""
     ranks = case.layout.world_size
-    drawn = draw(_layouts(ranks, experts="experts" in case.shape))
+    if draw(st.sampled_from((False, False, True))):
+        # Every stream of random numbers goes on, with the rank that has its place now.
+        drawn = dataclasses.replace(case.layout, order=draw(orders(pp_last=True)))
+    else:
+        drawn = draw(_layouts(ranks, experts="experts" in case.shape))
     for saved in (drawn, Layout(dp=ranks)):
         given = with_option(case, "saved", text_of(saved), default=text_of(case.layout))
         grown = dataclasses.replace(given, shape=_grown(case, saved))
