@@ -2,10 +2,11 @@
 
 Strategies name their choices (`chosen`). While a property runs, a choice that Hypothesis would make
 at random takes the value that makes most pairs, with what this case has already, that no case of
-the property had (the greedy step of AETG: Cohen et al., IEEE TSE 23(7), 1997), or else one of which
-some are left; where none is, Hypothesis chooses. Factors of which a value of one leaves no room for
-those of another, as sizes in a world, are steered together (`foresee`). A pair that was drawn
-`TRIES` times and never checked, because the case was rejected or is not supported, is given up.
+the property had (the greedy step of AETG: Cohen et al., IEEE TSE 23(7), 1997), the likelier the
+more are left of it; where no value makes any and none are left, Hypothesis chooses. Factors of
+which one leaves others no room, as sizes in a world, are steered together (`foresee`). A pair that
+was drawn `TRIES` times and never checked, because the case was rejected or is not supported, is
+given up.
 
 Only choices that are random are steered: what Hypothesis replays, mutates or shrinks is as it wants
 it. What was on offer beside what was drawn is what else could have been: the pairs that
@@ -65,7 +66,8 @@ class Steering:
         self._defaults[concept][option] = value
 
     def best(self, data: object, factor: str, values: Sequence[str]) -> int | None:
-        """The index of the value to choose; None where none is better than any other."""
+        """The index of the value to choose: what was foreseen, or one of the best; None where none
+        is better than any other."""
         self._begin(data)
         if factor == CONCEPT:
             gains = [(-self._concepts[value], 0) for value in values]
@@ -76,9 +78,11 @@ class Steering:
         return self._one_of_the_best(gains)
 
     def foresee(self, data: object, rows: Sequence[Mapping[str, str]]) -> None:
-        """Choose the factors of these rows, that are chosen next, as the best of the rows has
-        them."""
+        """Choose the factors of these rows, when they are chosen, as the best of the rows has
+        them. Of no rows nothing is foreseen."""
         self._begin(data)
+        if not rows:
+            return
         gains = []
         for row in rows:
             case = dict(self._case)
@@ -96,8 +100,8 @@ class Steering:
             self._data, self._case, self._plan, self._concept = data, {}, {}, ""
 
     def _one_of_the_best(self, gains: Sequence[tuple[int, int]]) -> int | None:
-        """The index of one that makes most new pairs, the likelier the more are left of it, by the
-        square of their number; None where all are as good."""
+        """The index of one of those that make most new pairs: the likelier the more are left of it,
+        by the square of their number. None where all make as many and nothing is left of any."""
         most = max(new for new, _ in gains)
         weights = [left**2 * (new == most) for new, left in gains]
         if not any(weights):
@@ -222,8 +226,9 @@ def chosen(
 
 
 def _is_the_simplest_again(data: Any) -> bool:
-    """Whether all that follows is the simplest, as in the first example of all. Hypothesis begins
-    with several of these, which differ in what repeats nothing; it stops where none is valid."""
+    """Whether all that follows is the simplest, as it was in the first example of all: Hypothesis
+    begins with several of these, and mostly the number that repeats nothing is all they differ in.
+    Where none of them is valid, it goes on to others."""
     return any(isinstance(each, ChoiceTemplate) for each in data.prefix[1:])
 
 

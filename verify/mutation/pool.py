@@ -17,6 +17,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, TypeVar
 
 from verify.errors import BadArgument
+from verify.parent import die_with_parent
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -114,8 +115,9 @@ class _Worker:
 
 
 def _serve(connection: Connection) -> None:
-    """Do tasks until the connection ends. Interrupts are for the process that asked."""
+    """Do tasks until the connection ends, or the process that asked; interrupts are for that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
     import torch
 
     torch.set_num_threads(1)

@@ -30,6 +30,7 @@ from verify.strategies.cases import (
 from verify.strategies.context import ALGORITHMS, MASKS, SCORED, shared_by
 from verify.strategies.layouts import (
     chosen_experts,
+    chosen_sizes,
     divisors,
     expert_sizes,
     orders,
@@ -43,7 +44,7 @@ from verify.strategies.transformer import latents
 SMALL, LARGE = (2, 4, 4, 4), (2, 4, 4, 4, 8, 8, 16, 16, 64)
 AXES = {"pp": (1, 2, 2, 3, 4), "dp": (1, 2, 2, 3), "tp": (1, 1, 2, 2, 3), "cp": (1, 1, 2, 3)}
 WIDE = {"pp": (2, 3, 4), "dp": (2, 3, 4), "tp": (2, 3, 4), "cp": (1, 2, 4)}
-MOST_CHUNKS = 8
+MOST_CHUNKS = 12
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 DOUBLE = DTYPES[:1]
 PLACEMENTS = ("zigzag", "contiguous")
@@ -120,7 +121,8 @@ def model_layouts(
     algorithms: Sequence[str] = ALGORITHMS,
 ) -> Layout:
     """Layouts of all axes in any order, of at most one of `worlds` ranks, with one of `chunks` a
-    stage; with `shares` of attention none over cp. One of `algorithms` is chosen next."""
+    stage; with `shares` of attention none over cp. One of `algorithms`, several of which need cp,
+    is chosen later."""
     fitting = [n for n in worlds if limits().world_size(n) == n]
     left = draw(st.sampled_from(fitting or [limits().world_size(min(worlds))]))
     wanted = dict(WIDE if left > 16 else AXES)
@@ -134,11 +136,8 @@ def model_layouts(
         for more in (few_experts(row) if experts else ({},))
         for algorithm in (algorithms if row["cp"] > 1 else ALGORITHMS[:1])
     )
-    sizes: dict[str, Any] = {}
-    # The first of them has the most room.
-    for axis in ("pp", *draw(st.permutations(("dp", "tp", "cp")))):
-        sizes[axis] = chosen(draw, axis, [n for n in wanted[axis] if n <= left] or [1])
-        left //= sizes[axis]
+    axes = ("pp", *draw(st.permutations(("dp", "tp", "cp"))))
+    sizes: dict[str, Any] = {**chosen_sizes(draw, left, wanted, axes)}
     sizes["vpp"] = chosen(draw, "vpp", _chunks_of(sizes["pp"], chunks, most_chunks))
     if experts:
         sizes |= chosen_experts(draw, few_experts(sizes), tp=sizes["tp"])

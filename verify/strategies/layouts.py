@@ -37,6 +37,18 @@ def expert_sizes(stage: int, *, etps: Iterable[int], most: int) -> list[dict[str
     return [{"etp": etp, "ep": ep} for etp in etps for ep in divisors(stage // etp) if ep <= most]
 
 
+def chosen_sizes(
+    draw: st.DrawFn, most: int, wanted: Mapping[str, Sequence[int]], order: Iterable[str]
+) -> dict[str, int]:
+    """Sizes of axes that are at most so many ranks together, chosen in this order: of the first
+    are most to choose from, and one is the size of an axis for which nothing wanted fits."""
+    sizes: dict[str, int] = {}
+    for axis in order:
+        sizes[axis] = chosen(draw, axis, [n for n in wanted[axis] if n <= most] or [1])
+        most //= sizes[axis]
+    return sizes
+
+
 def chosen_experts(
     draw: st.DrawFn,
     possible: Sequence[Mapping[str, int]],
@@ -93,9 +105,8 @@ def layouts_of_every_kind(draw: st.DrawFn, max_world_size: int) -> Layout:
 
 def _experts(sizes: dict[str, Any], order: str) -> list[tuple[str, dict[str, Any]]]:
     """The expert sizes that fit; with pp moved to the end of an order that none fits."""
-    stage = sizes["tp"] * sizes["cp"] * sizes["dp"]
-    given: list[dict[str, Any]] = [{}]
-    given += [{"etp": e, "ep": n} for e in divisors(stage) for n in divisors(stage // e)]
+    stage = ranks_of_stage(sizes)
+    given: list[dict[str, Any]] = [{}, *expert_sizes(stage, etps=divisors(stage), most=stage)]
     found = [(order, expert) for expert in given if _fits(sizes, order, expert)]
     if found:
         return found

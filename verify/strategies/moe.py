@@ -32,6 +32,7 @@ from verify.strategies.cases import (
 )
 from verify.strategies.layouts import (
     chosen_experts,
+    chosen_sizes,
     divisors,
     expert_sizes,
     orders,
@@ -91,14 +92,12 @@ def stage_layouts(
     left = limits().world_size(max_world_size)
     wanted = {"pp": (1, 1, 2), "tp": (1, 2, 2, 3, 4), "dp": (1, 2, 2, 3), "cp": (1, 2, 2, 3)}
     foresee({**row, **more} for row in sizes_within(left, wanted) for more in _experts_of(row))
-    sizes: dict[str, Any] = {}
-    for axis in ("pp", *draw(st.permutations(("tp", "dp", "cp")))):
-        sizes[axis] = chosen(draw, axis, [n for n in wanted[axis] if n <= left])
-        left //= sizes[axis]
-    sizes |= chosen_experts(draw, _experts_of(sizes), tp=sizes["tp"])
+    axes = ("pp", *draw(st.permutations(("tp", "dp", "cp"))))
+    sizes: dict[str, Any] = {**chosen_sizes(draw, left, wanted, axes)}
     # Over all ranks that there are is no size that other choices would have to meet.
-    if draw(st.sampled_from((False, False, False, True))):
-        sizes["ep"] = ranks_of_stage(sizes) // (sizes["etp"] or sizes["tp"])
+    choose = _all_of_ep if draw(st.sampled_from((False, False, False, True))) else chosen
+    possible = _experts_of(sizes, most=ranks_of_stage(sizes) if choose is _all_of_ep else _SPREAD)
+    sizes |= chosen_experts(draw, possible, tp=sizes["tp"], choose=choose)
     return Layout(
         **sizes,
         order=draw(orders(pp_last=True)),
@@ -106,11 +105,17 @@ def stage_layouts(
     )
 
 
-def _experts_of(sizes: Mapping[str, int]) -> list[dict[str, int]]:
-    """The sizes that experts have on a stage of these sizes: etp up to 4, tp first; ep up to 6."""
+def _all_of_ep(draw: st.DrawFn, axis: str, values: Sequence[int]) -> int:
+    """The most that ep can be; etp is chosen as always."""
+    return values[-1] if axis == "ep" else chosen(draw, axis, values)
+
+
+def _experts_of(sizes: Mapping[str, int], *, most: int = _SPREAD) -> list[dict[str, int]]:
+    """The sizes that experts have on a stage of these sizes: etp up to 4, tp first; ep up to
+    `most`."""
     stage = ranks_of_stage(sizes)
     etps = [n for n in dict.fromkeys((sizes["tp"], *divisors(stage))) if n <= 4]
-    return expert_sizes(stage, etps=etps, most=_SPREAD)
+    return expert_sizes(stage, etps=etps, most=most)
 
 
 @st.composite

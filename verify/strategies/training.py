@@ -23,6 +23,7 @@ from verify.runner.limits import limits
 from verify.strategies.cases import Choices, completed, contract_or_none, with_options
 from verify.strategies.layouts import (
     chosen_experts,
+    chosen_sizes,
     divisors,
     expert_sizes,
     orders,
@@ -86,10 +87,7 @@ def training_layouts(draw: st.DrawFn, *, experts: bool, max_world_size: int = 8)
         for row in sizes_within(left, wanted)
         for more in (_experts_of(row) if experts else ({},))
     )
-    sizes: dict[str, Any] = {}
-    for axis, among in wanted.items():
-        sizes[axis] = chosen(draw, axis, [n for n in among if n <= left])
-        left //= sizes[axis]
+    sizes: dict[str, Any] = {**chosen_sizes(draw, left, wanted, wanted)}
     if experts:
         sizes |= chosen_experts(draw, _experts_of(sizes), tp=sizes["tp"])
     order = draw(orders(pp_last=True))
@@ -144,8 +142,10 @@ def rate_cases(draw: st.DrawFn) -> Case:
 
 def _with_options(draw: st.DrawFn, case: Case, options: Choices) -> Case:
     known = {name: each for name, each in OPTIONS[case.concept].items() if name in options}
-    foresee(_rates(tuple((name, tuple(options[name])) for name in _RATES if name in options)))
-    return with_options(draw, case, known, wanted=options)
+    rates = {name: known.pop(name) for name in _RATES if name in known}
+    case = with_options(draw, case, known, wanted=options)
+    foresee(_rates(tuple((name, tuple(options[name])) for name in rates)))
+    return with_options(draw, case, rates, wanted=options)
 
 
 @functools.cache
