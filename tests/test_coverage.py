@@ -16,11 +16,13 @@ from verify.coverage.steering import CONCEPT, Steering, chosen, foresee, note_de
 from verify.layout import Layout
 from verify.report.pairs import triangle
 from verify.runner.draws import use_profile
+from verify.runner.limits import Limits, limits, set_limits
 from verify.runner.options import RunOptions
 from verify.runner.record import Record
 from verify.strategies.attention import attention_cases
 from verify.strategies.cases import cases, with_option
 from verify.strategies.context import block_cases
+from verify.strategies.gpt import model_cases
 from verify.strategies.moe import moe_cases
 from verify.strategies.pipeline import pipeline_cases
 from verify.strategies.random import recomputed_cases
@@ -197,6 +199,15 @@ def test_choices_that_leave_others_none_are_steered_together(as_in_a_run):
     wanted = {pair for pair in told.seen["calculated"] if "size" in (pair[0], pair[2])}
     assert {("size", str(n), "through", "exact") for n in range(1, 9)} <= wanted
     assert len(wanted - alone.seen["calculated"]) > 1
+
+
+def test_of_a_world_without_room_nothing_is_foreseen(as_in_a_run):
+    before = limits()
+    set_limits(Limits(1))
+    try:
+        assert drawn(model_cases(min_pp=2), 3).seen["gpt_training"]
+    finally:
+        set_limits(before)
 
 
 def test_the_simplest_case_is_drawn_once(as_in_a_run):

@@ -3,8 +3,11 @@
 import functools
 import json
 import os
+import subprocess
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -54,6 +57,29 @@ def test_a_lost_task_does_not_take_the_others_along():
         pool.timeout = 1.0
         slow = dict(pool.run({"sleeps": functools.partial(time.sleep, 60)}))
     assert slow == {"sleeps": Lost("it did not end within 1 s")}
+
+
+ASKS = """
+import functools, os, time
+from verify.mutation.pool import Pool
+
+if __name__ == "__main__":
+    with Pool(1, timeout=120) as pool:
+        print(dict(pool.run({"": os.getpid}))[""], flush=True)
+        dict(pool.run({"": functools.partial(time.sleep, 120)}))
+"""
+
+
+def test_a_worker_ends_with_the_process_that_asked(tmp_path):
+    (tmp_path / "asks.py").write_text(ASKS)
+    driver = subprocess.Popen([sys.executable, tmp_path / "asks.py"], stdout=subprocess.PIPE)
+    with driver:
+        worker = int(driver.stdout.readline())
+        driver.kill()
+    until = time.monotonic() + 20
+    while (alive := Path(f"/proc/{worker}").exists()) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not alive
 
 
 def test_the_number_of_workers():
