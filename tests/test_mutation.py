@@ -1,5 +1,6 @@
 """The mutation score: workers, claims, what is said of a mutant, and the command as it is run."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -17,6 +18,7 @@ from test_report import FAILED
 from verify.errors import BadArgument
 from verify.mutants import CATALOGUE
 from verify.mutants.generated import generate
+from verify.mutants.packages import modules_of
 from verify.mutation.claims import claims
 from verify.mutation.document import complaints, describe, validate
 from verify.mutation.outcome import Fate, Outcome
@@ -100,6 +102,31 @@ def test_properties_about_a_mutant_come_before_costly_and_rare_ones():
     line = (GENERATED.module, GENERATED.lines[0])
     reached = [Surveyed("a", 2, 1.0, Counter(), Counter({line: 1})), Surveyed("b", 2, 1.0)]
     assert claims(GENERATED, reached) == ["a"]
+
+
+def test_those_come_first_that_reach_what_a_mutant_changes():
+    source = modules_of("impl")[MUTANT.module].read_text()
+    (line,) = MUTANT.lines(source)
+    assert source.splitlines()[line - 1].strip() == MUTANT.snippet
+    concepts = Counter(row_linear=10)
+    never = Surveyed("never", 10, 0.1, concepts)
+    seldom, often = (
+        Surveyed(name, 10, 1.0, concepts, Counter({(MUTANT.module, line): count}))
+        for name, count in (("seldom", 1), ("often", 9))
+    )
+    other = Surveyed("other", 10, 0.1, Counter(copy_to_tp=10), often.lines)
+    assert claims(MUTANT, [never, seldom, other, often]) == ["often", "seldom", "never"]
+
+
+def test_the_lines_of_a_mutant_are_those_it_changes():
+    def lines(snippet, replacement):
+        made = dataclasses.replace(MUTANT, snippet=snippet, replacement=replacement)
+        return made.lines("a\nb\nc\nd\n")
+
+    assert lines("b\nc\n", "b\nx\n") == [3]
+    assert lines("b\nc\n", "b\n") == [3]
+    assert lines("b\n", "b\nx\n") == [2]
+    assert lines("b\nc\n", "x\ny\n") == [2, 3]
 
 
 def described(*examined):

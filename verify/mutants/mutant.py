@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 
 from verify.errors import HarnessError
 
@@ -34,3 +35,14 @@ class Mutant:
                 f" {self.snippet!r}"
             )
         return source.replace(self.snippet, self.replacement)
+
+    def lines(self, source: str) -> list[int]:
+        """The lines of the source that it changes or leaves out, or that stand before what it puts
+        in; counted from 1."""
+        before = source.splitlines()
+        matcher = SequenceMatcher(None, before, self.applied_to(source).splitlines(), False)
+        found: list[int] = []
+        for kind, start, end, *_ in matcher.get_opcodes():
+            if kind != "equal":
+                found += range(start + 1, end + 1) or [start]
+        return found

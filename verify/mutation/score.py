@@ -25,6 +25,8 @@ TARGET = "impl"
 # A mutant that takes longer is not known to be caught.
 _SECONDS_OF_A_MUTANT = 900.0
 _DRAWN, _TRACED = 20, 12
+# Of so many hand-made ones it is soon made up for to see which lines every property reaches.
+_SEVERAL = 20
 
 
 class Watcher(Protocol):
@@ -86,7 +88,7 @@ def _surveyed(
         for name in suite.properties
         if not options.suites or suite.name in options.suites
     ]
-    traced = any(isinstance(each, Generated) for each in mutants)
+    traced = len(mutants) >= _SEVERAL or any(isinstance(each, Generated) for each in mutants)
     fewer = min(options.max_examples, _TRACED if traced else _DRAWN)
     looking = dataclasses.replace(options, max_examples=fewer)
     trace = TARGET if traced else None
