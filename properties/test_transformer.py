@@ -14,7 +14,7 @@ second ones with other data.
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import assume, given
 
 from verify.case import Case
 from verify.runner.examiner import CheckCase
@@ -81,6 +81,18 @@ def test_communication_and_memory(check: CheckCase, case: Case) -> None:
     unknown = case.options.get("qk_norm") or "kv_lora" in case.shape
     if full or not (unknown or case.shape["groups"] < case.layout.tp):
         check("memory", case)
+
+
+@given(
+    case=layer_cases(
+        recompute=("", "selective"), qk_norm=(False,), latent=(False,), lenses=("fp64",)
+    )
+)
+def test_what_is_kept(check: CheckCase, case: Case) -> None:
+    """Law 5, of what is promised in detail. Must catch: a fused projection that is kept beside the
+    queries, keys and values that were cut from it."""
+    assume(case.shape["groups"] >= case.layout.tp)
+    check("memory", case)
 
 
 @given(case=layer_cases())

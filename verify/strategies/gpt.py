@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from math import gcd, lcm
+from math import lcm
 from typing import Any
 
 from hypothesis import assume
@@ -27,7 +27,7 @@ from verify.strategies.cases import (
     contract_or_none,
     with_option,
 )
-from verify.strategies.context import ALGORITHMS, MASKS, SCORED, shared_by
+from verify.strategies.context import ALGORITHMS, MASKS, SCORED
 from verify.strategies.layouts import (
     chosen_experts,
     chosen_sizes,
@@ -38,7 +38,7 @@ from verify.strategies.layouts import (
     sizes_within,
 )
 from verify.strategies.training import OPTIONS as _TRAINING
-from verify.strategies.transformer import latents
+from verify.strategies.transformer import grouped_heads, latents
 
 # Few ranks show most of what can be wrong, soon; the largest worlds are those of a long run.
 SMALL, LARGE = (2, 4, 4, 4), (2, 4, 4, 4, 8, 8, 16, 16, 64)
@@ -178,6 +178,7 @@ def model_cases(
     through the lens `double`; with `one_padding` the vocabulary is padded to what it would be on
     one rank."""
     chosen(draw, CONCEPT, (concept,))
+    dtype, lens = _arithmetic(draw, double, dtypes)
     choices = _Choices(draw, {**MODEL, **model})
     routed = draw(st.sampled_from(list(experts)))
     choices.choose("attention_dropout")
@@ -213,7 +214,7 @@ def model_cases(
     if draw(st.sampled_from(list(uneven))):
         case = draw(_uneven(case))
     case = draw(_trained(case, options, optimizer))
-    return draw(_calculated(case, double, dtypes))
+    return draw(_calculated(case, dtype, lens))
 
 
 class _Choices:
@@ -261,15 +262,19 @@ class _Choices:
         return with_option(case, "window", 2 if mask == "sliding_window" else None, default=None)
 
 
-@st.composite
-def _calculated(draw: st.DrawFn, case: Case, double: Lens, dtypes: Sequence[str]) -> Case:
-    """The case with its arithmetic, one that this run has if there is any, seed and adversary."""
+def _arithmetic(draw: st.DrawFn, double: Lens, dtypes: Sequence[str]) -> tuple[str, Lens]:
+    """Dtype and lens, of those that this run has if there are any."""
     lenses: dict[str, Lens] = {n: double if n == "float64" else "native" for n in dtypes}
     wanted = [n for n in dtypes if lenses[n] in limits().lenses] or list(dtypes)
     # Rounded arithmetic takes many runs of the reference: it is offered to one case in four.
     exact = draw(st.sampled_from((True, True, True, False)))
     dtype = chosen(draw, "dtype", [n for n in wanted if (n == "float64") is exact] or wanted)
-    lens = chosen(draw, "lens", (lenses[dtype],))
+    return dtype, chosen(draw, "lens", (lenses[dtype],))
+
+
+@st.composite
+def _calculated(draw: st.DrawFn, case: Case, dtype: str, lens: Lens) -> Case:
+    """The case with its arithmetic, seed and adversary."""
     seed, hard = draw(st.integers(0, MAX_SEED)), draw(adversaries())
     if hard:
         hard = dataclasses.replace(hard, rendezvous=draw(st.booleans()))
@@ -301,10 +306,6 @@ def _sizes(
     """Sizes that divide as the layout asks, and no larger than that by much; rows have `least`
     tokens or more, and room for so many `packed` sequences."""
     tp, chunks = layout.tp, layout.pp * layout.vpp
-    shared = shared_by(layout, algorithm)
-    # Two of them on a rank are told apart only where each has several queries.
-    groups = draw(st.sampled_from([2 * tp * shared, tp * shared, tp, *divisors(tp)]))
-    size = draw(st.integers(2, 4))
     unit = layout.cp * (2 if placement == "zigzag" else 1)
     # Without sequence parallelism, experts share out the tokens of a tp group.
     unit *= tp if layout.sequence_parallel or routed else 1
@@ -315,9 +316,7 @@ def _sizes(
         "sequence": unit * max(draw(st.integers(1, 2)), -(-least // unit), packed + (unit == 1)),
         "batch": layout.dp * draw(st.integers(1, 2)),
         "hidden": draw(st.integers(3, 5)),
-        "heads": max(tp * shared, groups) * draw(st.integers(1, 2)),
-        "groups": groups,
-        "head_size": size * (tp // gcd(tp, 2 * groups * size)),
+        **draw(grouped_heads(layout, algorithm, most=4)),
         "ffn": tp * draw(st.integers(1, 2)),
         "layers": chunks * draw(st.integers(1, 2 if chunks <= 2 else 1)),
         "vocabulary": draw(st.integers(2, 9)),

@@ -41,6 +41,7 @@ def layer_cases(
     lenses: Sequence[Lens] = LENSES,
     strides: Sequence[str] = STRIDES[:1],
     latent: Sequence[bool] = (False, True),
+    qk_norm: Sequence[bool] = _FLAGS,
 ) -> Case:
     """Cases of a whole layer, by any algorithm of context parallelism. Groups of heads are any that
     tp divides or that divide tp.
@@ -78,7 +79,7 @@ def layer_cases(
         ("attention_dropout", shares, 0.0),
         ("recompute", again, ""),
         ("strides", chosen(draw, "strides", strides), STRIDES[0]),
-        *draw(_parts(shape, rich)),
+        *draw(_parts(shape, rich, qk_norm)),
     ]
     case = dataclasses.replace(case, shape=shape)
     for option, value, default in given:
@@ -91,7 +92,9 @@ def layer_cases(
 
 
 @st.composite
-def _parts(draw: st.DrawFn, shape: dict[str, int], rich: bool) -> list[Given]:
+def _parts(
+    draw: st.DrawFn, shape: dict[str, int], rich: bool, qk_norm: Sequence[bool]
+) -> list[Given]:
     """What the parts of a layer of these sizes are, with what few layers have if it is `rich`."""
     pairs = shape.get("rope_size", shape["head_size"]) // 2
     mask = chosen(draw, "mask", MASKS)
@@ -100,7 +103,7 @@ def _parts(draw: st.DrawFn, shape: dict[str, int], rich: bool) -> list[Given]:
     choices: dict[str, Sequence[Option]] = {
         "norm": KINDS,
         "activation": ACTIVATIONS,
-        "qk_norm": _FLAGS,
+        "qk_norm": qk_norm,
         "bias": (True, False),
         "interleaved": _FLAGS,
         **{name: values if rich else values[:1] for name, values in few.items()},
@@ -119,21 +122,31 @@ def _layer_sizes(
     draw: st.DrawFn, layout: Layout, algorithm: str, placement: str, packed: int
 ) -> dict[str, int]:
     """Sizes with room for so many packed sequences."""
-    tp, shared = layout.tp, shared_by(layout, algorithm)
-    # Of a group that ranks of tp share each has a copy, as an algorithm's ranks have of one.
-    # Two of them on a rank are told apart only where each has several queries.
-    groups = draw(st.sampled_from([2 * tp * shared, tp * shared, tp, *divisors(tp)]))
-    size = draw(st.integers(2, 5))
     chunks = layout.cp * (2 if placement == "zigzag" else 1)
-    chunks *= tp if layout.sequence_parallel else 1
+    chunks *= layout.tp if layout.sequence_parallel else 1
     return {
         "sequence": max(chunks * draw(st.integers(max(packed, 1), packed + 1)), 2),
         "batch": draw(st.integers(1, 2)),
         "hidden": draw(st.integers(3, 5)),
-        "heads": max(tp * shared, groups) * draw(st.integers(1, 2)),
+        **draw(grouped_heads(layout, algorithm, most=5)),
+        "ffn": layout.tp * draw(st.integers(1, 2)),
+    }
+
+
+@st.composite
+def grouped_heads(draw: st.DrawFn, layout: Layout, algorithm: str, *, most: int) -> dict[str, int]:
+    """Heads, groups of them that tp divides or that divide tp, and a size of at most `most` or what
+    the fused projection needs to divide by tp."""
+    tp, shared = layout.tp, shared_by(layout, algorithm)
+    # Of a group that ranks of tp share each has a copy, as an algorithm's ranks have of one.
+    # Two of them on a rank are told apart only where each has several queries.
+    two = 2 * tp * shared
+    groups = draw(st.sampled_from([tp * shared, tp, *divisors(tp), two, two]))
+    size = draw(st.integers(2, most))
+    return {
+        "heads": max(tp * shared, groups) * draw(st.sampled_from((1, 2, 2))),
         "groups": groups,
         "head_size": size * (tp // gcd(tp, 2 * groups * size)),
-        "ffn": tp * draw(st.integers(1, 2)),
     }
 
 
