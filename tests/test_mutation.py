@@ -118,6 +118,19 @@ def test_those_come_first_that_reach_what_a_mutant_changes():
     assert claims(MUTANT, [never, seldom, other, often]) == ["often", "seldom", "never"]
 
 
+def test_of_a_condition_for_a_refusal_those_come_first_that_are_refused():
+    mutant = CATALOGUE["impl"]["kv-heads-not-checked"]
+    source = modules_of("impl")[mutant.module].read_text()
+    (line,) = mutant.lines(source)
+    assert source.splitlines()[line].strip().startswith("raise ")
+    concepts = Counter(dict.fromkeys(mutant.caught_by, 10))
+    fits, refused = (
+        Surveyed(name, 10, 1.0, concepts, Counter({(mutant.module, line + n): 10 for n in reached}))
+        for name, reached in (("fits", (0,)), ("refused", (0, 1)))
+    )
+    assert claims(mutant, [fits, refused]) == ["refused", "fits"]
+
+
 def test_the_lines_of_a_mutant_are_those_it_changes():
     def lines(snippet, replacement):
         made = dataclasses.replace(MUTANT, snippet=snippet, replacement=replacement)

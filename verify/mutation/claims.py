@@ -6,6 +6,7 @@ names, and the lines of the target that a mutant changes. Nothing is kept by han
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 from verify.mutants.generated import Generated
@@ -17,22 +18,45 @@ from verify.mutation.trials import Surveyed
 def claims(mutant: Mutant | Generated, surveyed: Iterable[Surveyed]) -> list[str]:
     """The properties about a mutant: those first of which most examples are about it and cost
     least. A hand-made one is about all cases of its concepts, and most about those that reach its
-    lines, as far as that is known."""
+    lines, as far as that is known; one of a condition for a refusal about what is refused."""
     lines = _lines_of(mutant)
-    found: list[tuple[bool, float, int, str]] = []
+    refusing = _refusals(mutant.module, lines)
+    found: list[tuple[bool, bool, float, int, str]] = []
     for number, each in enumerate(surveyed):
-        reached = max((each.lines[mutant.module, line] for line in lines), default=0)
+        reached, refused = (_most(each, mutant.module, some) for some in (lines, refusing))
         about = reached
         if isinstance(mutant, Mutant):
             about = sum(each.concepts[concept] for concept in mutant.caught_by)
         if about:
-            share = (min(about, reached) or about) / each.examples
-            found.append((not reached, each.seconds / share, number, each.property))
+            share = (min(about, refused or reached) or about) / each.examples
+            cost = each.seconds / share
+            found.append((not reached, not refused, cost, number, each.property))
     return [name for *_, name in sorted(found)]
 
 
 def _lines_of(mutant: Mutant | Generated) -> Sequence[int]:
     if isinstance(mutant, Generated):
         return mutant.lines
-    package = mutant.module.partition(".")[0]
-    return mutant.lines(modules_of(package)[mutant.module].read_text(encoding="utf-8"))
+    return mutant.lines("\n".join(_source(mutant.module)))
+
+
+def _refusals(module: str, lines: Sequence[int]) -> list[int]:
+    """The lines that raise what the conditions in these lines are for."""
+    source = ["", *_source(module), ""]
+    return [
+        line + 1
+        for line in lines
+        if source[line].lstrip().startswith(("if ", "elif "))
+        and source[line + 1].lstrip().startswith("raise ")
+    ]
+
+
+def _most(surveyed: Surveyed, module: str, lines: Sequence[int]) -> int:
+    """How many examples reach one of these lines."""
+    return max((surveyed.lines[module, line] for line in lines), default=0)
+
+
+@functools.cache
+def _source(module: str) -> list[str]:
+    path = modules_of(module.partition(".")[0])[module]
+    return path.read_text(encoding="utf-8").splitlines()
