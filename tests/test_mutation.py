@@ -62,13 +62,13 @@ def test_a_lost_task_does_not_take_the_others_along():
 
 
 ASKS = """
-import functools, os, time
+import functools
 from verify.mutation.pool import Pool
 
 if __name__ == "__main__":
     with Pool(1, timeout=120) as pool:
-        print(dict(pool.run({"": os.getpid}))[""], flush=True)
-        dict(pool.run({"": functools.partial(time.sleep, 120)}))
+        told = "import os, time; print(os.getpid(), flush=True); time.sleep(120)"
+        dict(pool.run({"": functools.partial(exec, told)}))
 """
 
 
@@ -118,6 +118,11 @@ def test_those_come_first_that_reach_what_a_mutant_changes():
     assert claims(MUTANT, [never, seldom, other, often]) == ["often", "seldom", "never"]
 
 
+def test_the_lines_of_every_mutant_are_found():
+    for mutant in CATALOGUE["impl"].values():
+        assert claims(mutant, [Surveyed("any", 1, 1.0, Counter(mutant.caught_by))]) == ["any"]
+
+
 def test_of_a_condition_for_a_refusal_those_come_first_that_are_refused():
     mutant = CATALOGUE["impl"]["kv-heads-not-checked"]
     source = modules_of("impl")[mutant.module].read_text()
@@ -138,7 +143,8 @@ def test_the_lines_of_a_mutant_are_those_it_changes():
 
     assert lines("b\nc\n", "b\nx\n") == [3]
     assert lines("b\nc\n", "b\n") == [3]
-    assert lines("b\n", "b\nx\n") == [2]
+    assert lines("b\n", "b\nx\n") == [2, 3]
+    assert lines("d\n", "d\nx\n") == [4]
     assert lines("b\nc\n", "x\ny\n") == [2, 3]
 
 

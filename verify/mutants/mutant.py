@@ -37,12 +37,12 @@ class Mutant:
         return source.replace(self.snippet, self.replacement)
 
     def lines(self, source: str) -> list[int]:
-        """The lines of the source that it changes or leaves out, or that stand before what it puts
+        """The lines of the source that it changes or leaves out, or that are beside what it puts
         in; counted from 1."""
         before = source.splitlines()
         matcher = SequenceMatcher(None, before, self.applied_to(source).splitlines(), False)
         found: list[int] = []
         for kind, start, end, *_ in matcher.get_opcodes():
             if kind != "equal":
-                found += range(start + 1, end + 1) or [start]
-        return found
+                found += range(start + 1, end + 1) or (start, start + 1)
+        return [line for line in found if 1 <= line <= len(before)]

@@ -16,11 +16,11 @@ from verify.mutation.trials import Surveyed
 
 
 def claims(mutant: Mutant | Generated, surveyed: Iterable[Surveyed]) -> list[str]:
-    """The properties about a mutant: those first of which most examples are about it and cost
-    least. A hand-made one is about all cases of its concepts, and most about those that reach its
-    lines, as far as that is known; one of a condition for a refusal about what is refused."""
+    """The properties about a mutant. Those come first whose examples reach what it changes, or, of
+    a condition for a refusal, are refused; and among these of which most do and that cost least.
+    Those about a hand-made one have cases of its concepts, whatever they reach."""
     lines = _lines_of(mutant)
-    refusing = _refusals(mutant.module, lines)
+    refusing = _refusals(mutant, lines)
     found: list[tuple[bool, bool, float, int, str]] = []
     for number, each in enumerate(surveyed):
         reached, refused = (_most(each, mutant.module, some) for some in (lines, refusing))
@@ -37,12 +37,15 @@ def claims(mutant: Mutant | Generated, surveyed: Iterable[Surveyed]) -> list[str
 def _lines_of(mutant: Mutant | Generated) -> Sequence[int]:
     if isinstance(mutant, Generated):
         return mutant.lines
-    return mutant.lines("\n".join(_source(mutant.module)))
+    return mutant.lines(_source(mutant.module))
 
 
-def _refusals(module: str, lines: Sequence[int]) -> list[int]:
+def _refusals(mutant: Mutant | Generated, lines: Sequence[int]) -> list[int]:
     """The lines that raise what the conditions in these lines are for."""
-    source = ["", *_source(module), ""]
+    if isinstance(mutant, Generated) and len(lines) > 2:
+        # Of a parameter: all that the function does.
+        return []
+    source = ["", *_source(mutant.module).splitlines(), ""]
     return [
         line + 1
         for line in lines
@@ -57,6 +60,5 @@ def _most(surveyed: Surveyed, module: str, lines: Sequence[int]) -> int:
 
 
 @functools.cache
-def _source(module: str) -> list[str]:
-    path = modules_of(module.partition(".")[0])[module]
-    return path.read_text(encoding="utf-8").splitlines()
+def _source(module: str) -> str:
+    return modules_of(module.partition(".")[0])[module].read_text(encoding="utf-8")

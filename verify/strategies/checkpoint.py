@@ -105,7 +105,8 @@ def _saved_elsewhere(draw: st.DrawFn, case: Case) -> Case:
     has one stage."""
     ranks = case.layout.world_size
     # With the same sizes every stream of random numbers goes on, where its place is now.
-    reordered = _reordered(case.layout)
+    # What is saved at has no levels of context parallelism.
+    reordered = [] if case.layout.hierarchical_cp else _reordered(case.layout)
     if reordered and draw(st.sampled_from((False, False, True))):
         drawn = draw(st.sampled_from(reordered))
     else:

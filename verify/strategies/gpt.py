@@ -121,8 +121,8 @@ def model_layouts(
     algorithms: Sequence[str] = ALGORITHMS,
 ) -> Layout:
     """Layouts of all axes in any order, of at most one of `worlds` ranks, with one of `chunks` a
-    stage; with `shares` of attention none over cp. One of `algorithms`, several of which need cp,
-    is chosen later."""
+    stage; with `shares` of attention none over cp. One of `algorithms` is chosen later, where cp is
+    above one."""
     fitting = [n for n in worlds if limits().world_size(n) == n]
     left = draw(st.sampled_from(fitting or [limits().world_size(min(worlds))]))
     wanted = dict(WIDE if left > 16 else AXES)

@@ -103,7 +103,6 @@ def _parts(
     choices: dict[str, Sequence[Option]] = {
         "norm": KINDS,
         "activation": ACTIVATIONS,
-        "qk_norm": qk_norm,
         "bias": (True, False),
         "interleaved": _FLAGS,
         **{name: values if rich else values[:1] for name, values in few.items()},
@@ -113,6 +112,7 @@ def _parts(
         ("mask", mask, MASKS[0]),
         ("window", window, None),
         ("rotary_dim", turned, None),
+        ("qk_norm", chosen(draw, "qk_norm", qk_norm), False),
         *((name, chosen(draw, name, each), each[0]) for name, each in choices.items()),
     ]
 
