@@ -37,6 +37,14 @@ def expert_sizes(stage: int, *, etps: Iterable[int], most: int) -> list[dict[str
     return [{"etp": etp, "ep": ep} for etp in etps for ep in divisors(stage // etp) if ep <= most]
 
 
+def experts_from_tp(sizes: Mapping[str, int], *, etp: int, ep: int) -> list[dict[str, int]]:
+    """All sizes of experts on a stage of these sizes: etp tp, which is first, or at most `etp`; ep
+    at most `ep`."""
+    stage, tp = ranks_of_stage(sizes), sizes["tp"]
+    etps = [n for n in dict.fromkeys((tp, *divisors(stage))) if n <= etp or n == tp]
+    return expert_sizes(stage, etps=etps, most=ep)
+
+
 def chosen_sizes(
     draw: st.DrawFn, most: int, wanted: Mapping[str, Sequence[int]], order: Iterable[str]
 ) -> dict[str, int]:

@@ -34,7 +34,7 @@ from verify.strategies.layouts import (
     chosen_experts,
     chosen_sizes,
     divisors,
-    expert_sizes,
+    experts_from_tp,
     orders,
     ranks_of_stage,
     sizes_within,
@@ -111,11 +111,7 @@ def _all_of_ep(draw: st.DrawFn, axis: str, values: Sequence[int]) -> int:
 
 
 def _experts_of(sizes: Mapping[str, int], *, most: int = _SPREAD) -> list[dict[str, int]]:
-    """The sizes that experts have on a stage of these sizes: etp up to 4, tp first; ep up to
-    `most`."""
-    stage = ranks_of_stage(sizes)
-    etps = [n for n in dict.fromkeys((sizes["tp"], *divisors(stage))) if n <= 4]
-    return expert_sizes(stage, etps=etps, most=most)
+    return experts_from_tp(sizes, etp=4, ep=most)
 
 
 @st.composite

@@ -24,10 +24,8 @@ from verify.strategies.cases import Choices, completed, contract_or_none, with_o
 from verify.strategies.layouts import (
     chosen_experts,
     chosen_sizes,
-    divisors,
-    expert_sizes,
+    experts_from_tp,
     orders,
-    ranks_of_stage,
     sizes_within,
 )
 
@@ -95,10 +93,7 @@ def training_layouts(draw: st.DrawFn, *, experts: bool, max_world_size: int = 8)
 
 
 def _experts_of(sizes: Mapping[str, int]) -> list[dict[str, int]]:
-    """The sizes that experts have on a stage of these sizes: etp tp or at most 2, ep up to 4."""
-    stage, tp = ranks_of_stage(sizes), sizes["tp"]
-    etps = [n for n in dict.fromkeys((tp, *divisors(stage))) if n <= 2 or n == tp]
-    return expert_sizes(stage, etps=etps, most=4)
+    return experts_from_tp(sizes, etp=2, ep=4)
 
 
 @st.composite
