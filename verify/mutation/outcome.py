@@ -15,8 +15,8 @@ from verify.runner.record import Record
 from verify.targets import load_target
 from verify.verdict import Verdict, worst
 
-# The most examples of a property in each round but the last, which has all of them.
-_ROUNDS = (2, 6, 20)
+# The seconds of a property in each round but the last, which has all its examples.
+_ROUNDS = (0.25, 1.0, 4.0, 16.0)
 
 
 class Fate(Enum):
@@ -54,44 +54,45 @@ def examine(
 ) -> Outcome:
     """Run the properties on a target that has a mutant in it, up to the first that fails.
 
-    All of them run a few examples before any runs more, in rounds that begin anew: most mutants
-    show at once, if not in the first property.
+    They take turns, in rounds that are longer each time: most mutants show at once, if not in the
+    first property, and what takes long for an example must not keep others waiting.
     """
     if not properties:
         return Outcome(fate=Fate.UNKNOWN, reason="no property is about it")
     trials = _Present.trials(options, shrink=shrink)
-    began, examples = time.monotonic(), 0
-    tried: dict[str, None] = {}
-    verdicts: list[Verdict] = []
-    reasons: list[str] = []
+    began = time.monotonic()
     try:
         load_target(target)
     except (BadArgument, HarnessError) as error:
         return Outcome(fate=Fate.UNKNOWN, reason=str(error))
-    rounds = [each for each in _ROUNDS if each < options.max_examples]
-    for at_most in (*rounds, None):
-        verdicts, reasons = [], []
-        for name in properties:
-            so_far = time.monotonic() - began
-            record, seconds = trials.run(name, target=target, at_most=at_most)
-            tried[name] = None
-            examples += record.examples
-            if record.verdict is Verdict.FAILED:
-                del tried[name]
+    examples: dict[str, int] = {}
+    verdicts: list[Verdict] = []
+    reasons: list[str] = []
+    ended: set[str] = set()
+    for within in (*_ROUNDS, None):
+        for name in [each for each in properties if each not in ended]:
+            so_far, after = time.monotonic() - began, examples.get(name, 0)
+            trial = trials.run(name, target=target, after=after, within=within)
+            examples[name] = trial.record.examples
+            if trial.record.verdict is Verdict.FAILED:
+                others = [each for each in examples if each != name]
                 return Outcome(
                     fate=Fate.CAUGHT,
-                    properties=(*tried, name),
-                    examples=examples,
-                    seconds=so_far + seconds,
-                    record=record,
+                    properties=(*others, name),
+                    examples=sum(examples.values()),
+                    seconds=so_far + trial.seconds,
+                    record=trial.record,
                 )
-            verdicts.append(record.verdict)
-            reasons += [f"{name}: {record.reason}"] * (record.verdict is Verdict.UNKNOWN)
+            verdicts.append(trial.record.verdict)
+            if trial.record.verdict is Verdict.UNKNOWN:
+                reasons.append(f"{name}: {trial.record.reason}")
+            if trial.ended:
+                ended.add(name)
     survived = worst(verdicts) is Verdict.PASSED
     return Outcome(
         fate=Fate.SURVIVED if survived else Fate.UNKNOWN,
         properties=tuple(properties),
-        examples=examples,
+        examples=sum(examples.values()),
         seconds=time.monotonic() - began,
         reason="\n".join(reasons) or ("" if survived else "no property supports it"),
     )

@@ -46,6 +46,16 @@ class Surveyed:
     lines: Counter[Line] = field(default_factory=Counter)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What came of a property: its record, the seconds until its first failure or until it stopped,
+    and whether it has no more examples."""
+
+    record: Record
+    seconds: float
+    ended: bool
+
+
 class _Enough(BaseException):
     """Ends a property early. It is no Exception, so that Hypothesis does not search on."""
 
@@ -83,11 +93,10 @@ class Trials:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def run(self, name: str, *, target: str, at_most: int | None = None) -> tuple[Record, float]:
-        """A property's record on a target, and the seconds until its first failure, or its end.
-
-        After `at_most` examples that did not fail it ends, `passed` so far.
-        """
+    def run(self, name: str, *, target: str, after: int = 0, within: float | None = None) -> Trial:
+        """What comes of a property on a target. Its first `after` examples, which ran before, are
+        drawn and do not run again; with `within` it stops before the first that would begin later
+        than so many seconds after the others, and runs at least one."""
         began = time.monotonic()
         stamps = [began]
         recorder = Recorder(
@@ -95,8 +104,13 @@ class Trials:
         )
 
         def check(which: str, case: Case) -> None:
-            if recorder.examples == at_most and recorder.found is None:
-                raise _Enough
+            if recorder.found is None and not self.limits.excludes(case):
+                count = recorder.examples
+                if count < after:
+                    recorder.reached(which, case)
+                    return
+                if within is not None and count > after and stamps[-1] > stamps[after] + within:
+                    raise _Enough
             check_case(
                 which,
                 case,
@@ -107,8 +121,8 @@ class Trials:
             )
 
         error = _called(self._function(name), check, recorder)
-        record = recorder.conclude(None if isinstance(error, _Enough) else error)
-        return record, stamps[-1] - began
+        ended = not isinstance(error, _Enough)
+        return Trial(recorder.conclude(error if ended else None), stamps[-1] - began, ended)
 
     def survey(self, name: str, *, target: str) -> Surveyed:
         """What a property's examples are about. They run on the target if lines are traced, and
