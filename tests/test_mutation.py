@@ -23,7 +23,7 @@ from verify.mutation.claims import claims
 from verify.mutation.document import complaints, describe, validate
 from verify.mutation.outcome import Fate, Outcome
 from verify.mutation.pool import Lost, Pool, number_of_workers
-from verify.mutation.trials import Surveyed
+from verify.mutation.trials import Surveyed, Trials
 from verify.runner.options import RunOptions
 
 MUTANT = CATALOGUE["impl"]["gradients-averaged"]
@@ -146,6 +146,18 @@ def test_the_lines_of_a_mutant_are_those_it_changes():
     assert lines("b\n", "b\nx\n") == [2, 3]
     assert lines("d\n", "d\nx\n") == [4]
     assert lines("b\nc\n", "x\ny\n") == [2, 3]
+
+
+def test_an_example_that_ran_is_drawn_and_does_not_run_again():
+    name = "linear.row_parallel_frozen"
+    with Trials(RunOptions.parse({"max_examples": "6"})) as trials:
+        whole = trials.run(name, target="impl")
+        first = trials.run(name, target="impl", within=0.0)
+        rest = trials.run(name, target="impl", after=1)
+    assert (whole.ended, first.ended, rest.ended) == (True, False, True)
+    assert (first.record.examples, rest.record.examples) == (1, 6)
+    assert rest.record.digest == whole.record.digest
+    assert 0 < rest.record.compared == whole.record.compared - first.record.compared
 
 
 def described(*examined):

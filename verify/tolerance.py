@@ -47,10 +47,10 @@ from verify.reference import Reference, Results
 Cut = Callable[[Tensor], Tensor]
 
 MULTIPLES = {"fp64": 1e3, "native": 8.0}
-# Disturbed runs behind a bound: none first, because most candidates are nearer than that.
-EFFORTS = (0, 4, 32)
-# So many times its bound no further run would raise a bound that some runs have measured. None has
-# measured zero: what is cut off there (by a squared relu) is a little above it in one run of many.
+# Disturbed runs behind a bound: few first, because most candidates are nearer than that.
+EFFORTS = (0, 1, 4, 32)
+# So many times its bound no further run would raise a bound that several runs have measured. None
+# has measured zero: what is cut off there (by a squared relu) is a little above it in one of many.
 HOPELESS = 100.0
 MANY_ROWS = 32
 COHERENT = 3.0
@@ -101,7 +101,7 @@ class Tolerance:
             deviations = [_rows(cut(each)) for each in self._deviations(name, runs)]
             found = self._beyond(name, candidate, expected, difference, deviations)
             found = found or self._scaled(candidate, expected, difference, deviations)
-            if found is None or (runs and 0 < HOPELESS * found.bound < found.error):
+            if found is None or (runs >= EFFORTS[-2] and 0 < HOPELESS * found.bound < found.error):
                 return found
         return found
 

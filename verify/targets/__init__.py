@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 
@@ -19,12 +19,14 @@ TARGETS = {
     "megatron-core": "verify.targets.megatron_core:Target",
 }
 
+_KEPT = 8
 _METHODS = ("version", "stand_ins", "supports", "rank_state", "session")
 
 
-@cache
+@lru_cache(maxsize=_KEPT)
 def load_target(name: str) -> Target:
-    """The target of a name in `TARGETS` or of `package.module:Class`, one object a process.
+    """The target of a name in `TARGETS` or of `package.module:Class`, one object a process while it
+    is one of those used last: of mutants there are hundreds, each of some megabytes.
 
     With `@MUTANT` behind it, a private copy of the target with that mutant of
     `verify.mutants.CATALOGUE` in it; the target itself is not affected.
