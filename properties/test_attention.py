@@ -3,10 +3,10 @@
 Laws: (1) output and all gradients are those of one device, for every mask, grouping of heads and
 way of scoring; (2) copies on several ranks are equal; (3) a query that may attend to nothing gives
 zeros, and scores of any size give numbers; (4) ranks drop different shares, and under the union of
-their masks law 1 holds; (5) a block communicates what its two linear layers do, and attention
-nothing; (6) a block keeps for backward what is published; (7) memory order, (8) the layout and (9)
-running twice change nothing; (10) heads, groups and options that cannot be computed are refused.
-Sequence parallelism is on or off.
+their masks law 1 holds, and outside of training without any; (5) a block communicates what its two
+linear layers do, and attention nothing; (6) a block keeps for backward what is published; (7)
+memory order, (8) the layout and (9) running twice change nothing; (10) heads, groups and options
+that cannot be computed are refused. Sequence parallelism is on or off.
 """
 
 from __future__ import annotations
@@ -71,6 +71,12 @@ def test_scores_of_any_size(check: CheckCase, case: Case) -> None:
 def test_dropout_of_shares(check: CheckCase, case: Case) -> None:
     """Law 4. Must catch: ranks that draw from one stream, and so drop alike in different heads; a
     dropout before the softmax, or of the output; no scaling by the rate."""
+    check("equivalence", case)
+
+
+@given(case=attention_cases(*BOTH, options=DROPPED, training=False))
+def test_nothing_is_dropped_outside_of_training(check: CheckCase, case: Case) -> None:
+    """Law 4. Must catch: a rate that is the module's in an evaluation too; a scaling that stays."""
     check("equivalence", case)
 
 

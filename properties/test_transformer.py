@@ -4,12 +4,12 @@ Laws: (1) the output, the gradient of the input and of every parameter are those
 any algorithm and placement of context parallelism, norm, activation, grouping of heads, latents,
 rotary embedding and way of scoring (key padding, ALiBi, sinks, scaling by the layer), of one
 sequence or of packed ones; (2) so they are with dropout, under the masks that were drawn: alike
-where ranks hold copies, independent where they hold parts; (3) recomputation, selective or full, of
-an input that is distributed over tp or not, changes no bit, and leaves every random stream as it
-was; (4) a rank communicates what the published diagram shows, around each pair of linears over tp
-and around attention over cp, and nothing else, and (5) keeps its share of the activations; (6) the
-layout and (7) running twice change nothing; (8) what cannot be computed is refused. Groups have
-second ones with other data.
+where ranks hold copies, independent where they hold parts, and outside of training without any; (3)
+recomputation, selective or full, of an input that is distributed over tp or not, changes no bit,
+and leaves every random stream as it was; (4) a rank communicates what the published diagram shows,
+around each pair of linears over tp and around attention over cp, and nothing else, and (5) keeps
+its share of the activations; (6) the layout and (7) running twice change nothing; (8) what cannot
+be computed is refused. Groups have second ones with other data.
 """
 
 from __future__ import annotations
@@ -47,6 +47,17 @@ def test_dropout(check: CheckCase, case: Case) -> None:
     """Law 2. Must catch: one stream for all ranks where sequence or context parallelism split the
     tokens; a stream of tp where they do not; both dropouts of a layer alike; shares of attention
     that are dropped alike on ranks with other heads or other rows, or not at all over cp."""
+    check("equivalence", case)
+
+
+@given(
+    case=layer_cases(
+        dropout=DROPOUT, attention_dropout=(0.25, 0.0), recompute=("", *RECOMPUTED), training=False
+    )
+)
+def test_nothing_is_dropped_outside_of_training(check: CheckCase, case: Case) -> None:
+    """Law 2. Must catch: either dropout of a layer in an evaluation, also where it is computed
+    again."""
     check("equivalence", case)
 
 

@@ -26,6 +26,7 @@ SCORINGS: tuple[Mapping[str, Option], ...] = (
     {"alibi": True, "causal": False, "window": 2, "sink": True, "layer_number": 3},
     {"padding": True, "window": 1},
     {"dropout": 0.5},
+    {"dropout": 0.5, "training": False},
 )
 REFUSED: tuple[Mapping[str, Option], ...] = ({"window": -1}, {"dropout": 1.5})
 TP2, SP2, SP4 = Layout(tp=2), Layout(tp=2, sequence_parallel=True), Layout(tp=4)

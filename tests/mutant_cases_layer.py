@@ -77,6 +77,7 @@ def _layers() -> Iterator[tuple[str, Case]]:
     whole = {"hidden_dropout": 0.25, "attention_dropout": 0.25}
     window = {"mask": "sliding_window", "window": 2}
     yield "equivalence", layer(SP2, sizes, **whole, **window)
+    yield "equivalence", layer(SP2, sizes, **whole, training=False)
     for again in ("full", "selective"):
         yield "recomputation", layer(SP2, sizes, **whole, recompute=again)
     yield "communication", layer(SPLIT, sizes, recompute="selective")

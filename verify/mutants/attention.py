@@ -179,6 +179,12 @@ MUTANTS = (
         replacement="shares = dropped(shares, p=dropout, stream=dropout_stream) * (1 - dropout)",
     ),
     _core(
+        name="dropout-in-evaluation",
+        wrong="Shares are dropped outside of training too.",
+        snippet="dropout=self.dropout if self.training else 0.0,",
+        replacement="dropout=self.dropout,",
+    ),
+    _core(
         name="dropout-of-output",
         wrong="The output is dropped from instead of the shares.",
         snippet=_DEAD,

@@ -180,6 +180,18 @@ MUTANTS = (
         ),
     ),
     _core(
+        name="layer-drops-shares-in-evaluation",
+        wrong="Shares of attention are dropped outside of training too.",
+        snippet="dropout=self.dropout if self.training else None",
+        replacement="dropout=self.dropout",
+    ),
+    _mutant(
+        name="layer-drops-in-evaluation",
+        wrong="What is added to the residual is dropped from outside of training too.",
+        snippet="p, training = self.config.hidden_dropout, self.training",
+        replacement="p, training = self.config.hidden_dropout, True",
+    ),
+    _core(
         name="layer-no-shares-to-drop",
         wrong="Dropout of attention under context parallelism is accepted and left out.",
         snippet="dropout=self.dropout if self.training else None",

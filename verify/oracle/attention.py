@@ -17,10 +17,20 @@ from torch import Tensor
 from verify.case import Case
 from verify.errors import BadArgument
 from verify.oracle.contract import Contract, Mask, Tensors, TensorSpec
-from verify.oracle.terms import known_options, number, sizes, switches, whole_number
+from verify.oracle.terms import in_training, known_options, number, sizes, switches, whole_number
 from verify.placement import Partial, Placements, Replicate, Shard
 
-SCORING = ("causal", "window", "padding", "alibi", "sink", "layer_number", "scale", "dropout")
+SCORING = (
+    "causal",
+    "window",
+    "padding",
+    "alibi",
+    "sink",
+    "layer_number",
+    "scale",
+    "dropout",
+    "training",
+)
 _SWITCHES = {"causal": True, "padding": False, "alibi": False, "sink": False}
 
 
@@ -34,7 +44,7 @@ class Scoring:
     arXiv:2108.12409 by the index of a head among all. `sink`: one more score for each head, which
     takes its share of the softmax and gives nothing. `layer_number`: products of queries and keys
     are divided by it, and multiplied again in the softmax, which changes no exact result. `scale`:
-    instead of 1 / sqrt(head_size). `dropout` is of shares.
+    instead of 1 / sqrt(head_size). `dropout` is of shares, and without the option training none.
     """
 
     causal: bool
@@ -68,11 +78,12 @@ def scoring(case: Case) -> Scoring:
     """The options of a case. Raises BadArgument for a value out of range."""
     given = switches(case, _SWITCHES)
     whole_number(case, "layer_number", least=1)
+    dropout = number(case, "dropout", least=0.0, below=1.0) or 0.0
     return Scoring(
         **given,
         window=whole_number(case, "window", least=1),
         scale=number(case, "scale", least=0.0),
-        dropout=number(case, "dropout", least=0.0, below=1.0) or 0.0,
+        dropout=dropout if in_training(case) else 0.0,
     )
 
 

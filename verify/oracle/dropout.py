@@ -12,7 +12,7 @@ from torch import Tensor
 from verify.case import Case
 from verify.errors import BadArgument
 from verify.oracle.contract import Contract, Mask, Tensors, TensorSpec
-from verify.oracle.terms import known_options, number, sizes, switches
+from verify.oracle.terms import in_training, known_options, number, sizes, switches
 from verify.placement import Partial, Placements, Shard
 
 REGIONS = ("replicated", "tensor-parallel")
@@ -32,7 +32,7 @@ def dropout(case: Case) -> Contract:
     """
     known_options(case, "region", "dropout", "bias", "training")
     shape = sizes(case, "sequence", "batch", "hidden")
-    given = switches(case, {"bias": True, "training": True})
+    biased = switches(case, {"bias": True})["bias"]
     region = case.options.get("region", REGIONS[0])
     if region not in REGIONS:
         raise BadArgument(f"case.options.region: {region!r} is not one of {', '.join(REGIONS)}")
@@ -50,8 +50,8 @@ def dropout(case: Case) -> Contract:
         grad_bias = {"cp": Partial(), "tp": Partial()}
     tensor = TensorSpec(shape, placed, placed)
     inputs = {"x": tensor, "residual": tensor}
-    inputs |= {"bias": TensorSpec(shape[-1:], bias, grad_bias)} if given["bias"] else {}
-    drops = given["training"] and p > 0
+    inputs |= {"bias": TensorSpec(shape[-1:], bias, grad_bias)} if biased else {}
+    drops = in_training(case) and p > 0
     return Contract(
         axes=("tp", "cp"),
         inputs=inputs,

@@ -24,7 +24,15 @@ from verify.oracle.latent_attention import latent_heads, latent_weights
 from verify.oracle.mlp import ACTIVATIONS, mlp_parameters
 from verify.oracle.norm import KINDS, normalised
 from verify.oracle.positions import BASE, positions_of, rotated
-from verify.oracle.terms import exclude, known_options, one_of, sizes, switches, whole_number
+from verify.oracle.terms import (
+    exclude,
+    in_training,
+    known_options,
+    one_of,
+    sizes,
+    switches,
+    whole_number,
+)
 
 RECOMPUTED = ("", "full", "full_distributed", "selective")
 OPTIONS = (
@@ -70,17 +78,20 @@ class Layer:
     @staticmethod
     def of(case: Case) -> Layer:
         """Raises BadArgument for values that are not allowed, or not together."""
-        known_options(case, *OPTIONS, *SHARED)
+        known_options(case, *OPTIONS, "training", *SHARED)
         sizes(case, *_SIZES, optional=LATENT)
         check_groups(case)
         names = {"zero_centered": False, "qk_norm": False, "bias": True, "interleaved": False}
+        drops = {n: probability(case, f"{n}_dropout", 0.0) for n in ("attention", "hidden")}
+        if not in_training(case):
+            drops = dict.fromkeys(drops, 0.0)
         found = Layer(
             case,
-            Shares.of(case, dropout=probability(case, "attention_dropout", 0.0)),
+            Shares.of(case, dropout=drops["attention"]),
             one_of(case, "norm", KINDS),
             activation=one_of(case, "activation", ACTIVATIONS),
             rotary_dim=whole_number(case, "rotary_dim", least=2),
-            hidden_dropout=probability(case, "hidden_dropout", 0.0),
+            hidden_dropout=drops["hidden"],
             recompute=one_of(case, "recompute", RECOMPUTED),
             **switches(case, names),
         )

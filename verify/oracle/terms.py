@@ -39,6 +39,11 @@ def switches(case: Case, defaults: Mapping[str, bool]) -> dict[str, bool]:
     return {name: bool(value) for name, value in found.items()}
 
 
+def in_training(case: Case) -> bool:
+    """The option `training`, on unless the case says otherwise: without it nothing is dropped."""
+    return switches(case, {"training": True})["training"]
+
+
 def whole_number(case: Case, name: str, *, least: int) -> int | None:
     """An option that is a whole number from `least` up, or None where the case leaves it out.
 

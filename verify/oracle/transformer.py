@@ -38,8 +38,8 @@ def transformer_layer(case: Case) -> Contract:
 
     Options: norm (layer, rms) and zero_centered; rotary_dim, the features of a head that are turned
     (None: none), and interleaved; those of `context_attention`; hidden_dropout after attention and
-    after the perceptron, attention_dropout of shares; recompute full, full_distributed (each rank
-    of tp keeps its part of the input) or selective (core attention).
+    after the perceptron, attention_dropout of shares, and without training neither; recompute full,
+    full_distributed (each rank of tp keeps its part of the input) or selective (core attention).
 
     Communicates and keeps what its parts do; in backward once more what is computed again.
 

@@ -53,6 +53,7 @@ def attention_cases(
     min_tp: int = 1,
     sequence_parallel: Sequence[bool] = (False, True),
     options: Choices = CERTAIN,
+    training: bool = True,
 ) -> Case:
     """Valid cases of these concepts. `options` names some and the values to draw from instead of
     all that they have."""
@@ -65,6 +66,7 @@ def attention_cases(
         if not _applies(option, case):
             wanted = values[:1]
         case = with_option(case, option, chosen(draw, option, wanted), default=values[0])
+    case = with_option(case, "training", training, default=True)
     return draw(completed(case, lenses))
 
 

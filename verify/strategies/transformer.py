@@ -42,6 +42,7 @@ def layer_cases(
     strides: Sequence[str] = STRIDES[:1],
     latent: Sequence[bool] = (False, True),
     qk_norm: Sequence[bool] = _FLAGS,
+    training: bool = True,
 ) -> Case:
     """Cases of a whole layer, by any algorithm of context parallelism. Groups of heads are any that
     tp divides or that divide tp.
@@ -78,6 +79,7 @@ def layer_cases(
         ("hidden_dropout", chosen(draw, "hidden_dropout", dropout), 0.0),
         ("attention_dropout", shares, 0.0),
         ("recompute", again, ""),
+        ("training", training, True),
         ("strides", chosen(draw, "strides", strides), STRIDES[0]),
         *draw(_parts(shape, rich, qk_norm)),
     ]

@@ -17,13 +17,14 @@ from impl.norm import NORMS
 from impl.random import parallel_tracker, stream_of
 from impl.rotary import RotaryEmbedding, Rotation
 from verify.case import Case
+from verify.oracle.attention import SCORING
+from verify.oracle.terms import in_training
 from verify.targets.impl.subject import Builder, ModuleSubject, Tensors, common, switches
 
-_SCORING = ("causal", "window", "padding", "alibi", "sink", "layer_number", "scale", "dropout")
 OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "core_attention": _SCORING,
-    "self_attention": ("bias", "norm", "rotary", *_SCORING),
-    "latent_attention": ("norm", "rotary", *_SCORING),
+    "core_attention": SCORING,
+    "self_attention": ("bias", "norm", "rotary", *SCORING),
+    "latent_attention": ("norm", "rotary", *SCORING),
 }
 
 
@@ -31,7 +32,7 @@ def _core(case: Case, groups: Groups) -> CoreAttention:
     tracker = parallel_tracker(case.seed, layout=case.layout, rank=dist.get_rank())
     named = ("window", "layer_number", "scale", "dropout")
     numbers: dict[str, Any] = {n: case.options[n] for n in named if n in case.options}
-    return CoreAttention(
+    core = CoreAttention(
         case.shape["heads"],
         group=groups.tp,
         dropout_stream=tracker.stream(stream_of("tp")),
@@ -39,6 +40,7 @@ def _core(case: Case, groups: Groups) -> CoreAttention:
         **switches(case, "causal", "alibi", "sink"),
         **numbers,
     )
+    return core.train(in_training(case))
 
 
 def _norm(case: Case, features: int | None, **rows: bool) -> Module | None:

@@ -24,6 +24,7 @@ from impl.random import (
 from verify.case import Case
 from verify.checks.stream_laws import Draw
 from verify.layout import Layout
+from verify.oracle.terms import in_training
 from verify.targets.impl.subject import Builder, OperationSubject, Tensors
 
 SEED = 1234
@@ -87,7 +88,7 @@ def dropout(case: Case, groups: Groups) -> RandomSubject:
         bias_dropout_add,
         p=float(case.options.get("dropout", 0.25) or 0.0),
         stream=tracker.stream(name),
-        training=bool(case.options.get("training", True)),
+        training=in_training(case),
     )
 
     def call(inputs: Tensors) -> Tensors:

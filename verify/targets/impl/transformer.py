@@ -17,12 +17,13 @@ from impl.transformer import LayerConfig, TransformerLayer
 from verify.case import Case
 from verify.oracle.context_shares import SHARED
 from verify.oracle.layer import OPTIONS as _OPTIONS
+from verify.oracle.terms import in_training
 from verify.targets.impl.context import BlockSubject, attention_arguments, packed_of, padding_of
 from verify.targets.impl.dropout import tracker_of
 from verify.targets.impl.positions import rotary_of
 from verify.targets.impl.subject import Builder, Tensors, switches
 
-OPTIONS: Mapping[str, tuple[str, ...]] = {"transformer_layer": (*_OPTIONS, *SHARED)}
+OPTIONS: Mapping[str, tuple[str, ...]] = {"transformer_layer": (*_OPTIONS, "training", *SHARED)}
 _SIZES = ("hidden", "heads", "groups", "head_size", "ffn")
 _SWITCHES = ("zero_centered", "qk_norm", "bias", "alibi", "sink")
 _GIVEN = ("norm", "activation", "scale", "hidden_dropout", "attention_dropout", "recompute")
@@ -47,7 +48,7 @@ def transformer_layer(case: Case, groups: Groups) -> BlockSubject:
         init=partial(constant_, val=math.nan),
         layer_number=None if number is None else int(number),
         dtype=getattr(torch, case.dtype),
-    )
+    ).train(in_training(case))
 
     def call(inputs: Tensors) -> Tensors:
         return {"y": module(inputs["x"], packed=packed_of(inputs), padding=padding_of(inputs))}

@@ -20,10 +20,11 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch.nn import Parameter
 
 from verify.case import Case
+from verify.oracle.terms import in_training
 from verify.placement import Placements, Shard
 from verify.targets.megatron_core.subjects import ModuleSubject, Tensors, config_of
 
-_SCORING = frozenset({"causal", "window", "sink", "layer_number", "scale", "dropout"})
+_SCORING = frozenset({"causal", "window", "sink", "layer_number", "scale", "dropout", "training"})
 OPTIONS: Mapping[str, frozenset[str]] = {
     "core_attention": _SCORING,
     "self_attention": _SCORING | {"bias"},
@@ -79,7 +80,7 @@ def core_attention(case: Case) -> AttentionSubject:
     layer_number = int(case.options.get("layer_number") or 1)
     module = DotProductAttention(
         config, layer_number, _mask_type(case), "self", softmax_scale=config.softmax_scale
-    )
+    ).train(in_training(case))
 
     def call(inputs: Tensors) -> Tensors:
         y = module(inputs["q"], inputs["k"], inputs["v"], None)
@@ -103,7 +104,7 @@ def self_attention(case: Case) -> AttentionSubject:
     )
     module = SelfAttention(
         config, parts, int(case.options.get("layer_number") or 1), _mask_type(case)
-    )
+    ).train(in_training(case))
 
     def call(inputs: Tensors) -> Tensors:
         with forked(case):

@@ -32,6 +32,7 @@ from torch.nn import LayerNorm, Module, RMSNorm
 
 from verify.case import Case
 from verify.oracle.context_costs import ALGORITHMS
+from verify.oracle.terms import in_training
 from verify.targets.megatron_core import stand_ins
 from verify.targets.megatron_core.attention import forked
 from verify.targets.megatron_core.subjects import ACTIVATIONS, ModuleSubject, Tensors, config_of
@@ -53,6 +54,7 @@ OPTIONS: Mapping[str, frozenset[str]] = {
             "hidden_dropout",
             "attention_dropout",
             "recompute",
+            "training",
         }
     ),
 }
@@ -98,7 +100,7 @@ def transformer_layer(case: Case) -> _LayerSubject:
     """`TransformerLayer` of Megatron's own linear layers and `DotProductAttention`."""
     options, shape = case.options, case.shape
     config = _layer_config(case)
-    layer = TransformerLayer(config, _parts(case))
+    layer = TransformerLayer(config, _parts(case)).train(in_training(case))
     dim, turning = options.get("rotary_dim"), None
     if dim is not None:
         interleaved = bool(options.get("interleaved", False))

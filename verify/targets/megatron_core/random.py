@@ -28,6 +28,7 @@ from verify.case import Case
 from verify.checks.stream_laws import Draw
 from verify.oracle.initialise import STD
 from verify.oracle.recompute import Plan, plan_of
+from verify.oracle.terms import in_training
 from verify.targets.megatron_core.subjects import (
     ModuleSubject,
     OperationSubject,
@@ -79,7 +80,7 @@ class _Dropout(OperationSubject):
 
 def dropout(case: Case) -> OperationSubject:
     """The unfused `bias_dropout_add`, in the tensor-parallel stream where parts are dropped."""
-    training = bool(case.options.get("training", True))
+    training = in_training(case)
     p = float(case.options.get("dropout", 0.25) or 0.0)
     add = get_bias_dropout_add(training, fused=False)
     tensor_parallel_region = case.options.get("region") == "tensor-parallel"
