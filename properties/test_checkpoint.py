@@ -5,7 +5,8 @@ of tp, cp, dp, pp, vpp, ep and etp, when it was saved and now, and however the o
 states; so are the counts of steps, samples and updates and the loss scale; and every stream of
 random numbers goes on where it was, where its axes have the same sizes; (2) training that is saved
 at one layout and goes on at another gives the losses, gradients, norms, learning rates and
-parameters of training that was never interrupted.
+parameters of training that was never interrupted; (3) what another model, optimizer, loss scale or
+schedule has saved is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from hypothesis import given
 
 from verify.case import Case
 from verify.runner.examiner import CheckCase
-from verify.strategies.checkpoint import resumed_cases, round_trip_cases
+from verify.strategies.checkpoint import resumed_cases, round_trip_cases, unlike_cases
 
 
 @given(case=round_trip_cases())
@@ -31,3 +32,11 @@ def test_training_goes_on(check: CheckCase, case: Case) -> None:
     """Law 2. Must catch: updates that Adam or the schedule count from the beginning; main values
     that are rounded ones; a loss scale from the beginning."""
     check("equivalence", case)
+
+
+@given(case=unlike_cases())
+def test_what_another_run_saved_is_refused(check: CheckCase, case: Case) -> None:
+    """Law 3. Must catch: parameters that are there and not loaded, or the reverse; rows that are
+    cut off or left as they were; an activation of as many parameters; a schedule that goes on as
+    another one."""
+    check("refusal", case)

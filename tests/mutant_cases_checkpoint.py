@@ -50,6 +50,8 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "equivalence", _case("checkpoint", Layout(dp=4), CHUNKS, **shards)
     experts = {"experts": 4, "top_k": 1, "layers": 2}
     yield "equivalence", _case("checkpoint", STAGES, TURNED, experts)
+    for name in ("activation", "schedule", "loss_scale", "optimizer", "vocabulary"):
+        yield "refusal", _case("checkpoint", Layout(dp=2), Layout(tp=2), unlike=name)
     few = {"layers": 1, "sequence": 2, "batch": 2, "microbatches": 1}
     narrow: dict[str, Any] = {"lens": "native", "dtype": "bfloat16", "optimizer": "adam"}
     yield (

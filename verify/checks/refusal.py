@@ -2,7 +2,7 @@
 rank.
 
 A refusal is an exception that the target raises on purpose, while making its groups, building or
-running forward, on every rank, with a message that names a size or an option of the case. An
+running forward, on every rank, with a message that names a size, an option or its value. An
 exception out of a library that ran into the bad sizes, a hang, and a result are none.
 """
 
@@ -131,13 +131,15 @@ def _raising_lines(path: str) -> frozenset[int]:
 
 
 def _names_something(message: str, case: Case) -> bool:
-    """Whether a message has one of the case's sizes in it, or the name of an option that is set."""
+    """Whether a message has one of the case's sizes in it, or the name of an option that is set, or
+    what it is set to in words."""
     layout = case.layout
     numbers = {*case.shape.values(), *layout.sizes.values(), *layout.expert_sizes.values()} - {1}
     words = " ".join(message.lower().replace("_", " ").split())
     options = {
         name for name, value in case.options.items() if value is not None and value is not False
     }
+    options |= {value for value in case.options.values() if isinstance(value, str) and value}
     options |= {"sequence_parallel"} if layout.sequence_parallel else set()
     named = any(name.replace("_", " ") in words for name in options)
     return named or bool(numbers & {int(found) for found in re.findall(r"\d+", message)})

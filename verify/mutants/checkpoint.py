@@ -155,4 +155,36 @@ _STATES = (
         replacement="            return rank\n",
     ),
 )
-MUTANTS = (*_PLACES, *_STATES)
+_REFUSALS = (
+    _run(
+        name="checkpoint-of-another-model",
+        wrong="A model of other choices that has parameters of the same sizes is loaded into.",
+        snippet='        if values["model"].get(name) != training.model.get(name):\n',
+        replacement='        if (name in values["model"]) != (name in training.model):\n',
+    ),
+    _run(
+        name="checkpoint-of-another-schedule",
+        wrong="A schedule that was not saved goes on, although nobody asked for it.",
+        snippet='if values["schedule"][name] != value and not override_schedule:',
+        replacement='if name not in values["schedule"]:',
+    ),
+    _run(
+        name="checkpoint-of-another-loss-scale",
+        wrong="A constant loss scale goes on from a dynamic one.",
+        snippet="(None if saved is None else set(saved)) != (None if given is None else set(given))",
+        replacement="(saved is None) != (given is None)",
+    ),
+    _planner(
+        name="checkpoint-rest-not-loaded",
+        wrong="What is saved and has no place in the model is left out.",
+        snippet="        if rest:\n",
+        replacement="        if rest and not read:\n",
+    ),
+    _planner(
+        name="checkpoint-rows-cut-off",
+        wrong="Of a larger tensor is loaded what fits.",
+        snippet="        if saved != wanted:\n",
+        replacement="        if saved[1] != wanted[1]:\n",
+    ),
+)
+MUTANTS = (*_PLACES, *_STATES, *_REFUSALS)

@@ -2,19 +2,21 @@
 
 Both are of the model of a case of `gpt_training`, whose options they have. Option `saved` is the
 layout at which it is saved, as `tp=2,pp=2,sequence_parallel=1`, of as many ranks as that of the
-case, at which it is loaded; what it leaves out is one. Every rank is given everything in full and
-takes its part, as the two layouts cut it in two ways. Rows of padding are zeros in what comes out.
+case, at which it is loaded; what it leaves out is one. Option `unlike` of `checkpoint` names what
+the run that loads has otherwise than the one that saved, which is always refused. Every rank is
+given everything in full and takes its part, as the two layouts cut it in two ways. Rows of padding
+are zeros in what comes out.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from verify.case import Case
+from verify.case import Case, Option
 from verify.errors import BadArgument
 from verify.layout import Layout
 from verify.oracle.contract import Contract, Tensors, TensorSpec
@@ -44,7 +46,23 @@ ROUND_TRIP_OPTIONS = (
     "distributed",
     "bucket",
     "saved",
+    "unlike",
 )
+# What every run of `checkpoint` is trained with.
+TRAINED: Mapping[str, Option] = {"optimizer": "adam", "loss_scale": "dynamic"}
+_ACTIVATIONS = {"gelu": "squared_relu", "swiglu": "geglu"}
+# What a run may have otherwise, and what it has then.
+UNLIKE: Mapping[str, Callable[[Case], Mapping[str, Option]]] = {
+    "vocabulary": lambda case: {"vocabulary": case.shape["vocabulary"] - 1},
+    "ffn": lambda case: {"ffn": 2 * case.shape["ffn"]},
+    "activation": lambda case: {"activation": _other(_ACTIVATIONS, case, "activation", "gelu")},
+    "norm": lambda case: {"norm": _other({"layer": "rms"}, case, "norm", "layer")},
+    "bias": lambda case: {"bias": not case.options.get("bias", True)},
+    "sink": lambda case: {"sink": not case.options.get("sink", False)},
+    "optimizer": lambda case: {"optimizer": "sgd"},
+    "loss_scale": lambda case: {"loss_scale": "static"},
+    "schedule": lambda case: {"schedule": "linear", "decay": 3},
+}
 # How the chunks of the saved layout share out layers is not the case's business.
 _SPLITS = ("split", "first", "last", "pipeline")
 VOCABULARIES = ("embedding.tokens.weight", "output.weight")
@@ -91,9 +109,30 @@ def text_of(layout: Layout) -> str:
     return ",".join([*pairs, f"order={layout.order}"])
 
 
+def unlike(case: Case) -> Case:
+    """The case of the run that loads, which has one thing otherwise if option `unlike` says so.
+    Raises BadArgument for what is none of `UNLIKE`."""
+    options = dict(case.options)
+    name = options.pop("unlike", None)
+    if name is None:
+        return case
+    if name not in UNLIKE:
+        raise BadArgument(f"case.options.unlike: {name!r} is not one of {', '.join(UNLIKE)}")
+    changed, shape = UNLIKE[str(name)](case), dict(case.shape)
+    shape |= {each: int(str(value)) for each, value in changed.items() if each in shape}
+    options |= {each: value for each, value in changed.items() if each not in shape}
+    return dataclasses.replace(case, shape=shape, options=options)
+
+
+def _other(pairs: Mapping[str, str], case: Case, name: str, default: str) -> str:
+    """The other one of a pair of values that an option may have."""
+    both = {**pairs, **{value: key for key, value in pairs.items()}}
+    return both[str(case.options.get(name, default))]
+
+
 def case_at(case: Case, layout: Layout) -> Case:
     """The case of `gpt_training` that trains the model at a layout."""
-    left_out = ("saved", "after", *(_SPLITS if layout != case.layout else ()))
+    left_out = ("saved", "after", "unlike", *(_SPLITS if layout != case.layout else ()))
     options = {name: value for name, value in case.options.items() if name not in left_out}
     return dataclasses.replace(case, concept="gpt_training", layout=layout, options=options)
 
@@ -162,6 +201,11 @@ def round_trip(case: Case) -> Contract:
     before, where both layouts have the axes of a stream in the same sizes.
     """
     known_options(case, *ROUND_TRIP_OPTIONS)
+    if "unlike" in case.options:
+        unlike(case)
+        raise BadArgument(
+            f"case.options.unlike: a run with another {case.options['unlike']} cannot load it"
+        )
     plain, saved = _checked(case), saved_layout(case)
     stacks = stacks_of(Model.of(plain))
     kept = [name for name, axes in STREAMS.items() if _alike(axes, saved, case.layout)]

@@ -22,7 +22,7 @@ from impl.groups import Groups, build_groups
 from impl.optimizer.loss_scale import DynamicLossScale
 from impl.optimizer.mixed import Optimizer
 from impl.training import Trainer
-from verify.case import Case, Option
+from verify.case import Case
 from verify.layout import Layout
 from verify.oracle.checkpoint import (
     DRAWN,
@@ -32,9 +32,11 @@ from verify.oracle.checkpoint import (
     ROUND_TRIP_OPTIONS,
     STATES,
     STREAMS,
+    TRAINED,
     VOCABULARIES,
     case_at,
     saved_layout,
+    unlike,
 )
 from verify.oracle.gpt import AXES, gpt_training
 from verify.placement import Placements, Shard, shard
@@ -160,8 +162,7 @@ def resumed_training(case: Case, groups: Groups) -> Subject:
 
 def round_trip(case: Case, groups: Groups) -> Subject:
     """Save what is given at one layout, and load it at the other."""
-    options: dict[str, Option] = {"optimizer": "adam", "loss_scale": "dynamic"}
-    trained = dataclasses.replace(case, options={**case.options, **options})
+    trained = dataclasses.replace(case, options={**case.options, **TRAINED})
 
     def call(inputs: Tensors) -> Tensors:
         with _sides(trained, groups) as (before, now, folder):
@@ -181,7 +182,7 @@ def _sides(case: Case, groups: Groups) -> Iterator[tuple[_Side, _Side, Path]]:
     dist.broadcast_object_list(folder, src=0)
     path = Path(str(folder[0]))
     try:
-        now = _Side(case, case.layout, groups)
+        now = _Side(unlike(case), case.layout, groups)
         now.spoil()
         yield _Side(case, other.layout, other), now, path
         dist.barrier()
