@@ -171,8 +171,8 @@ _REFUSALS = (
     _run(
         name="checkpoint-of-another-loss-scale",
         wrong="A constant loss scale goes on from a dynamic one.",
-        snippet="(None if saved is None else set(saved)) != (None if given is None else set(given))",
-        replacement="(saved is None) != (given is None)",
+        snippet="(None if given is None else set(given))",
+        replacement="(None if given is None else set(saved or ()))",
     ),
     _planner(
         name="checkpoint-rest-not-loaded",
