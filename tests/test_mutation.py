@@ -21,10 +21,11 @@ from verify.mutants.generated import generate
 from verify.mutants.packages import modules_of
 from verify.mutation.claims import claims
 from verify.mutation.document import complaints, describe, validate
-from verify.mutation.outcome import Fate, Outcome
+from verify.mutation.outcome import Fate, Outcome, _Present, examine
 from verify.mutation.pool import Lost, Pool, number_of_workers
-from verify.mutation.trials import Surveyed, Trials
+from verify.mutation.trials import Surveyed, Trial, Trials
 from verify.runner.options import RunOptions
+from verify.verdict import Verdict
 
 MUTANT = CATALOGUE["impl"]["gradients-averaged"]
 GENERATED = generate("impl", ("gradients",))[0]
@@ -158,6 +159,44 @@ def test_an_example_that_ran_is_drawn_and_does_not_run_again():
     assert (first.record.examples, rest.record.examples) == (1, 6)
     assert rest.record.digest == whole.record.digest
     assert 0 < rest.record.compared == whole.record.compared - first.record.compared
+
+
+class _Told:
+    """Trials that say what they are told to: of each property the trials one after the other."""
+
+    def __init__(self, **trials):
+        self.trials, self.asked = {name: list(each) for name, each in trials.items()}, []
+
+    def run(self, name, *, target, after, within):
+        self.asked.append((name, after, within))
+        return self.trials[name].pop(0)
+
+
+def _trial(verdict, examples, *, ended=False, reason=""):
+    record = dataclasses.replace(
+        FAILED, verdict=verdict, examples=examples, reason=reason, findings=()
+    )
+    return Trial(record, 0.5, ended)
+
+
+def test_properties_take_turns_until_one_fails(monkeypatch):
+    passed, failed, unknown = Verdict.PASSED, Verdict.FAILED, Verdict.UNKNOWN
+
+    def examined(**trials):
+        told = _Told(**trials)
+        monkeypatch.setattr(_Present, "trials", lambda *options, **more: told)
+        return examine("impl", list(trials), RunOptions(), shrink=False), told.asked
+
+    found, asked = examined(
+        a=[_trial(passed, 9, ended=True)], b=[_trial(passed, 1), _trial(failed, 4)]
+    )
+    assert asked == [("a", 0, 0.25), ("b", 0, 0.25), ("b", 1, 1.0)]
+    assert (found.fate, found.properties, found.examples) == (Fate.CAUGHT, ("a", "b"), 13)
+    found, _ = examined(a=[_trial(passed, 1), _trial(passed, 2, ended=True)])
+    assert (found.fate, found.examples) == (Fate.SURVIVED, 2)
+    broken = _trial(unknown, 3, ended=True, reason="it broke")
+    found, asked = examined(a=[broken], b=[_trial(passed, 5, ended=True)])
+    assert (found.fate, found.reason, len(asked)) == (Fate.UNKNOWN, "a: it broke", 2)
 
 
 def described(*examined):

@@ -11,13 +11,18 @@ they got on the way, which have to be made there.
 A contraction that is computed wide and then narrowed, as the gradient of a norm's weight in
 bfloat16 is, is rounded once here; ranks round their parts of it, each of which may be larger than
 the sum. So what it contracts is moved by the roundoff that its result is narrowed to.
+
+What an optimizer makes of a gradient may not be to first order: Adam makes a whole step of any
+gradient that is larger than 1e-8, also where it is zero but for the errors of terms that cancel,
+which another formula leaves where this one has none. A bound allows a tensor errors of one roundoff
+of its root mean square anywhere; `uncertain` makes them, before a gradient is used on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,9 +60,12 @@ class Disturbing(TorchDispatchMode):
     its dtype, up or down as `generator` draws, forward and backward; of a contraction whose result
     is narrowed, by that of the narrower dtype. What an operator writes to is left as it is."""
 
+    active: ClassVar[Disturbing | None] = None
+
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
         self._generator = generator
+        self._before: Disturbing | None = None
         # By the addresses of storages, which are given to no others as long as these live: the
         # contractions by their results, and those that change with what is there.
         self._contractions: dict[int, _Contraction] = {}
@@ -67,6 +75,21 @@ class Disturbing(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         """Nothing is compiled here; to tell the compiler so would import it, for seconds."""
         return False
+
+    def __enter__(self) -> Disturbing:
+        self._before, Disturbing.active = Disturbing.active, self
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        Disturbing.active = self._before
+
+    def uncertain(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """`values`, each up or down by one unit roundoff of `dtype` of their root mean square."""
+        size = values.norm() / max(values.numel(), 1) ** 0.5 * (torch.finfo(dtype).eps / 2)
+        signs = torch.empty(values.shape, dtype=values.dtype)
+        return values + signs.random_(0, 2, generator=self._generator).mul_(2).sub_(1) * size
 
     def __torch_dispatch__(
         self,
@@ -127,6 +150,12 @@ class Disturbing(TorchDispatchMode):
         if not operand.is_floating_point():
             return operand
         return moved(operand, self._generator, dtype)
+
+
+def uncertain(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values`; in a disturbed run with errors, as a tensor of `dtype` may have them anywhere."""
+    mode = Disturbing.active
+    return values if mode is None else mode.uncertain(values, dtype)
 
 
 def moved(tensor: Tensor, generator: torch.Generator, dtype: torch.dtype | None = None) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from verify.case import Case
+from verify.case import HARNESS_OPTIONS, Case
 from verify.checks.blame import Bench
 from verify.cluster.base import Cluster
 from verify.errors import BadArgument, HarnessError, NotSupported
@@ -135,13 +135,17 @@ def _names_something(message: str, case: Case) -> bool:
     what it is set to in words."""
     layout = case.layout
     numbers = {*case.shape.values(), *layout.sizes.values(), *layout.expert_sizes.values()} - {1}
+    # A path is no name, and digits in it are no size.
+    message = re.sub(r"\S*/\S*", " ", message)
     words = " ".join(message.lower().replace("_", " ").split())
     options = {
         name for name, value in case.options.items() if value is not None and value is not False
     }
-    options |= {value for value in case.options.values() if isinstance(value, str) and value}
     options |= {"sequence_parallel"} if layout.sequence_parallel else set()
     named = any(name.replace("_", " ") in words for name in options)
+    given = {name: case.options[name] for name in {*case.options} - {*HARNESS_OPTIONS}}
+    values = {each.replace("_", " ") for each in given.values() if isinstance(each, str)} - {""}
+    named |= any(re.search(rf"\b{re.escape(value)}\b", words) for value in values)
     return named or bool(numbers & {int(found) for found in re.findall(r"\d+", message)})
 
 

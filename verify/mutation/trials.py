@@ -49,7 +49,7 @@ class Surveyed:
 @dataclass(frozen=True)
 class Trial:
     """What came of a property: its record, the seconds until its first failure or until it stopped,
-    and whether it has no more examples."""
+    and whether nothing of it is left to run."""
 
     record: Record
     seconds: float
@@ -104,7 +104,7 @@ class Trials:
         )
 
         def check(which: str, case: Case) -> None:
-            if recorder.found is None and not self.limits.excludes(case):
+            if recorder.steering.active and not self.limits.excludes(case):
                 count = recorder.examples
                 if count < after:
                     recorder.reached(which, case)

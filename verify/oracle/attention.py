@@ -44,7 +44,7 @@ class Scoring:
     arXiv:2108.12409 by the index of a head among all. `sink`: one more score for each head, which
     takes its share of the softmax and gives nothing. `layer_number`: products of queries and keys
     are divided by it, and multiplied again in the softmax, which changes no exact result. `scale`:
-    instead of 1 / sqrt(head_size). `dropout` is of shares, and without the option training none.
+    instead of 1 / sqrt(head_size). `dropout` is of shares, and there is none with `training` off.
     """
 
     causal: bool

@@ -2,10 +2,10 @@
 
 Both are of the model of a case of `gpt_training`, whose options they have. Option `saved` is the
 layout at which it is saved, as `tp=2,pp=2,sequence_parallel=1`, of as many ranks as that of the
-case, at which it is loaded; what it leaves out is one. Option `unlike` of `checkpoint` names what
-the run that loads has otherwise than the one that saved, which is always refused. Every rank is
-given everything in full and takes its part, as the two layouts cut it in two ways. Rows of padding
-are zeros in what comes out.
+case, at which it is loaded; what it leaves out is one. Option `unlike` of `checkpoint` names in
+what the run that loads differs from the one that saved, which is refused. Every rank is given
+everything in full and takes its part, as the two layouts cut it in two ways. Rows of padding are
+zeros in what comes out.
 """
 
 from __future__ import annotations
@@ -49,15 +49,23 @@ ROUND_TRIP_OPTIONS = (
     "unlike",
 )
 # What every run of `checkpoint` is trained with.
-TRAINED: Mapping[str, Option] = {"optimizer": "adam", "loss_scale": "dynamic"}
-_ACTIVATIONS = {"gelu": "squared_relu", "swiglu": "geglu"}
-# What a run may have otherwise, and what it has then.
+ROUND_TRIP_TRAINED: Mapping[str, Option] = {"optimizer": "adam", "loss_scale": "dynamic"}
+_SWITCHED: Mapping[Option, Option] = {
+    "gelu": "squared_relu",
+    "squared_relu": "gelu",
+    "swiglu": "geglu",
+    "geglu": "swiglu",
+    "layer": "rms",
+    "rms": "layer",
+}
+# What a run may have otherwise: a size, or options and what they are then.
+UNLIKE_SIZES: Mapping[str, Callable[[int], int]] = {
+    "vocabulary": lambda size: size - 1,
+    "ffn": lambda size: 2 * size,
+}
 UNLIKE: Mapping[str, Callable[[Case], Mapping[str, Option]]] = {
-    "vocabulary": lambda case: {"vocabulary": case.shape["vocabulary"] - 1},
-    "ffn": lambda case: {"ffn": 2 * case.shape["ffn"]},
-    "activation": lambda case: {"activation": _other(_ACTIVATIONS, case, "activation", "gelu")},
-    "norm": lambda case: {"norm": _other({"layer": "rms"}, case, "norm", "layer")},
-    "bias": lambda case: {"bias": not case.options.get("bias", True)},
+    "activation": lambda case: {"activation": _SWITCHED[case.options.get("activation", "gelu")]},
+    "norm": lambda case: {"norm": _SWITCHED[case.options.get("norm", "layer")]},
     "sink": lambda case: {"sink": not case.options.get("sink", False)},
     "optimizer": lambda case: {"optimizer": "sgd"},
     "loss_scale": lambda case: {"loss_scale": "static"},
@@ -111,23 +119,18 @@ def text_of(layout: Layout) -> str:
 
 def unlike(case: Case) -> Case:
     """The case of the run that loads, which has one thing otherwise if option `unlike` says so.
-    Raises BadArgument for what is none of `UNLIKE`."""
-    options = dict(case.options)
-    name = options.pop("unlike", None)
-    if name is None:
-        return case
-    if name not in UNLIKE:
-        raise BadArgument(f"case.options.unlike: {name!r} is not one of {', '.join(UNLIKE)}")
-    changed, shape = UNLIKE[str(name)](case), dict(case.shape)
-    shape |= {each: int(str(value)) for each, value in changed.items() if each in shape}
-    options |= {each: value for each, value in changed.items() if each not in shape}
-    return dataclasses.replace(case, shape=shape, options=options)
-
-
-def _other(pairs: Mapping[str, str], case: Case, name: str, default: str) -> str:
-    """The other one of a pair of values that an option may have."""
-    both = {**pairs, **{value: key for key, value in pairs.items()}}
-    return both[str(case.options.get(name, default))]
+    Raises BadArgument for what is none of these."""
+    options = {name: value for name, value in case.options.items() if name != "unlike"}
+    name = str(case.options.get("unlike", ""))
+    if name in UNLIKE_SIZES:
+        sizes = {**case.shape, name: UNLIKE_SIZES[name](case.shape[name])}
+        return dataclasses.replace(case, shape=sizes, options=options)
+    if name in UNLIKE:
+        return dataclasses.replace(case, options={**options, **UNLIKE[name](case)})
+    if name:
+        allowed = ", ".join((*UNLIKE_SIZES, *UNLIKE))
+        raise BadArgument(f"case.options.unlike: {name!r} is not one of {allowed}")
+    return case
 
 
 def case_at(case: Case, layout: Layout) -> Case:

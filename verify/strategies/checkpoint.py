@@ -17,8 +17,15 @@ from hypothesis import strategies as st
 
 from verify.case import Case
 from verify.layout import Layout
-from verify.oracle.checkpoint import ROUND_TRIP_OPTIONS, UNLIKE, case_at, text_of, unlike
-from verify.oracle.checkpoint import TRAINED as TRAINED_WITH
+from verify.oracle.checkpoint import (
+    ROUND_TRIP_OPTIONS,
+    ROUND_TRIP_TRAINED,
+    UNLIKE,
+    UNLIKE_SIZES,
+    case_at,
+    text_of,
+    unlike,
+)
 from verify.strategies.cases import Choices, contract_or_none, with_option
 from verify.strategies.context import ALGORITHMS, SHARING
 from verify.strategies.gpt import DOUBLE, MODEL, OPTIMIZING, few_experts, model_cases
@@ -69,10 +76,10 @@ def round_trip_cases(draw: st.DrawFn) -> Case:
 def unlike_cases(draw: st.DrawFn) -> Case:
     """Cases of `checkpoint` to be refused: what is loaded into has one thing otherwise."""
     case = draw(round_trip_cases())
-    name = draw(st.sampled_from(sorted(UNLIKE)))
+    name = draw(st.sampled_from((*UNLIKE_SIZES, *UNLIKE)))
     found = dataclasses.replace(case, options={**case.options, "unlike": name})
     # What it has otherwise is right in itself.
-    trained = dataclasses.replace(found, options={**found.options, **TRAINED_WITH})
+    trained = dataclasses.replace(found, options={**found.options, **ROUND_TRIP_TRAINED})
     assume(contract_or_none(case_at(unlike(trained), case.layout)) is not None)
     return found
 

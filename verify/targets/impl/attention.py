@@ -32,7 +32,7 @@ def _core(case: Case, groups: Groups) -> CoreAttention:
     tracker = parallel_tracker(case.seed, layout=case.layout, rank=dist.get_rank())
     named = ("window", "layer_number", "scale", "dropout")
     numbers: dict[str, Any] = {n: case.options[n] for n in named if n in case.options}
-    core = CoreAttention(
+    return CoreAttention(
         case.shape["heads"],
         group=groups.tp,
         dropout_stream=tracker.stream(stream_of("tp")),
@@ -40,7 +40,6 @@ def _core(case: Case, groups: Groups) -> CoreAttention:
         **switches(case, "causal", "alibi", "sink"),
         **numbers,
     )
-    return core.train(in_training(case))
 
 
 def _norm(case: Case, features: int | None, **rows: bool) -> Module | None:
@@ -61,7 +60,7 @@ def _rotary(case: Case, size: int) -> Rotation | None:
 
 def core_attention(case: Case, groups: Groups) -> ModuleSubject:
     """`CoreAttention` of this rank's heads."""
-    module = _core(case, groups)
+    module = _core(case, groups).train(in_training(case))
 
     def call(inputs: Tensors) -> Tensors:
         return {"y": module(*(inputs[name] for name in ("q", "k", "v")), **_padding(inputs))}
@@ -81,7 +80,7 @@ def self_attention(case: Case, groups: Groups) -> ModuleSubject:
         key_norm=_norm(case, case.shape["head_size"], sharded_heads=True),
         **common(case, groups),
         **switches(case, "bias"),
-    )
+    ).train(in_training(case))
     return _block(module, groups, _rotary(case, case.shape["head_size"]))
 
 
@@ -99,7 +98,7 @@ def latent_attention(case: Case, groups: Groups) -> ModuleSubject:
         kv_norm=_norm(case, case.shape["kv_lora"], sequence_parallel=parallel),
         **sizes,
         **common(case, groups),
-    )
+    ).train(in_training(case))
     return _block(module, groups, _rotary(case, case.shape["rope_size"]))
 
 
