@@ -7,7 +7,6 @@ from test_mutants import CASES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from verify.case import Case
-from verify.cluster import open_cluster
 from verify.disturbance import ARITHMETIC, Disturbing, moved, uncertain
 from verify.errors import BadArgument
 from verify.layout import Layout
@@ -18,7 +17,6 @@ from verify.rank_program import contract_of
 from verify.reference import Reference
 from verify.replica import RankMap
 from verify.tolerance import EFFORTS, Tolerance
-from verify.verdict import Verdict, judge
 
 # Operators of references that only move elements, make them, decide between them, or write them in
 # another dtype, which rounds at most once.
@@ -244,47 +242,6 @@ def test_what_is_uncertain_has_errors_of_its_size_in_a_disturbed_run_only():
     # The root of the mean square is one.
     assert torch.allclose(found[1:].abs(), torch.tensor(2.0**-8))
     assert 0.4 < float((found > values).float().mean()) < 0.6
-
-
-def test_a_step_of_adam_by_a_gradient_of_errors_only_is_no_alarm():
-    """The one token that attends to another has no loss: of queries and keys in the last layers
-    the gradient is zero, but for what is left of terms that cancel."""
-    shape = {
-        "microbatches": 3,
-        "sequence": 4,
-        "batch": 1,
-        "hidden": 3,
-        "heads": 1,
-        "groups": 1,
-        "head_size": 2,
-        "ffn": 1,
-        "layers": 6,
-        "vocabulary": 2,
-        "steps": 1,
-    }
-    options = {
-        "attention_dropout": 0.25,
-        "packed": 3,
-        "placement": "contiguous",
-        "hidden_dropout": 0.25,
-        "zero_centered": True,
-        "bias": False,
-        "optimizer": "adam",
-    }
-    case = Case(
-        concept="gpt_training",
-        layout=Layout(pp=3, vpp=2, sequence_parallel=True),
-        shape=shape,
-        options=options,
-        lens="native",
-        dtype="float32",
-        seed=1,
-    )
-    with open_cluster("sim", world_size=3) as cluster:
-        found = judge("equivalence", case, target_name="impl", cluster=cluster)
-        wrong = judge("equivalence", case, target_name="impl@step-mean-of-means", cluster=cluster)
-    assert found.verdict is Verdict.PASSED, found.reason
-    assert wrong.verdict is Verdict.FAILED
 
 
 def _cut_off(seed: int) -> Reference:

@@ -150,9 +150,9 @@ class Reference:
     def _may_vanish(self) -> bool:
         """Whether something in the case explains results that are all zero."""
         options = self.case.options
-        # Large logits make a softmax that is exactly one and zeros; small tensors may be dropped,
-        # or padding, or below zero where that is cut off, as a whole.
-        asked = any(options.get(name) for name in ("zeros", "ignored", "padding"))
+        # Large logits make a softmax that is exactly one and zeros; small tensors, and few tokens,
+        # may be dropped, or padding, or below zero where that is cut off, as a whole.
+        asked = any(options.get(name) for name in ("zeros", "ignored", "padding", "dropped"))
         asked = asked or options.get("activation") == "squared_relu"
         asked = asked or bool(self.contract.masks) or options.get("magnitude", 1) != 1
         classes = [spec.high for spec in self.contract.inputs.values() if spec.high is not None]

@@ -62,6 +62,8 @@ def linear_cross_entropy(case: Case) -> Contract:
         outputs={"loss": TensorSpec(tokens, alike, alike, terms=1.0)},
         reference=reference,
         divided={"vocabulary": vocabulary},
+        # A token takes from the row of its target what it adds to all, which may be the same one.
+        terms={"weight": (elements / real) ** 0.5},
         forward=tuple(forward),
         backward=tuple(backward),
         finish=(),

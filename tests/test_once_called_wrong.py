@@ -1,0 +1,71 @@
+"""Right examples that a property once called wrong, or could not decide, and defects like them."""
+
+import pytest
+
+from verify.case import Case
+from verify.cluster import open_cluster
+from verify.layout import Layout
+from verify.verdict import Verdict, judge
+
+SINGLE = {"lens": "native", "dtype": "float32"}
+# The one token that attends to another has no loss: of queries and keys in the last layers the
+# gradient is zero, but for what is left of terms that cancel, of which Adam makes steps.
+ADAM = Case(
+    concept="gpt_training",
+    layout=Layout(pp=3, vpp=2, sequence_parallel=True),
+    shape={
+        "microbatches": 3,
+        "sequence": 4,
+        "batch": 1,
+        "hidden": 3,
+        "heads": 1,
+        "groups": 1,
+        "head_size": 2,
+        "ffn": 1,
+        "layers": 6,
+        "vocabulary": 2,
+        "steps": 1,
+    },
+    options={
+        "attention_dropout": 0.25,
+        "packed": 3,
+        "placement": "contiguous",
+        "hidden_dropout": 0.25,
+        "zero_centered": True,
+        "bias": False,
+        "optimizer": "adam",
+    },
+    seed=1,
+    **SINGLE,
+)
+# Of one class the probability is one, and its gradient what little a penalty leaves.
+ONE_CLASS = Case(
+    concept="linear_cross_entropy",
+    layout=Layout(cp=2),
+    shape={"sequence": 3, "batch": 1, "hidden": 2, "vocabulary": 1},
+    options={"chunk": 2, "z_loss": 0.0625},
+    seed=276,
+    **SINGLE,
+)
+# All of two tokens are dropped.
+NOTHING = Case(
+    concept="moe_dispatch",
+    layout=Layout(pp=2, sequence_parallel=True),
+    shape={"sequence": 2, "batch": 1, "hidden": 6, "experts": 2, "top_k": 2},
+    options={"dispatcher": "all_gather", "dropped": True},
+    seed=909,
+)
+
+
+@pytest.mark.parametrize(
+    ("case", "mutant"),
+    [(ADAM, "step-mean-of-means"), (ONE_CLASS, "chunked-loss-last-chunk"), (NOTHING, None)],
+    ids=lambda each: each.concept if isinstance(each, Case) else str(each),
+)
+def test_what_is_right_passes_and_a_defect_is_still_seen(case, mutant):
+    with open_cluster("sim", world_size=3) as cluster:
+        found = judge("equivalence", case, target_name="impl", cluster=cluster)
+        assert found.verdict is Verdict.PASSED, found.reason
+        if mutant is not None:
+            wrong = judge("equivalence", case, target_name=f"impl@{mutant}", cluster=cluster)
+            assert wrong.verdict is Verdict.FAILED
