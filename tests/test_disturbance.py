@@ -7,7 +7,7 @@ from test_mutants import CASES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from verify.case import Case
-from verify.disturbance import ARITHMETIC, Disturbing, moved, uncertain
+from verify.disturbance import ARITHMETIC, Disturbing, moved, of_output
 from verify.errors import BadArgument
 from verify.layout import Layout
 from verify.lens import generate
@@ -232,16 +232,23 @@ def test_what_is_left_of_a_sharp_softmax_may_be_rounded_as_its_terms_are():
         assert said[1] is not None
 
 
-def test_what_is_uncertain_has_errors_of_its_size_in_a_disturbed_run_only():
-    values = torch.zeros(4, 100)
-    values[0] = 2.0
-    assert uncertain(values, torch.bfloat16) is values
-    with Disturbing(drawn()):
-        found = uncertain(values, torch.bfloat16)
-    assert Disturbing.active is None
-    # The root of the mean square is one.
-    assert torch.allclose(found[1:].abs(), torch.tensor(2.0**-8))
-    assert 0.4 < float((found > values).float().mean()) < 0.6
+def test_errors_of_an_output_reach_scores_that_get_no_gradient():
+    """Of one key the share is one, and its gradient minus the sum of all is exactly zero."""
+    values, upstream = (torch.randn(3, 50, generator=drawn(i), dtype=torch.float64) for i in (1, 2))
+
+    def gradient(dtype):
+        scores = torch.zeros(3, 1, dtype=dtype, requires_grad=True)
+        out = of_output(scores.softmax(-1) * values.to(dtype), scores)
+        (found,) = torch.autograd.grad(out, scores, upstream.to(dtype))
+        return found.double().flatten()
+
+    assert not gradient(torch.float64).any()
+    for dtype in (torch.float32, torch.float16):
+        with Disturbing(drawn()):
+            found = torch.stack([gradient(dtype) for _ in range(200)])
+        wanted = (values * upstream).norm(dim=1) * torch.finfo(dtype).eps / 2
+        ratios = found.std(0) / wanted
+        assert 0.8 < float(ratios.min()) <= float(ratios.max()) < 2
 
 
 def _cut_off(seed: int) -> Reference:

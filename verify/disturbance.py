@@ -12,10 +12,10 @@ A contraction that is computed wide and then narrowed, as the gradient of a norm
 bfloat16 is, is rounded once here; ranks round their parts of it, each of which may be larger than
 the sum. So what it contracts is moved by the roundoff that its result is narrowed to.
 
-What an optimizer makes of a gradient may not be to first order: Adam makes a whole step of any
-gradient that is larger than 1e-8, also where it is zero but for the errors of terms that cancel,
-which another formula leaves where this one has none. A bound allows a tensor errors of one roundoff
-of its root mean square anywhere; `uncertain` makes them, before a gradient is used on.
+Another formula may have other terms. The gradient of a softmax needs the sum of shares times their
+gradients, which is that of the output times its gradient, and attention that keeps no shares takes
+the latter (arXiv:2205.14135, appendix B.4). Of one key, or where gradients are alike, nothing is
+left here; there the errors of the output are, of its size. `of_output` makes them.
 """
 
 from __future__ import annotations
@@ -85,11 +85,10 @@ class Disturbing(TorchDispatchMode):
         super().__exit__(*error)
         Disturbing.active = self._before
 
-    def uncertain(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """`values`, each up or down by one unit roundoff of `dtype` of their root mean square."""
-        size = values.norm() / max(values.numel(), 1) ** 0.5 * (torch.finfo(dtype).eps / 2)
-        signs = torch.empty(values.shape, dtype=values.dtype)
-        return values + signs.random_(0, 2, generator=self._generator).mul_(2).sub_(1) * size
+    def signs(self, like: Tensor) -> Tensor:
+        """1 or -1, as drawn, for each element."""
+        signs = torch.empty(like.shape, dtype=like.dtype)
+        return signs.random_(0, 2, generator=self._generator).mul_(2).sub_(1)
 
     def __torch_dispatch__(
         self,
@@ -152,10 +151,26 @@ class Disturbing(TorchDispatchMode):
         return moved(operand, self._generator, dtype)
 
 
-def uncertain(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values`; in a disturbed run with errors, as a tensor of `dtype` may have them anywhere."""
+class _OfOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, logarithm: Tensor, mode: Disturbing) -> Tensor:
+        ctx.save_for_backward(out)
+        ctx.mode, ctx.dtype = mode, logarithm.dtype
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (gradient,), (out,) = gradients, ctx.saved_tensors
+        errors = (gradient * out * ctx.mode.signs(out)).sum(-1) * (torch.finfo(out.dtype).eps / 2)
+        return gradient, errors.to(ctx.dtype), None
+
+
+def of_output(out: Tensor, scores: Tensor) -> Tensor:
+    """`out` [..., e], the sum of values by their shares, the softmax of `scores` [..., keys]; in a
+    disturbed run scores get gradients as if the sum of `out` times its gradient stood for that of
+    shares times theirs, with every element of `out` off by one unit roundoff of its own."""
     mode = Disturbing.active
-    return values if mode is None else mode.uncertain(values, dtype)
+    return out if mode is None else _OfOutput.apply(out, scores.logsumexp(-1), mode)
 
 
 def moved(tensor: Tensor, generator: torch.Generator, dtype: torch.dtype | None = None) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from verify.case import Case
+from verify.disturbance import of_output
 from verify.errors import BadArgument
 from verify.oracle.contract import Contract, Mask, Tensors, TensorSpec
 from verify.oracle.terms import in_training, known_options, number, sizes, switches, whole_number
@@ -125,7 +126,8 @@ def attend(
     shares = scores.softmax(-1)[..., -keys:].masked_fill(~alive, 0.0).to(q.dtype)
     if kept is not None:
         shares = shares * kept / (1 - given.dropout)
-    return torch.einsum("bhst,tbhe->sbhe", shares, v)
+    out = torch.einsum("bhst,tbhe->bhse", shares, v)
+    return of_output(out, scores).permute(2, 0, 1, 3)
 
 
 def core_attention(case: Case) -> Contract:

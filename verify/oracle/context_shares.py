@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from verify.case import Case
+from verify.disturbance import of_output
 from verify.oracle.attention import slopes
 from verify.oracle.contract import Step, Tensors, TensorSpec
 from verify.oracle.terms import number, switches, whole_number
@@ -117,7 +118,8 @@ def plain_attention(
         scores = torch.cat((extra, scores), -1)
     shares = torch.softmax(scores, -1)[..., -k.shape[0] :]
     shares = shares * ~idle if kept is None else shares * ~idle * kept / (1 - dropout)
-    return torch.einsum("bhst,tbhd->sbhd", shares, v)
+    out = torch.einsum("bhst,tbhd->bhsd", shares, v)
+    return of_output(out, scores).permute(2, 0, 1, 3)
 
 
 def cancelling_terms(case: Case, dim: int, value_dim: int, scale: float | None) -> float:

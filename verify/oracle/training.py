@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from verify.case import Case
-from verify.disturbance import uncertain
 from verify.errors import BadArgument
 from verify.oracle.contract import Contract, Tensors, TensorSpec
 from verify.oracle.learning_rates import rates_of
@@ -190,8 +189,7 @@ def _gradients(
         for name, each in zip(leaves, found, strict=True):
             sums[name] += each
         loss = loss + total.detach().double()
-    gradients = {name: each / (count * scale.value) for name, each in sums.items()}
-    return loss / count, {n: uncertain(each, model[n].dtype) for n, each in gradients.items()}
+    return loss / count, {name: each / (count * scale.value) for name, each in sums.items()}
 
 
 def _model(inputs: Tensors, model: Tensors) -> Tensor:

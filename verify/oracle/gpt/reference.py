@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from verify.disturbance import uncertain
 from verify.oracle.context import Sequences, attention_mask
 from verify.oracle.contract import Tensors
 from verify.oracle.dropout import dropped
@@ -105,8 +104,7 @@ class Training:
             for name, each in zip(leaves, found, strict=True):
                 sums[name] += each
             losses += own.detach().double()
-        gradients = {name: each / (count * scale.value) for name, each in sums.items()}
-        return losses / count, {n: uncertain(each, model[n].dtype) for n, each in gradients.items()}
+        return losses / count, {name: each / (count * scale.value) for name, each in sums.items()}
 
     def _evaluated(self, step: int, inputs: Tensors, found: Tensors) -> Tensor:
         """The mean loss of the same data after the step, without dropout."""
