@@ -1,5 +1,7 @@
 """Disturbed runs of a reference: what they move, what they leave alone, and what they show."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from observed import Scene
@@ -8,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from verify.case import Case
 from verify.disturbance import ARITHMETIC, Disturbing, moved, of_output
-from verify.errors import BadArgument
+from verify.errors import BadArgument, BeyondRange
 from verify.layout import Layout
 from verify.lens import generate
 from verify.oracle.contract import Contract, TensorSpec
@@ -249,6 +251,19 @@ def test_errors_of_an_output_reach_scores_that_get_no_gradient():
         wanted = (values * upstream).norm(dim=1) * torch.finfo(dtype).eps / 2
         ratios = found.std(0) / wanted
         assert 0.8 < float(ratios.min()) <= float(ratios.max()) < 2
+
+
+def test_a_reference_that_overflows_in_the_dtype_of_a_case_is_beyond_its_range():
+    contract = Contract(
+        inputs={"x": TensorSpec((1, 2, 8))},
+        parameters={},
+        outputs={"y": TensorSpec((1, 2, 8))},
+        reference=lambda inputs, parameters: {"y": inputs["x"] * 2.0**15 * 2.0**15},
+    )
+    case = Case(concept="large", layout=Layout(), lens="native", dtype="bfloat16")
+    assert Scene(case, contract, {}).references[""].native["y"].isfinite().all()
+    with pytest.raises(BeyondRange, match=r"y of large .* overflows in torch.float16"):
+        Scene(replace(case, dtype="float16"), contract, {})
 
 
 def _cut_off(seed: int) -> Reference:

@@ -12,6 +12,8 @@ from hypothesis import settings
 # the simulator registered with it.
 import verify.cluster.sim.backend
 import verify.runner.pytest_run  # noqa: F401
+from verify.errors import BeyondRange
+from verify.property import CHECKS
 from verify.report import read
 from verify.runner.limits import limits
 
@@ -228,6 +230,23 @@ def test_cases_that_do_not_fit_the_run_are_left_out_and_counted(properties, pyte
     assert any("more than the 3 ranks" in reason for reason in left_out)
     assert any("lens exact" in reason for reason in left_out)
     assert all(each["layout"]["tp"] <= 3 for each in report(pytester)["coverage"]["layouts"])
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_examples_of_which_the_reference_overflows_are_left_out(
+    properties, pytester, monkeypatch, always
+):
+    def beyond(case, **_):
+        if always or case.layout.tp == 1:
+            raise BeyondRange("reference: y overflows")
+        return 1
+
+    monkeypatch.setitem(CHECKS, "beyond", beyond)
+    code = properties(EQUIVALENCE.replace('"equivalence"', '"beyond"')).ret
+    found = row(pytester, "fake.equivalence")
+    assert found["left_out"]["the reference overflows in float64"] > 0
+    assert (code, found["verdict"]) == ((1, "unknown") if always else (0, "passed"))
+    assert (found["examples"] == 0) is always
 
 
 def test_a_property_without_a_case_in_the_wanted_lenses_is_no_part_of_the_run(properties, pytester):

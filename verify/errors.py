@@ -33,6 +33,11 @@ class HarnessError(ShardproofError, RuntimeError):
     """Shardproof itself could not do its work; the verdict is `unknown`, never `passed`."""
 
 
+class BeyondRange(HarnessError):
+    """The reference overflows in the dtype of a case: nothing can be said of a candidate that does
+    or does not. In a run the example is left out, and counted as such."""
+
+
 class WorldLost(HarnessError):
     """A rank that torchrun or Slurm started is gone; nothing can run on this world any more."""
 

@@ -151,14 +151,12 @@ def core_attention(case: Case) -> Contract:
 
     split: Placements = {"tp": Shard(2)}
     shared = groups == 1 and case.layout.tp > 1
-    # Where one key takes nearly all of a softmax, gradients are what is left of terms like these.
-    terms = float(case.options.get("magnitude") or 1) ** 2
     key: Placements = {"tp": Replicate()} if shared else split
     grad_key: Placements = {"tp": Partial()} if shared else split
     return Contract(
         inputs={
-            "q": TensorSpec((sequence, batch, heads, size), split, split, terms=terms),
-            "k": TensorSpec((keys, batch, groups, size), key, grad_key, terms=terms),
+            "q": TensorSpec((sequence, batch, heads, size), split, split),
+            "k": TensorSpec((keys, batch, groups, size), key, grad_key),
             "v": TensorSpec((keys, batch, groups, width), key, grad_key),
             **padding_input(given, batch, keys),
         },

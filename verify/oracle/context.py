@@ -21,7 +21,7 @@ from torch import Tensor
 from verify.case import Case
 from verify.errors import BadArgument
 from verify.oracle.context_costs import ALGORITHMS, Costs, Volume
-from verify.oracle.context_shares import SHARED, Shares, cancelling_terms
+from verify.oracle.context_shares import SHARED, Shares
 from verify.oracle.contract import Contract, Mask, Tensors, TensorSpec
 from verify.oracle.terms import (
     exclude,
@@ -158,12 +158,11 @@ def context_attention(case: Case) -> Contract:
     if counted:
         whose: Placements = {"cp": Replicate() if balanced else Shard(0), "tp": Replicate()}
         outputs["blocks"] = TensorSpec((1 if balanced else case.layout.cp,), whose, None)
-    terms = cancelling_terms(case, dim, value_dim, shares.scale)
     keys, values = ((sequence, batch, kv_heads, each) for each in (dim, value_dim))
     return Contract(
         inputs={
-            "q": TensorSpec((sequence, batch, heads, dim), placed, placed, terms=terms),
-            "k": TensorSpec(keys, placed, placed, terms=terms),
+            "q": TensorSpec((sequence, batch, heads, dim), placed, placed),
+            "k": TensorSpec(keys, placed, placed),
             "v": TensorSpec(values, placed, placed),
             **shares.inputs(cut),
             **_sink(shares, heads),

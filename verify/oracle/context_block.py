@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from verify.case import Case
 from verify.oracle.context import attention_costs, attention_mask, whole_sequence
 from verify.oracle.context_costs import Costs, Volume
-from verify.oracle.context_shares import cancelling_terms, plain_attention
+from verify.oracle.context_shares import plain_attention
 from verify.oracle.contract import Contract, Step, Tensors, TensorSpec
 from verify.oracle.terms import known_options, sizes, switches
 from verify.placement import Placements, Replicate, Shard
@@ -50,19 +50,15 @@ def context_attention_block(case: Case) -> Contract:
     weights = {"qkv.weight": (rows, hidden), "proj.weight": (hidden, heads * dim)}
     biases = {"qkv.bias": (rows,), "proj.bias": (hidden,)} if bias else {}
     shape = (sequence, batch, hidden)
-    terms = cancelling_terms(case, dim, dim, None)
-    # A row of weights has those of all tokens, times x.
-    summed = terms * (sequence * batch) ** 0.5
     forward, backward, finish = _steps(case, costs, shape, rows, bias)
     return Contract(
-        inputs={"x": TensorSpec(shape, placed, placed, terms=terms)},
+        inputs={"x": TensorSpec(shape, placed, placed)},
         parameters={**weights, **biases},
         outputs={"y": TensorSpec(shape, placed, placed)},
         reference=reference,
         axes=("tp", "cp"),
         divided={"kv_heads": kv_heads},
         over={"kv_heads": ("tp",)},
-        terms={"qkv.weight": summed * hidden**0.5, "qkv.bias": summed},
         forward=forward,
         backward=backward,
         finish=finish,

@@ -120,19 +120,3 @@ def plain_attention(
     shares = shares * ~idle if kept is None else shares * ~idle * kept / (1 - dropout)
     out = torch.einsum("bhst,tbhd->bhsd", shares, v)
     return of_output(out, scores).permute(2, 0, 1, 3)
-
-
-def cancelling_terms(case: Case, dim: int, value_dim: int, scale: float | None) -> float:
-    """The norm of the terms of a row of the gradient of q or k: scale times upstream gradient times
-    v times k.
-
-    Where one key takes nearly all of a softmax, their difference is what is left of them, exactly
-    zero where a softmax computes it, a few rounding errors of products where the output stands for
-    their sum, as it does when weights are not kept (arXiv:2205.14135, appendix B.4). Drawn elements
-    have a deviation of 1.15; in the rows that matter, each of the three factors is up to twice 1.
-    Of 16 bits, only the output is rounded, once.
-    """
-    factor = dim**-0.5 if scale is None else scale
-    largest = 2.0 if case.dtype in ("bfloat16", "float16") else 8.0
-    magnitude = float(case.options.get("magnitude") or 1) ** 2
-    return largest * factor * (dim * value_dim) ** 0.5 * magnitude

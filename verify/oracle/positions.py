@@ -37,9 +37,11 @@ def rotated(
     turns = turns.to(torch.promote_types(wide.dtype, torch.complex64))[:, None, None, :]
     by_pair = wide.unflatten(-1, (dim // 2, 2) if interleaved else (2, dim // 2))
     by_pair = by_pair if interleaved else by_pair.transpose(-1, -2)
-    # A part of another tensor may begin at an odd element, where no complex number does.
+    # Parts of other tensors, as x and gradients may be, may begin at an odd element, where no
+    # complex number does.
     by_pair = by_pair.clone(memory_format=torch.contiguous_format)
-    turned = torch.view_as_real(torch.view_as_complex(by_pair) * turns)
+    product = torch.view_as_complex(by_pair) * turns
+    turned = torch.stack((product.real, product.imag), -1)
     turned = turned if interleaved else turned.transpose(-1, -2)
     return torch.cat((turned.flatten(-2).to(x.dtype), x[..., dim:]), -1)
 

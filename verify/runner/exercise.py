@@ -13,7 +13,7 @@ from hypothesis import is_hypothesis_test, reject
 from verify.case import Case
 from verify.cluster.base import Cluster
 from verify.coverage.steering import steered
-from verify.errors import BadArgument, Mismatch, NotSupported
+from verify.errors import BadArgument, BeyondRange, Mismatch, NotSupported
 from verify.property import CHECKS
 from verify.runner.interrupts import DeferredInterrupt
 from verify.runner.limits import Limits
@@ -45,6 +45,9 @@ def check_case(
     except Mismatch as mismatch:
         recorder.failed(mismatch)
         raise
+    except BeyondRange:
+        recorder.left_out(f"the reference overflows in {case.dtype}")
+        reject()
     except Exception as error:
         if recorder.skips_undecided(time.monotonic() - began):
             reject()
