@@ -14,6 +14,7 @@ from verify.errors import BadArgument, BeyondRange
 from verify.layout import Layout
 from verify.lens import generate
 from verify.oracle.contract import Contract, TensorSpec
+from verify.oracle.positions import rotated
 from verify.placement import Partial
 from verify.rank_program import contract_of
 from verify.reference import Reference
@@ -240,7 +241,8 @@ def test_errors_of_an_output_reach_scores_that_get_no_gradient():
 
     def gradient(dtype):
         scores = torch.zeros(3, 1, dtype=dtype, requires_grad=True)
-        out = of_output(scores.softmax(-1) * values.to(dtype), scores)
+        shares = scores.softmax(-1)
+        out = of_output(shares * values.to(dtype), scores, shares)
         (found,) = torch.autograd.grad(out, scores, upstream.to(dtype))
         return found.double().flatten()
 
@@ -253,17 +255,75 @@ def test_errors_of_an_output_reach_scores_that_get_no_gradient():
         assert 0.8 < float(ratios.min()) <= float(ratios.max()) < 2
 
 
+@pytest.mark.parametrize(
+    ("concept", "groups", "size", "options"),
+    [
+        ("core_attention", "groups", "head_size", {}),
+        ("context_attention", "kv_heads", "head_dim", {"placement": "contiguous"}),
+    ],
+)
+def test_attention_of_one_key_that_takes_gradients_from_its_output_is_right(
+    concept, groups, size, options
+):
+    """In float16, by appendix B.4 of arXiv:2205.14135: the gradient of a score is what rounding
+    leaves of that of the share, minus output times its gradient."""
+    case = Case(
+        concept=concept,
+        layout=Layout(),
+        shape={"sequence": 1, "batch": 4, "heads": 2, groups: 2, size: 8},
+        options=options,
+        lens="native",
+        dtype="float16",
+    )
+    contract = contract_of(case)
+    reference = Scene(case, contract, {}).references[""]
+    k, v = (reference.problem.inputs[name].full.half() for name in "kv")
+    (upstream,) = (each.full.half() for each in reference.problem.upstream.values())
+    assert not reference.results["grad q"].any()
+
+    def found(delta):
+        scores = (upstream * v).sum(-1).float() - delta
+        return (scores.unsqueeze(-1) * k.float() * 8**-0.5).half().double()
+
+    # Half a unit roundoff of each element, all to one side; and one element in eight left out.
+    errors = (upstream.double() * v.double()).abs().sum(-1).float() * 2.0**-12
+    kept = (upstream * v).float()
+    kept[..., 0] = 0
+    for delta, right in (((upstream * v).float().sum(-1) + errors, True), (kept.sum(-1), False)):
+        excess = Tolerance(reference).excess(
+            "grad q", found(delta), reference.results["grad q"], lambda full: full
+        )
+        assert (excess is None) is right
+
+
 def test_a_reference_that_overflows_in_the_dtype_of_a_case_is_beyond_its_range():
     contract = Contract(
         inputs={"x": TensorSpec((1, 2, 8))},
         parameters={},
-        outputs={"y": TensorSpec((1, 2, 8))},
-        reference=lambda inputs, parameters: {"y": inputs["x"] * 2.0**15 * 2.0**15},
+        outputs={"y": TensorSpec((1, 2, 8)), "z": TensorSpec((1, 2, 8), {}, None)},
+        reference=lambda inputs, parameters: {
+            "y": inputs["x"] * 2.0**15 * 2.0**15,
+            "z": inputs["x"].detach() + 1.0,
+        },
     )
     case = Case(concept="large", layout=Layout(), lens="native", dtype="bfloat16")
-    assert Scene(case, contract, {}).references[""].native["y"].isfinite().all()
-    with pytest.raises(BeyondRange, match=r"y of large .* overflows in torch.float16"):
-        Scene(replace(case, dtype="float16"), contract, {})
+    assert Scene(case, contract, {}).compare().elements == 48
+    scene = Scene(replace(case, dtype="float16"), contract, {})
+    with pytest.raises(BeyondRange, match="reference: y, grad x overflows"):
+        scene.compare()
+    wrong = scene.spoil("z", lambda z, rank: z + 1).compare()
+    assert [each.tensor for each in wrong.divergences] == ["z"]
+
+
+def test_a_gradient_that_begins_at_an_odd_element_is_turned():
+    """As parts of larger tensors do, which are contiguous where it is the last that is cut."""
+    x = torch.randn(3, 1, 1, 4, generator=drawn()).requires_grad_()
+    upstream = torch.randn(13, generator=drawn(1))[1:].view(3, 1, 1, 4)
+    for interleaved in (True, False):
+        given = {"dim": None, "base": 10.0, "interleaved": interleaved}
+        y = rotated(x, torch.arange(3), **given)
+        (turned_back,) = torch.autograd.grad(y, x, upstream)
+        assert torch.allclose(turned_back, rotated(upstream, -torch.arange(3), **given))
 
 
 def _cut_off(seed: int) -> Reference:

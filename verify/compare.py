@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from verify.diagnose.evidence import Evidence
-from verify.errors import HarnessError
+from verify.errors import BeyondRange, HarnessError
 from verify.finding import Divergence, Kind
 from verify.oracle.contract import Contract
 from verify.placement import Partial, Placements, shard
@@ -58,7 +58,8 @@ class Comparison:
 
     `divergences` are the wrong tensors in the order of execution; `evidence` is of the first of
     them, where its values are wrong; `elements` is how many were compared. Raises HarnessError if
-    it did not see every tensor.
+    it did not see every tensor, and BeyondRange if nothing is wrong with what it could judge, and
+    something is that the reference cannot be computed of in the case's dtype.
     """
 
     contract: Contract
@@ -69,6 +70,7 @@ class Comparison:
     evidence: Evidence | None = None
     elements: int = 0
     _seen: int = 0
+    _beyond: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         names = result_names(self.contract)
@@ -81,6 +83,8 @@ class Comparison:
                 f"compare: saw {self._seen} local tensors of {len(names)} results on"
                 f" {len(self.observations)} ranks"
             )
+        if self._beyond and not self.divergences:
+            raise BeyondRange(f"reference: {', '.join(self._beyond)} overflows")
 
     def _compare(self, name: str) -> None:
         wrong = [
@@ -101,6 +105,9 @@ class Comparison:
             found += self._malformed(name, expectation, rank, placements)
         if found:
             return found
+        if expectation.tolerance.overflows(name):
+            self._beyond.append(name)
+            return []
         if any(isinstance(placement, Partial) for placement in placements.values()):
             return self._sums(name, expectation, members, placements)
         for alike in self.ranks.alike(placements, members):

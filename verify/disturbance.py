@@ -153,24 +153,26 @@ class Disturbing(TorchDispatchMode):
 
 class _OfOutput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out: Tensor, logarithm: Tensor, mode: Disturbing) -> Tensor:
-        ctx.save_for_backward(out)
-        ctx.mode, ctx.dtype = mode, logarithm.dtype
+    def forward(ctx: Any, out: Tensor, scores: Tensor, shares: Tensor, mode: Disturbing) -> Tensor:
+        ctx.save_for_backward(out, shares)
+        ctx.mode = mode
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        (gradient,), (out,) = gradients, ctx.saved_tensors
-        errors = (gradient * out * ctx.mode.signs(out)).sum(-1) * (torch.finfo(out.dtype).eps / 2)
-        return gradient, errors.to(ctx.dtype), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (gradient,), (out, shares) = gradients, ctx.saved_tensors
+        wide = torch.promote_types(out.dtype, torch.float32)
+        rounded = out.to(wide) * ctx.mode.signs(out) * (torch.finfo(out.dtype).eps / 2)
+        errors = shares * (gradient.to(wide) * rounded).sum(-1, keepdim=True)
+        return gradient, errors.to(shares.dtype), None, None
 
 
-def of_output(out: Tensor, scores: Tensor) -> Tensor:
-    """`out` [..., e], the sum of values by their shares, the softmax of `scores` [..., keys]; in a
+def of_output(out: Tensor, scores: Tensor, shares: Tensor) -> Tensor:
+    """`out` [..., e], the sum of values by `shares`, the softmax of `scores` [..., keys]; in a
     disturbed run scores get gradients as if the sum of `out` times its gradient stood for that of
     shares times theirs, with every element of `out` off by one unit roundoff of its own."""
     mode = Disturbing.active
-    return out if mode is None else _OfOutput.apply(out, scores.logsumexp(-1), mode)
+    return out if mode is None else _OfOutput.apply(out, scores, shares.detach(), mode)
 
 
 def moved(tensor: Tensor, generator: torch.Generator, dtype: torch.dtype | None = None) -> Tensor:

@@ -34,8 +34,8 @@ class HarnessError(ShardproofError, RuntimeError):
 
 
 class BeyondRange(HarnessError):
-    """The reference overflows in the dtype of a case: nothing can be said of a candidate that does
-    or does not. In a run the example is left out, and counted as such."""
+    """The reference overflows in the dtype of a case, and nothing else is wrong: nothing can be
+    said of a candidate that does or does not. In a run the example is counted as left out."""
 
 
 class WorldLost(HarnessError):

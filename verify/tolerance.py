@@ -40,6 +40,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from verify.errors import HarnessError
 from verify.lens import dtype_of
 from verify.reference import Reference, Results
 
@@ -103,6 +104,11 @@ class Tolerance:
             if found is None or (runs >= EFFORTS[-2] and 0 < HOPELESS * found.bound < found.error):
                 return found
         return found
+
+    def overflows(self, name: str) -> bool:
+        """Whether the reference of result `name`, computed in the case's dtype, is not finite:
+        nothing can be said of a candidate then that is finite, or is not."""
+        return not bool(self.reference.native[name].isfinite().all())
 
     @staticmethod
     def _inexact(candidate: Tensor, expected: Tensor, difference: Tensor) -> Excess | None:
@@ -205,6 +211,11 @@ class Tolerance:
             if len(self._runs) == len(found):
                 self._runs.append(self._run(lower, len(found)))
             found.append((self._runs[len(found)][name] - self.reference.results[name]) * shrink)
+            if not found[-1].isfinite().all():
+                raise HarnessError(
+                    f"reference: {name} of {self.reference.case} overflows in {lower}; it cannot be"
+                    " calibrated"
+                )
         return found[:count]
 
     def _run(self, dtype: torch.dtype, draw: int) -> Results:

@@ -123,11 +123,12 @@ def attend(
     if sink is not None:
         extra = sink.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat((extra, scores), -1)
-    shares = scores.softmax(-1)[..., -keys:].masked_fill(~alive, 0.0).to(q.dtype)
+    every = scores.softmax(-1)
+    shares = every[..., -keys:].masked_fill(~alive, 0.0).to(q.dtype)
     if kept is not None:
         shares = shares * kept / (1 - given.dropout)
     out = torch.einsum("bhst,tbhe->bhse", shares, v)
-    return of_output(out, scores).permute(2, 0, 1, 3)
+    return of_output(out, scores, every).permute(2, 0, 1, 3)
 
 
 def core_attention(case: Case) -> Contract:

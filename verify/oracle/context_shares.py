@@ -116,7 +116,8 @@ def plain_attention(
     if sink is not None:
         extra = sink.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat((extra, scores), -1)
-    shares = torch.softmax(scores, -1)[..., -k.shape[0] :]
+    every = torch.softmax(scores, -1)
+    shares = every[..., -k.shape[0] :]
     shares = shares * ~idle if kept is None else shares * ~idle * kept / (1 - dropout)
     out = torch.einsum("bhst,tbhd->bhsd", shares, v)
-    return of_output(out, scores).permute(2, 0, 1, 3)
+    return of_output(out, scores, every).permute(2, 0, 1, 3)

@@ -51,8 +51,9 @@ class Record:
     checked: `layouts` by their JSON text, `arithmetic` by lens and dtype, `options` by concept and
     value, `rows` by all factors (`verify.coverage`). `open` are pairs that were on offer and in no
     example.
-    `left_out` counts what was drawn and could not be run here, by reason. `traceback` is that of an
-    error that no finding describes. `known` is what came of the findings known of the property.
+    `left_out` counts what was drawn and could not be run here, or not be judged, by reason.
+    `traceback` is that of an error that no finding describes. `known` is what came of the findings
+    known of the property.
     """
 
     property: str

@@ -124,7 +124,8 @@ class Recorder:
         return self._failed and self._undecided_seconds < _UNDECIDED_SECONDS
 
     def left_out(self, reason: str, *, unwanted: bool = False) -> None:
-        """A case was drawn that this run cannot check, or one that it does not want."""
+        """A case was drawn that this run cannot check, or one that it does not want, or nothing can
+        be said of it."""
         self._left_out[reason] += 1
         self._unwanted += unwanted
 
