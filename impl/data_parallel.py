@@ -205,6 +205,8 @@ class DataParallel:
         shards of them, are summed over the ranks that hold copies. Collective; once a step."""
         for buffer in self.buffers:
             buffer.finish()
+        # Those too that no forward pass has waited for, before they are updated.
+        self.finish_parameters()
 
     def scale(self, factor: Tensor | float) -> None:
         """Multiply all main gradients, before or after `finish` but not in between."""

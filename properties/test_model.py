@@ -156,5 +156,5 @@ def test_skipped_and_frozen(check: CheckCase, case: Case) -> None:
 @given(case=refusable_model_cases())
 def test_refusals(check: CheckCase, case: Case) -> None:
     """Law 10. Must catch: layers left over; a schedule or positions that there are not;
-    microbatches that cannot be grouped."""
+    microbatches that cannot be grouped; a sequence that is longer than all may be."""
     check("refusal", case)

@@ -43,8 +43,7 @@ class ParameterBuffer:
                 self._bucket_of[parameter] = number
 
     def start(self) -> None:
-        """Begin to gather every bucket. Collective."""
-        self.finish()
+        """Begin to gather every bucket, of which none is under way. Collective."""
         for number in reversed(range(len(self.buckets))):
             bucket = self.buckets[number]
             whole = self.data[bucket.start : bucket.stop]

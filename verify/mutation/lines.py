@@ -1,7 +1,9 @@
-"""Which lines of a package run on threads that begin while one looks, as those of ranks do."""
+"""Which lines of a package run while one looks: on ranks, whose threads begin meanwhile, and here,
+as those do that make a table of a schedule."""
 
 from __future__ import annotations
 
+import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -24,12 +26,15 @@ class Lines:
         self.reached.clear()
 
     def __enter__(self) -> Lines:
-        self._before = threading.gettrace()
+        self._before = threading.gettrace(), sys.gettrace()
         threading.settrace(self._calls)
+        sys.settrace(self._calls)
         return self
 
     def __exit__(self, *error: object) -> None:
-        threading.settrace(self._before)
+        elsewhere, here = self._before
+        threading.settrace(elsewhere)
+        sys.settrace(here)
 
     def _calls(self, frame: FrameType, event: str, argument: Any) -> Any:
         return self._lines if frame.f_code.co_filename in self._names else None

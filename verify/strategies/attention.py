@@ -167,7 +167,10 @@ def refusable_attention_cases(draw: st.DrawFn, *concepts: str) -> Case:
     if fault == "option":
         option = draw(st.sampled_from(sorted(_FAULTY_VALUES)))
         value = draw(st.sampled_from(_FAULTY_VALUES[option]))
-        return dataclasses.replace(case, options={**case.options, option: value})
+        found = dataclasses.replace(case, options={**case.options, option: value})
+        # Also where nothing would be dropped.
+        training = option != "dropout" or draw(st.booleans())
+        return with_option(found, "training", training, default=True)
     shape = draw(_FAULTY_HEADS[fault](tp))
     if "groups" not in case.shape:
         del shape["groups"]

@@ -1,8 +1,6 @@
 """Hypothesis strategies of context-parallel cases: valid ones, and ones that must be refused.
 
-Every context-parallel group has a second one with other data more often than not. Sequences have at
-least two tokens, and windows two keys: a query that attends to one key only has a gradient of zero,
-of which rounding errors are all there is to see.
+Every context-parallel group has a second one with other data more often than not.
 """
 
 from __future__ import annotations
@@ -102,10 +100,10 @@ def attention_cases(
     count = chosen(draw, "packed", packed)
     # Packed sequences of one unit have no room for one that is longer than its padding.
     units = draw(st.integers(max(1, count + (unit < 2)), 3 + count))
-    sequence = max(unit * units, 2)
+    sequence = unit * units
     if options["mask"] == "sliding_window":
         # Half of them end before most chunks do, which are then skipped.
-        options["window"] = draw(st.just(2) | st.integers(2, sequence + 1))
+        options["window"] = draw(st.integers(1, 2) | st.integers(1, sequence + 1))
     options |= {"packed": count}
     options |= {name: chosen(draw, name, values) for name, values in SCORED.items()}
     options |= {"strides": chosen(draw, "strides", strides), **fixed}
@@ -138,7 +136,7 @@ def block_cases(
     unit = 2 if options["placement"] == "zigzag" else 1
     unit = lcm(unit, layout.tp) if layout.sequence_parallel else unit
     shape = {
-        "sequence": max(layout.cp * unit * draw(st.integers(1, 2)), 2),
+        "sequence": layout.cp * unit * draw(st.integers(1, 2)),
         "batch": draw(st.integers(1, 2)),
         "hidden": draw(st.integers(1, 5)),
         **draw(_heads(layout, algorithm)),

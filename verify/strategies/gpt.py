@@ -198,11 +198,8 @@ def model_cases(
     if algorithm == "hierarchical":
         inner = draw(st.sampled_from(divisors(layout.cp)))
         layout = dataclasses.replace(layout, hierarchical_cp=(inner, layout.cp // inner))
-    # A token that attends to itself only has a gradient of zero, of which rounding errors are seen,
-    # and Adam makes steps: the longest of packed sequences has two tokens, and may have no more.
     least = 2 + int(str(choices.choose("multi_token")))
-    alone = optimizer == "adam" and least > 2
-    packed = int(str(choices.choose("packed", only=(0,) if alone else None)))
+    packed = int(str(choices.choose("packed")))
     placement = str(choices.choose("placement"))
     shape = draw(
         _sizes(layout, str(algorithm), placement, routed=routed, least=least, packed=packed)
@@ -400,6 +397,7 @@ def refusable_model_cases(draw: st.DrawFn) -> Case:
         ({}, {"split": ",".join(map(str, [layers + 1] * chunks))}),
         ({}, {"pipeline": "dualpipe"}),
         ({}, {"positions": "sinusoidal"}),
+        ({}, {"max_sequence": 1}),
         ({}, {"hidden_dropout": 1.0}),
         ({}, {"multiple": -2}),
         ({}, {"clip": -1.0}),

@@ -100,7 +100,7 @@ def _parts(
     """What the parts of a layer of these sizes are, with what few layers have if it is `rich`."""
     pairs = shape.get("rope_size", shape["head_size"]) // 2
     mask = chosen(draw, "mask", MASKS)
-    window = draw(st.integers(2, shape["sequence"] + 1)) if mask == "sliding_window" else None
+    window = draw(st.integers(1, shape["sequence"] + 1)) if mask == "sliding_window" else None
     few: Choices = {"zero_centered": _FLAGS, **SCORED}
     choices: dict[str, Sequence[Option]] = {
         "norm": KINDS,
@@ -127,7 +127,7 @@ def _layer_sizes(
     chunks = layout.cp * (2 if placement == "zigzag" else 1)
     chunks *= layout.tp if layout.sequence_parallel else 1
     return {
-        "sequence": max(chunks * draw(st.integers(max(packed, 1), packed + 1)), 2),
+        "sequence": chunks * draw(st.integers(max(packed, 1), packed + 1)),
         "batch": draw(st.integers(1, 2)),
         "hidden": draw(st.integers(3, 5)),
         **draw(grouped_heads(layout, algorithm, most=5)),

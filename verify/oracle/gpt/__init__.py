@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from verify.case import Case
+from verify.errors import BadArgument
 from verify.oracle.context import PLACEMENTS
 from verify.oracle.contract import Contract, TensorSpec
 from verify.oracle.gpt.dropouts import masks_of
@@ -50,11 +51,17 @@ def gpt_training(case: Case) -> Contract:
     Options: those of `transformer_layer` but marks of padding, with `layer_scaling` instead of a
     number, and the sizes of latents where it has them; of `training_steps`, the order of the norm
     being `order`, and `frozen` a word of names; `positions`, none, rotary (with a rotary_dim) or
-    learned; `tied`; the vocabulary is padded to a `multiple` of tp; `every`, which layers have the
+    learned; `max_sequence`, the most tokens of a sequence, padding included, those of a row unless
+    given; `tied`; the vocabulary is padded to a `multiple` of tp; `every`, which layers have the
     case's `experts`, with the auxiliary losses of `moe_layer`; `first`, `last` and `split`, how
     layers are shared out; the `pipeline` schedule; `dispatcher`.
     """
     model = Model.of(case)
+    if (longest := max(model.sequences.padded)) > model.max_sequence:
+        raise BadArgument(
+            f"case.options.max_sequence: {model.max_sequence} is less than the {longest} tokens of"
+            " the longest sequence"
+        )
     stacks = stacks_of(model)
     steps, shape = case.shape["steps"], case.shape
     plan = ModelPlan(**vars(plan_of(training_case(case), steps, frozen=FROZEN)))

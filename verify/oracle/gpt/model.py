@@ -46,6 +46,7 @@ AUXILIARY = ("balance", "coefficient", "z_loss")
 ROUTED = ("dispatcher", "activation", *AUXILIARY)
 OWN = (
     "positions",
+    "max_sequence",
     "tied",
     "multiple",
     "every",
@@ -136,6 +137,12 @@ class Model:
             values = tuple(value for spec in each for value in spec.values or ())
             found["cu_seqlens"] = TensorSpec((count, *each[0].shape), {}, None, values=values)
         return found
+
+    @property
+    def max_sequence(self) -> int:
+        """The most tokens that a sequence may have, those of a row unless the case says so."""
+        row = self.case.shape["sequence"]
+        return whole_number(self.case, "max_sequence", least=1) or row
 
     def sequences_in(self, microbatch: int) -> Sequences:
         """Those of every row of a microbatch."""

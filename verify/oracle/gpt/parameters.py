@@ -45,7 +45,7 @@ def stacks_of(model: Model) -> dict[str, Stack]:
         "embedding.tokens.weight": ((model.padded, hidden), first | last if copied else first)
     }
     if model.positions == "learned":
-        once["embedding.positions.weight"] = ((model.case.shape["sequence"], hidden), first)
+        once["embedding.positions.weight"] = ((model.max_sequence, hidden), first)
     found = {n: _stack(model, n, shape, (0,), (at,)) for n, (shape, at) in once.items()}
     by_name: dict[str, tuple[tuple[int, ...], list[int]]] = {}
     for layer in range(model.case.shape["layers"]):
