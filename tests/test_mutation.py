@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,12 +16,15 @@ import pytest
 from test_cli import in_process, shardproof
 from test_report import FAILED
 
+from impl.buckets import lay_out
+from impl.pipeline.schedules import build_schedule
 from verify.errors import BadArgument
 from verify.mutants import CATALOGUE
 from verify.mutants.generated import generate
 from verify.mutants.packages import modules_of
 from verify.mutation.claims import claims
 from verify.mutation.document import complaints, describe, validate
+from verify.mutation.lines import Lines
 from verify.mutation.outcome import Fate, Outcome, _Present, examine
 from verify.mutation.pool import Lost, Pool, number_of_workers
 from verify.mutation.trials import Surveyed, Trial, Trials
@@ -297,3 +301,19 @@ def test_wrong_options_are_one_line(capsys):
         code, out, error = in_process(capsys, "mutants", *arguments)
         assert (code, out, error.count("\n")) == (2, "", 1)
         assert words in error
+
+
+def test_lines_are_seen_of_ranks_and_of_what_runs_here():
+    with Lines("impl") as lines:
+        build_schedule("1f1b", pp=2, microbatches=2).to_plain()
+        here = {module for module, _ in lines.reached}
+        lines.clear()
+        sizes = {"bucket_size": 2, "parts": 2}
+        rank = threading.Thread(target=lay_out, args=([3, 4],), kwargs=sizes)
+        rank.start()
+        rank.join()
+    assert "impl.pipeline.schedules" in here
+    assert {module for module, _ in lines.reached} == {"impl.buckets"}
+    lines.clear()
+    build_schedule("1f1b", pp=2, microbatches=2)
+    assert not lines.reached
