@@ -131,7 +131,7 @@ class GPTModel(Module):
         """The next chunk's input; of the last chunk the hidden states that `losses` takes. `packed`
         are the sequences of all ranks of cp, where a row has several."""
         if self.pre_process:
-            self._check(x, packed)
+            self.check_length(x, packed)
             x = self.embedding(x, packed=packed)
         for layer in self.layers.values():
             x = layer(x, packed=packed)
@@ -227,7 +227,9 @@ class GPTModel(Module):
             copy.shared_embedding = True  # type: ignore[attr-defined]
             copy.shared = True  # type: ignore[attr-defined]
 
-    def _check(self, tokens: Tensor, packed: PackedSequences | None) -> None:
+    def check_length(self, tokens: Tensor, packed: PackedSequences | None) -> None:
+        """Raise ValueError where a row of these tokens, or one of its sequences, is longer than
+        any may be."""
         whole = tokens.shape[-1] * self.groups.size("cp")
         length = whole if packed is None else max(packed.padded_lengths)
         if length > self.config.max_sequence:

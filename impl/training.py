@@ -85,7 +85,7 @@ class Trainer:
         self.link = _link(chunks, groups)
         model = chunks[0]
         assert isinstance(model, GPTModel)
-        self.config = model.config
+        self.config, self._check_length = model.config, model.check_length
         self._routed = [each for each in chunks.modules() if isinstance(each, RoutedExperts)]
         self._weight = self.config.multi_token_scaling / max(self.config.multi_token_layers, 1)
 
@@ -145,7 +145,7 @@ class Trainer:
     ) -> Tensor:
         """The sums of the losses of the whole step, float64, as `GPTModel.losses` has them in
         training."""
-        self._check_packed(microbatches)
+        self._check_rows(microbatches)
         sums: list[Tensor] = []
         Executor(
             table,
@@ -183,8 +183,9 @@ class Trainer:
             loss=loss,
         )
 
-    def _check_packed(self, microbatches: Sequence[Microbatch]) -> None:
-        """Raise ValueError on every rank alike where packed sequences are not those of a row."""
+    def _check_rows(self, microbatches: Sequence[Microbatch]) -> None:
+        """Raise ValueError on every rank alike, before one waits for another that has raised it,
+        where packed sequences are not those of a row, or longer than any may be."""
         size = self.groups.size("cp")
         for m, each in enumerate(microbatches):
             try:
@@ -194,6 +195,7 @@ class Trainer:
                     placement=self.config.layer.placement,
                     packed=each.packed,
                 )
+                self._check_length(each.tokens, each.packed)
             except ValueError as error:
                 raise ValueError(f"microbatch {m}: {error}") from None
 

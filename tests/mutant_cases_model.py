@@ -94,3 +94,4 @@ def cases() -> Iterator[tuple[str, Case]]:
         "equivalence",
         case_of("gpt_training", Layout(pp=2), routed, split="1,2", every=2, **CLIPPED),
     )
+    yield "refusal", case_of("gpt_training", Layout(pp=2), single, max_sequence=3, **PLAIN)

@@ -424,4 +424,12 @@ MULTI_TOKEN = (
         replacement="1.0 / max",
     ),
 )
-MUTANTS = (*MODEL, *STEP, *PACKED, *MULTI_TOKEN)
+REFUSALS = (
+    _training(
+        name="step-refused-by-the-first-stage",
+        wrong="A sequence that is too long is refused by the first stage only; the others wait.",
+        snippet="                self._check_length(each.tokens, each.packed)\n",
+        replacement="",
+    ),
+)
+MUTANTS = (*MODEL, *STEP, *PACKED, *MULTI_TOKEN, *REFUSALS)
