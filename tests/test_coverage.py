@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
-from test_pytest_plugin import properties, report  # noqa: F401
+from test_pytest_plugin import properties, report, row  # noqa: F401
 
 from verify.case import Case
 from verify.coverage.factors import pairs_of, row_from, row_key, row_of
@@ -15,6 +15,7 @@ from verify.coverage.space import pair_counts, spaces_of
 from verify.coverage.steering import CONCEPT, Steering, chosen, foresee, note_default, steered
 from verify.layout import Layout
 from verify.report.pairs import triangle
+from verify.runner import examiner
 from verify.runner.draws import use_profile
 from verify.runner.limits import Limits, limits, set_limits
 from verify.runner.options import RunOptions
@@ -288,7 +289,12 @@ def test_it(check, case):
 """
 
 
-def test_a_run_that_misses_a_pair_fails_if_it_is_told_to(properties, pytester):  # noqa: F811
+def test_a_run_that_misses_a_pair_fails_if_it_is_told_to(
+    properties,  # noqa: F811
+    pytester,
+    monkeypatch,
+):
+    monkeypatch.setattr(examiner, "FURTHER", 0)
     assert properties(SUITE, "--max-examples", "5").ret == 0
     result = properties(SUITE, "--max-examples", "5", "--require-pairs")
     assert result.ret == 1
@@ -299,6 +305,19 @@ def test_a_run_that_misses_a_pair_fails_if_it_is_told_to(properties, pytester): 
     (space,) = document["coverage"]["concepts"]
     result.stdout.fnmatch_lines([f"pair missed: fake_row: {space['missed'][0]}"])
     assert space["missed"][0] in (pytester.path / "out/index.html").read_text()
+
+
+def test_a_property_that_misses_a_pair_draws_on(properties, pytester):  # noqa: F811
+    assert properties(SUITE, "--max-examples", "5").ret == 0
+    few = row(pytester, "fake.it")
+    assert (few["examples"], report(pytester)["coverage"]["pairs"]["missed"] >= 2) == (5, True)
+    found = []
+    for _ in range(2):
+        assert properties(SUITE, "--max-examples", "5", "--require-pairs").ret == 0
+        found.append(row(pytester, "fake.it"))
+        assert report(pytester)["coverage"]["pairs"]["missed"] == 0
+    assert found[0]["examples"] in (15, 25, 35)
+    assert found[0]["digest"] == found[1]["digest"] != few["digest"]
 
 
 def test_a_run_that_has_them_all_passes(properties, pytester):  # noqa: F811

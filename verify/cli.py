@@ -113,7 +113,8 @@ _PROFILES = "; ".join(
     "--require-pairs",
     is_flag=True,
     default=None,
-    help="Exit with 1 if a pair of values that could be is not exercised (docs/coverage.md).",
+    help="Exit with 1 if a pair of values that could be is not exercised, after a few more examples"
+    " (docs/coverage.md).",
 )
 @click.option("--report", metavar="DIR", help="Where the report goes. Default: shardproof-report.")
 @click.option("-n", "workers", metavar="N|auto", help="Spread the properties over N processes.")

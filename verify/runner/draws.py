@@ -4,7 +4,8 @@ make two runs draw differently.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,18 @@ def name_examples(test: Any, name: str) -> None:
     """Have the database keep a property's failing examples by its name. Hypothesis keeps none where
     a seed is forced, and elsewhere by the path of the file, which another machine may not have."""
     test._hypothesis_internal_database_key = name.encode()
+
+
+@contextmanager
+def drawing_on(test: Any, *, seed: int, examples: int) -> Iterator[None]:
+    """While inside, `test` draws so many other examples, those of `seed`."""
+    before = test._hypothesis_internal_use_settings, hypothesis.core.global_force_seed
+    test._hypothesis_internal_use_settings = settings(before[0], max_examples=examples)
+    hypothesis.core.global_force_seed = seed  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        test._hypothesis_internal_use_settings, hypothesis.core.global_force_seed = before
 
 
 def _no_mutations(runner: object, data: object) -> None:

@@ -21,11 +21,11 @@ from verify.cluster.base import Cluster
 from verify.errors import WorldLost
 from verify.known import KnownFindings
 from verify.runner.check_fixture import CheckCase
-from verify.runner.draws import name_examples
+from verify.runner.draws import drawing_on, name_examples
 from verify.runner.exercise import Recorded, check_case
 from verify.runner.interrupts import DeferredInterrupt
 from verify.runner.limits import Limits
-from verify.runner.options import RunOptions
+from verify.runner.options import SEED_BITS, RunOptions
 from verify.runner.record import Record, file_name, property_name
 from verify.runner.recorder import Recorder, Undecided, told
 from verify.targets import load_target
@@ -33,6 +33,8 @@ from verify.verdict import Judgement, Verdict, judge
 
 RECORD, RANK_STATE = "shardproof record", "shardproof rank state"
 FAILURES = "failures"
+# Of a property that was offered pairs and has not shown them: so many times so many more examples.
+FURTHER, FURTHER_EXAMPLES = 3, 10
 
 
 def failure_path(report: Path, name: str) -> Path:
@@ -145,7 +147,9 @@ class Examiner:
         raised: BaseException | None = None
         try:
             with Recorded(item, recorder, self._interrupt):
-                return (yield)
+                done = yield
+                self._draw_on(item, recorder)
+                return done
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -156,6 +160,18 @@ class Examiner:
         finally:
             concluded = recorder.conclude(raised)
             self._record = self.known.applied(concluded, self._rerun)
+
+    def _draw_on(self, item: pytest.Function, recorder: Recorder) -> None:
+        """Where all pairs are required, run a property that was offered some in vain a little
+        longer: steering goes for them."""
+        if not (self.options.require_pairs and is_hypothesis_test(item.obj)):
+            return
+        for number in range(1, FURTHER + 1):
+            if all(given_up for _, _, given_up in recorder.steering.open()):
+                return
+            seed = self.options.seed + (number << SEED_BITS)
+            with drawing_on(item.obj, seed=seed, examples=FURTHER_EXAMPLES):
+                item.runtest()
 
     def _rerun(self, check: str, case: Case) -> Judgement | None:
         """How a case goes that was not drawn; None where this run cannot have it."""

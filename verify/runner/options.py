@@ -44,7 +44,7 @@ class RunOptions:
     """The options of one run. `device` and `max_world_size` None are the cluster's defaults;
     `adversary` says whether a cluster that can have one draws it with the cases. `database` keeps
     failing examples, and with `again` only those that it has are run. `require_pairs` fails a run
-    that misses a pair of values which it could have had."""
+    that misses a pair of values which it could have had, and has properties draw on for them."""
 
     target: str = "impl"
     suites: tuple[str, ...] = ()
