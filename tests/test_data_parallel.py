@@ -71,7 +71,12 @@ def _model(dtype: str = "float32") -> Linear:
 
 
 def _optimizer(
-    data_parallel: DataParallel, groups: Groups, *, rate: float, adam: bool = False
+    data_parallel: DataParallel,
+    groups: Groups,
+    *,
+    rate: float,
+    decay: float = 0.0,
+    adam: bool = False,
 ) -> Optimizer:
     return Optimizer(
         data_parallel,
@@ -79,6 +84,7 @@ def _optimizer(
         parameter_groups=[ParameterGroup(parameters=data_parallel.parameters)],
         rule=AdamW() if adam else SGD(),
         schedule=Schedule(maximum=rate),
+        weight_decay=decay,
     )
 
 
@@ -221,14 +227,7 @@ def _unused() -> list[list[float]]:
     data_parallel = DataParallel(
         model, groups=groups, bucket_size=1, distributed=True, overlap=True
     )
-    optimizer = Optimizer(
-        data_parallel,
-        groups=groups,
-        parameter_groups=[ParameterGroup(parameters=data_parallel.parameters)],
-        rule=AdamW(),
-        schedule=Schedule(maximum=0.5),
-        weight_decay=1.0,
-    )
+    optimizer = _optimizer(data_parallel, groups, rate=0.5, decay=1.0, adam=True)
     for _ in range(3):
         data_parallel.zero_gradients()
         model[0](torch.ones(1, WIDTH)).sum().backward()

@@ -70,7 +70,7 @@ class Comparison:
     evidence: Evidence | None = None
     elements: int = 0
     _seen: int = 0
-    _beyond: list[str] = field(default_factory=list)
+    _beyond: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         names = result_names(self.contract)
@@ -84,7 +84,8 @@ class Comparison:
                 f" {len(self.observations)} ranks"
             )
         if self._beyond and not self.divergences:
-            raise BeyondRange(f"reference: {', '.join(self._beyond)} overflows")
+            beyond = ", ".join(name for name in names if name in self._beyond)
+            raise BeyondRange(f"reference: {beyond} overflows")
 
     def _compare(self, name: str) -> None:
         wrong = [
@@ -106,7 +107,7 @@ class Comparison:
         if found:
             return found
         if expectation.tolerance.overflows(name):
-            self._beyond.append(name)
+            self._beyond.add(name)
             return []
         if any(isinstance(placement, Partial) for placement in placements.values()):
             return self._sums(name, expectation, members, placements)

@@ -49,11 +49,9 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {"gpt_training": _OPTIONS}
 def config_of(case: Case, groups: Groups) -> ModelConfig:
     """The model that a case describes."""
     named = {"multiple": "vocabulary_multiple", "every": "experts_every"}
-    named |= {"max_sequence": "max_sequence"}
     named |= {"first": "first_stage_layers", "last": "last_stage_layers"}
     named |= {"multi_token": "multi_token_layers", "multi_token_scaling": "multi_token_scaling"}
-    given: dict[str, Any] = {"max_sequence": case.shape["sequence"]}
-    given |= {
+    given: dict[str, Any] = {
         argument: case.options[name] for name, argument in named.items() if name in case.options
     }
     if text := case.options.get("split"):
@@ -62,6 +60,7 @@ def config_of(case: Case, groups: Groups) -> ModelConfig:
         layer=layer_config(case, groups, experts=_experts(case), **switches(case, "layer_scaling")),
         layers=case.shape["layers"],
         vocabulary=case.shape["vocabulary"],
+        max_sequence=case.options.get("max_sequence", case.shape["sequence"]),  # type: ignore[arg-type]
         positions=case.options.get("positions", "none"),  # type: ignore[arg-type]
         **switches(case, "tied"),
         **given,
