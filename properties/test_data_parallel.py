@@ -4,8 +4,9 @@ Laws: (1) after finalisation every gradient is that of the mean loss over the to
 all rounds and ranks, each of which may have none; (2) copies are equal; (3) neither buckets, nor
 overlap, nor the distributed optimizer's shards change anything; (4) what one step leaves in buffers
 does not reach the next; (5) gradients of experts are summed over their own copies; (6) a frozen
-parameter stays as it is; (7) a second run gives the same bits. All in steps of plain gradient
-descent, which shows constant factors that Adam hides.
+parameter stays as it is; (7) a second run gives the same bits; (8) a parameter that a pass does not
+read has a gradient of zero from it, and is updated all the same. All but law 8 in steps of plain
+gradient descent, which shows constant factors that Adam hides.
 """
 
 from __future__ import annotations
@@ -21,6 +22,14 @@ _ALL = OPTIONS["training_steps"]
 PLAIN: Choices = {"zeros": ("", "", "", "mask")}
 BUFFERS: Choices = {name: _ALL[name] for name in ("bucket", "distributed", "overlap")}
 FROZEN: Choices = {**BUFFERS, "frozen": _ALL["frozen"]}
+UNREAD: Choices = {
+    "spare": tuple(when for when in _ALL["spare"] if when),
+    "optimizer": _ALL["optimizer"],
+    "weight_decay": (0.0, 0.5, 0.5, 16.0),
+    "bucket": _ALL["bucket"],
+    "distributed": (False, True, True),
+    "overlap": (False, True, True),
+}
 
 
 @given(case=training_cases(options=PLAIN))
@@ -49,6 +58,13 @@ def test_gradients_of_experts(check: CheckCase, case: Case) -> None:
 def test_frozen_parameters(check: CheckCase, case: Case) -> None:
     """Law 6. Must catch: buckets that wait for gradients that never come; frozen parameters that
     move."""
+    check("equivalence", case)
+
+
+@given(case=training_cases(options=UNREAD))
+def test_parameters_that_not_every_pass_reads(check: CheckCase, case: Case) -> None:
+    """Law 8. Must catch: an update that is lost where no forward pass waits for it; a bucket that
+    is not reduced where the last round has no gradient for it; decay of what has gradients only."""
     check("equivalence", case)
 
 

@@ -39,6 +39,8 @@ def _steps() -> Iterator[Case]:
     alone = {"hidden": 1, "ffn": 1, "sequence": 1, "batch": 3}
     yield _case(Layout(dp=3), {**skipped, "distributed": True}, **alone)
     yield _case(Layout(dp=3), {"distributed": True, "norm": 3.0, "clip": SMALL}, **alone)
+    unread = {"spare": "never", "weight_decay": 16.0, "distributed": True, "overlap": True}
+    yield _case(Layout(dp=2), {**unread, "bucket": 1}, adversary=LATE, steps=3)
     experts = {"experts": 4, "sequence": 2}
     yield _case(Layout(tp=2, dp=2, ep=2, etp=1), {"clip": SMALL, "norm": 1.0}, **experts)
     yield _case(Layout(tp=2, dp=2, ep=4, etp=1), {"distributed": True}, **experts)

@@ -123,6 +123,15 @@ _REDUCTIONS = (
 """,
         seen="DP-02",
     ),
+    _buffer(
+        name="buffer-unread-not-updated",
+        wrong="What no forward pass waits for is gathered after it was updated again.",
+        snippet="""        # Those too that no forward pass has waited for, before they are updated.
+        self.finish_parameters()
+""",
+        replacement="",
+        seen="impl 0.1.0",
+    ),
     _finish(
         name="gradients-of-another-buffer",
         wrong="Gradients that are Partial over tp are summed where the optimizer does not look.",

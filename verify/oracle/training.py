@@ -3,7 +3,8 @@
 The model is y = z + experts(z) with z = x + mlp(rmsnorm(x)), the loss of a token half the mean
 square of y - wanted, and that of a step the mean over the tokens of all rounds and ranks that the
 mask lets count; of none, zero. Means of means would be something else where ranks or rounds have
-unequal numbers of them.
+unequal numbers of them. z may have a second rmsnorm(x), the spare one, in some rounds only: from
+the others its gradient is zero, and every step updates it.
 
 Whatever the dtype of the model, losses and what becomes of gradients are computed in float32, of
 float64 in float64: gradients add up there, and parameters are rounded copies of ones kept there.
@@ -12,6 +13,7 @@ float64 in float64: gradients add up there, and parameters are rounded copies of
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ from verify.placement import Partial, Placements, Shard
 
 _PLACED: Mapping[str, Placements] = {
     "norm.weight": {},
+    "spare.weight": {},
     "mlp.fc1.weight": {"tp": Shard(1)},
     "mlp.fc1.bias": {"tp": Shard(1)},
     "mlp.fc2.weight": {"tp": Shard(2)},
@@ -48,16 +51,18 @@ def training_steps(case: Case) -> Contract:
     Of every step: `loss`, `norm` of all gradients before clipping, `scale` of the loss, `skipped`,
     and the learning `rates` of all parameter groups, on every rank; `gradient NAME` of every
     trained parameter after finalisation, before clipping and without the loss scale, and `new NAME`
-    after the step. A skipped step reports a norm and gradients of zero, and leaves everything but
-    the scale as it was. A gradient lies as its parameter does, the first dimension being the step;
-    with `distributed` it is the sum over dp and cp, of experts over edp, of shards with zeros
-    around them. Afterwards no parameter has a `grad`.
+    after the step, of the spare norm after the last one only. A skipped step reports a norm and
+    gradients of zero, and leaves everything but the scale as it was. A gradient lies as its
+    parameter does, the first dimension being the step; with `distributed` it is the sum over dp and
+    cp, of experts over edp, of shards with zeros around them. Afterwards no parameter has a `grad`.
 
     Options: those of `learning_rates`; `optimizer`, sgd or adam (torch's SGD and AdamW), its
     `momentum` and `weight_decay`; `clip`, the largest norm, and its order `norm`; `groups`, one or
     several with learning rates and decay of their own; `frozen`, the beginning of the names that
-    are; `loss_scale` static or dynamic, its `hysteresis`, and the step that is to `overflow`. What
-    changes nothing: `bucket`, in elements; `overlap`; `distributed`.
+    are; `spare`, which rounds read a second norm, if there is one: never, the first_round of every
+    step, or those of odd_steps, counted from 1; `loss_scale` static or dynamic, its `hysteresis`,
+    and the step that is to `overflow`. What changes nothing: `bucket`, in elements; `overlap`;
+    `distributed`.
     """
     names = ("steps", "rounds", "sequence", "batch", "hidden", "ffn")
     steps, rounds, sequence, batch, hidden, ffn = sizes(case, *names, optional=("experts",))
@@ -65,7 +70,7 @@ def training_steps(case: Case) -> Contract:
     _check(case, sequence * batch, experts)
     plan = plan_of(case, steps)
     rates = rates_of(case, steps)
-    shapes = _shapes(hidden, ffn, experts)
+    shapes = _shapes(hidden, ffn, experts, spare=bool(plan.spare))
     tokens: Placements = {"cp": Shard(2), "dp": Shard(3)}
     placed = {**tokens, "tp": Shard(2)} if layout.sequence_parallel else tokens
     shape = (steps, rounds, sequence, batch)
@@ -109,7 +114,7 @@ def _check(case: Case, tokens: int, experts: int) -> None:
         )
 
 
-def _shapes(hidden: int, ffn: int, experts: int) -> dict[str, tuple[int, ...]]:
+def _shapes(hidden: int, ffn: int, experts: int, *, spare: bool) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {
         "norm.weight": (hidden,),
         "mlp.fc1.weight": (ffn, hidden),
@@ -117,6 +122,8 @@ def _shapes(hidden: int, ffn: int, experts: int) -> dict[str, tuple[int, ...]]:
         "mlp.fc2.weight": (hidden, ffn),
         "mlp.fc2.bias": (hidden,),
     }
+    if spare:
+        found["spare.weight"] = (hidden,)
     if experts:
         found["experts.fc1.weight"] = (experts, ffn, hidden)
         found["experts.fc2.weight"] = (experts, hidden, ffn)
@@ -138,7 +145,8 @@ def _outputs(
         placed = {**_PLACED[name], **summed}
         found[f"gradient {name}"] = TensorSpec((steps, *shape), placed, None)
     for name, shape in shapes.items():
-        found[f"new {name}"] = TensorSpec((steps, *shape), _PLACED[name], None)
+        times = 1 if name == "spare.weight" else steps
+        found[f"new {name}"] = TensorSpec((times, *shape), _PLACED[name], None)
     return {**found, "norm": told, "loss": told}
 
 
@@ -150,7 +158,9 @@ def _train(inputs: Tensors, given: Tensors, plan: Plan, rates: list[float]) -> T
     told: dict[str, list[Tensor]] = {}
     for step in range(len(inputs["x"])):
         model = {n: main[n].to(p.dtype, copy=True) if n in main else p for n, p in given.items()}
-        loss, gradients = _gradients({n: t[step] for n, t in inputs.items()}, model, main, scale)
+        mine = {name: each[step] for name, each in inputs.items()}
+        read = [plan.reads_spare(step, round_) for round_ in range(len(mine["x"]))]
+        loss, gradients = _gradients(mine, model, main, scale, read)
         skipped = step + 1 == plan.overflow
         factors = [rates[updates] * factor for factor, _ in FACTORS[plan.groups]]
         report = {"loss": loss, "scale": scale.value, "skipped": skipped, "rates": factors}
@@ -170,33 +180,38 @@ def _train(inputs: Tensors, given: Tensors, plan: Plan, rates: list[float]) -> T
         found |= {n: torch.as_tensor(v, dtype=torch.float64) for n, v in report.items()}
         for name, value in {**found, "norm": norm}.items():
             told.setdefault(name, []).append(value)
+    if plan.spare:
+        del told["new spare.weight"][:-1]
     return {name: torch.stack(values) for name, values in told.items()}
 
 
 def _gradients(
-    inputs: Tensors, model: dict[str, Tensor], main: Tensors, scale: Scale
+    inputs: Tensors, model: dict[str, Tensor], main: Tensors, scale: Scale, read: list[bool]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a step in float64, and the gradients of what is trained, wide and unscaled."""
+    """The loss of a step in float64, and the gradients of what is trained, wide and unscaled.
+    `read` tells which rounds read the spare norm."""
     leaves = {name: model[name].requires_grad_() for name in main}
     sums = {name: torch.zeros_like(each) for name, each in main.items()}
     loss, count = torch.zeros((), dtype=torch.float64), inputs["mask"].sum().clamp_min(1)
     for round_ in range(len(inputs["x"])):
         mine = {n: t[round_] for n, t in inputs.items() if n != "overflow"}
-        y = _model(mine, model)
+        y = _model(mine, model, spare=read[round_])
         away = (y - mine["wanted"]).to(next(iter(sums.values())).dtype)
         total = (0.5 * away.square().mean(-1) * mine["mask"]).sum()
-        found = torch.autograd.grad(total * scale.value, list(leaves.values()))
+        found = torch.autograd.grad(
+            total * scale.value, list(leaves.values()), materialize_grads=True
+        )
         for name, each in zip(leaves, found, strict=True):
             sums[name] += each
         loss = loss + total.detach().double()
     return loss / count, {name: each / (count * scale.value) for name, each in sums.items()}
 
 
-def _model(inputs: Tensors, model: Tensors) -> Tensor:
-    x = inputs["x"]
-    y = x + mlp_of(
-        normalised(x, model, "norm.", kind="rms", zero_centered=False), model, "mlp.", "gelu"
-    )
+def _model(inputs: Tensors, model: Tensors, *, spare: bool) -> Tensor:
+    x, norm = inputs["x"], partial(normalised, kind="rms", zero_centered=False)
+    y = x + mlp_of(norm(x, model, "norm."), model, "mlp.", "gelu")
+    if spare:
+        y = y + norm(x, model, "spare.")
     if "choice" not in inputs:
         return y
     out = torch.zeros_like(y)

@@ -17,6 +17,7 @@ from verify.oracle.terms import known_options, number, one_of, switches, whole_n
 OPTIMIZERS = ("sgd", "adam")
 GROUPS = ("one", "several")
 FROZEN = ("", "norm", "mlp.fc1", "mlp")
+SPARE = ("", "never", "first_round", "odd_steps")
 SCALES = ("none", "static", "dynamic")
 OPTIONS = (
     *RATES,
@@ -27,6 +28,7 @@ OPTIONS = (
     "norm",
     "groups",
     "frozen",
+    "spare",
     "loss_scale",
     "hysteresis",
     "overflow",
@@ -42,7 +44,7 @@ FACTORS = {"one": ((1.0, 1.0),), "several": ((1.0, 1.0), (0.5, 2.0), (1.0, 0.0),
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """`clip` is the largest norm, of order `norm`; `overflow` the step, from 1, whose gradients are
-    not finite, 0 for none."""
+    not finite, 0 for none; `spare` when a second norm is there and read, "" for none."""
 
     optimizer: str
     momentum: float
@@ -51,6 +53,7 @@ class Plan:
     norm: float
     groups: str
     frozen: str
+    spare: str
     loss_scale: str
     hysteresis: int
     overflow: int
@@ -63,6 +66,10 @@ class Plan:
         if name.endswith("fc2.weight"):
             return 1
         return 2 if name.endswith("bias") or name.startswith("norm") else 0
+
+    def reads_spare(self, step: int, round_: int) -> bool:
+        """Whether the forward pass of a round of a step, both from 0, reads the second norm."""
+        return {"first_round": round_ == 0, "odd_steps": step % 2 == 0}.get(self.spare, False)
 
     def is_frozen(self, name: str) -> bool:
         """Whether a parameter is not trained."""
@@ -83,6 +90,7 @@ def plan_of(case: Case, steps: int, *, frozen: tuple[str, ...] = FROZEN) -> Plan
         norm=inf if case.options.get("norm") == "inf" else _positive(case, "norm", 2.0) or 2.0,
         groups=one_of(case, "groups", GROUPS),
         frozen=one_of(case, "frozen", frozen),
+        spare=one_of(case, "spare", SPARE),
         loss_scale=one_of(case, "loss_scale", SCALES),
         hysteresis=whole_number(case, "hysteresis", least=1) or 1,
         overflow=whole_number(case, "overflow", least=0) or 0,

@@ -53,6 +53,7 @@ OPTIONS: Mapping[str, Choices] = {
         "norm": (2.0, 1.0, 3.0, "inf"),
         "groups": ("one", "several"),
         "frozen": ("", "norm", "mlp.fc1", "mlp"),
+        "spare": ("", "never", "first_round", "odd_steps"),
         "loss_scale": ("none", "static", "dynamic"),
         "hysteresis": (1, 2),
         "overflow": (0, 1, 2),

@@ -45,6 +45,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
         "norm",
         "groups",
         "frozen",
+        "spare",
         "loss_scale",
         "hysteresis",
         "overflow",
@@ -58,7 +59,8 @@ FACTORS = {"one": ((1.0, 1.0),), "several": ((1.0, 1.0), (0.5, 2.0), (1.0, 0.0),
 
 
 class _Model(Module):
-    """z = x + mlp(norm(x)); with experts z + expert(z), each token's by its choice."""
+    """z = x + mlp(norm(x)), in some calls + spare(x); with experts z + expert(z), each token's by
+    its choice."""
 
     def __init__(self, case: Case, groups: Groups) -> None:
         super().__init__()
@@ -66,6 +68,7 @@ class _Model(Module):
         plain = {n: arguments[n] for n in ("sequence_parallel", "dtype") if n in arguments}
         self.groups, self.sequence_parallel = groups, case.layout.sequence_parallel
         self.norm = RMSNorm(shape["hidden"], **plain)
+        self.spare = RMSNorm(shape["hidden"], **plain) if case.options.get("spare") else None
         self.mlp = MLP(shape["hidden"], ffn=shape["ffn"], **arguments)
         self.experts = None
         if "experts" in shape:
@@ -81,9 +84,12 @@ class _Model(Module):
             )
             self.num_experts = shape["experts"]
 
-    def forward(self, x: Tensor, choice: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, choice: Tensor | None, *, spare: bool) -> Tensor:
         """Whole tokens over tp, of tokens that sequence parallelism may split."""
         y = x + self.mlp(self.norm(x))
+        if spare:
+            assert self.spare is not None
+            y = y + self.spare(x)
         if self.experts is not None:
             assert choice is not None
             y = y + self._routed(y.flatten(0, 1), choice.flatten()).view(y.shape)
@@ -141,13 +147,16 @@ class TrainingSubject:
         after: list[dict[str, Tensor]] = []
         for step in range(self.case.shape["steps"]):
             mine = {name: tensor[step] for name, tensor in inputs.items()}
-            for name, value in self._step(mine, data_parallel, optimizer, after).items():
+            found = self._step(step, mine, data_parallel, optimizer, after)
+            for name, value in found.items():
                 told.setdefault(name, []).append(value)
         data_parallel.finish_parameters()
         self._look(after)
         for name in after[0]:
-            # What the first forward pass of a step sees is what the step before has left.
-            told[f"new {name}"] = [each[name] for each in after[1:]]
+            # What the first forward pass of a step sees is what the step before has left, of all
+            # that it reads.
+            first = -1 if name.startswith("spare") else 1
+            told[f"new {name}"] = [each[name] for each in after[first:]]
         return {name: torch.stack(values) for name, values in told.items()}
 
     def finish_gradients(self) -> None:
@@ -158,6 +167,7 @@ class TrainingSubject:
 
     def _step(
         self,
+        step: int,
         inputs: Tensors,
         data_parallel: DataParallel,
         optimizer: Optimizer,
@@ -168,7 +178,7 @@ class TrainingSubject:
         rounds, total = self.case.shape["rounds"], data_parallel.zero
         for index in range(rounds):
             mine = {name: each[index] for name, each in inputs.items() if name != "overflow"}
-            loss = self._loss(mine)
+            loss = self._loss(mine, spare=self._reads_spare(step, index))
             if index == 0:
                 self._look(after)
             total = total + loss.detach()
@@ -192,9 +202,13 @@ class TrainingSubject:
         found |= {name: torch.tensor(v, dtype=torch.float64) for name, v in report.items()}
         return found | {"loss": loss / tokens.clamp_min(1), "norm": done.norm}
 
-    def _loss(self, inputs: Tensors) -> Tensor:
+    def _reads_spare(self, step: int, index: int) -> bool:
+        read = {"first_round": index == 0, "odd_steps": step % 2 == 0}
+        return read.get(str(self.case.options.get("spare")), False)
+
+    def _loss(self, inputs: Tensors, *, spare: bool) -> Tensor:
         """The sum over this rank's tokens that count."""
-        y = self.model(inputs["x"], inputs.get("choice"))
+        y = self.model(inputs["x"], inputs.get("choice"), spare=spare)
         away = y - inputs["wanted"]
         away = away.to(torch.promote_types(away.dtype, torch.float32))
         loss: Tensor = (0.5 * away.square().mean(-1) * inputs["mask"]).sum()

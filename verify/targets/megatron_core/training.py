@@ -41,6 +41,7 @@ OPTIONS: Mapping[str, frozenset[str]] = {
         "weight_decay",
         "clip",
         "frozen",
+        "spare",
         "bucket",
         "distributed",
         "overlap",
@@ -51,25 +52,33 @@ _STYLES = {"wsd": "WSD", "inverse_square_root": "inverse-square-root"}
 
 
 class _Model(MegatronModule):
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, *, spare: bool) -> None:
         super().__init__(config)
-        dtype = config.params_dtype
-        self.norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, dtype=dtype)
-        # As Megatron's fused norms mark their weights.
-        self.norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.norm = _norm(config)
+        self.spare = _norm(config) if spare else None
         parts = MLPSubmodules(
             linear_fc1=tensor_parallel.ColumnParallelLinear,
             linear_fc2=tensor_parallel.RowParallelLinear,
         )
         self.mlp = MLP(config, parts, ffn_hidden_size=config.ffn_hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x + mlp(norm(x)), whole over tp."""
+    def forward(self, x: Tensor, *, spare: bool) -> Tensor:
+        """x + mlp(norm(x)), in some calls + spare(x), whole over tp."""
         y, bias = self.mlp(self.norm(x))
         y = x + y + bias
+        if spare:
+            assert self.spare is not None
+            y = y + self.spare(x)
         if not self.config.sequence_parallel:
             return y
         return mappings.gather_from_sequence_parallel_region(y, tensor_parallel_output_grad=False)
+
+
+def _norm(config: TransformerConfig) -> RMSNorm:
+    norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, dtype=config.params_dtype)
+    # As Megatron's fused norms mark their weights.
+    norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return norm
 
 
 class TrainingSubject:
@@ -85,7 +94,8 @@ class TrainingSubject:
             bf16=case.dtype == "bfloat16",
             context_parallel_size=case.layout.cp,
         )
-        self.model = _Model(self.config)
+        self.spare = str(case.options.get("spare") or "")
+        self.model = _Model(self.config, spare=bool(self.spare))
         frozen = str(case.options.get("frozen") or "")
         for name, parameter in self._named():
             parameter.requires_grad_(not frozen or not name.startswith(frozen))
@@ -119,7 +129,8 @@ class TrainingSubject:
         after: list[dict[str, Tensor]] = []
         for step in range(self.case.shape["steps"]):
             mine = {name: tensor[step] for name, tensor in inputs.items()}
-            for name, value in self._step(mine, model, optimizer, schedule, after).items():
+            found = self._step(step, mine, model, optimizer, schedule, after)
+            for name, value in found.items():
                 told.setdefault(name, []).append(value)
         if on["distributed"] and on["overlap"]:
             model.start_param_sync(force_sync=True)
@@ -127,7 +138,8 @@ class TrainingSubject:
         # The optimizer in float32 has left the gradients of the last step with the parameters.
         optimizer.zero_grad()
         for name in after[0]:
-            told[f"new {name}"] = [each[name] for each in after[1:]]
+            first = -1 if name.startswith("spare") else 1
+            told[f"new {name}"] = [each[name] for each in after[first:]]
         return {name: torch.stack(values) for name, values in told.items()}
 
     def finish_gradients(self) -> None:
@@ -141,6 +153,7 @@ class TrainingSubject:
 
     def _step(
         self,
+        step: int,
         inputs: Tensors,
         model: DistributedDataParallel,
         optimizer: Any,
@@ -153,7 +166,8 @@ class TrainingSubject:
         for index in range(rounds):
             last = index + 1 == rounds
             with contextlib.nullcontext() if last else model.no_sync():
-                y = model(inputs["x"][index])
+                read = {"first_round": index == 0, "odd_steps": step % 2 == 0}
+                y = model(inputs["x"][index], spare=read.get(self.spare, False))
                 if index == 0:
                     self._look(after)
                 away = y - inputs["wanted"][index]
@@ -277,6 +291,8 @@ def lacks(case: Case) -> str | None:
         return "float16 always has a loss scale, for which there is no adapter"
     if case.dtype == "float64":
         return "gradients are clipped, and their norm is told, in float32 only"
+    if case.options.get("spare") and case.options.get("overlap", False):
+        return "with overlap every backward pass has to reach all parameters"
     if case.options.get("distributed", False) and case.options.get("optimizer", "sgd") != "adam":
         return "the distributed optimizer is of Adam only"
     return None
