@@ -25,8 +25,9 @@ FROZEN: Choices = {**BUFFERS, "frozen": _ALL["frozen"]}
 UNREAD: Choices = {
     "spare": tuple(when for when in _ALL["spare"] if when),
     "optimizer": _ALL["optimizer"],
-    "weight_decay": (0.0, 0.5, 0.5, 16.0),
-    "bucket": _ALL["bucket"],
+    "momentum": _ALL["momentum"],
+    "weight_decay": (0.0, 0.5, 16.0, 16.0),
+    "bucket": (None, 1, 1, 1, 7),
     "distributed": (False, True, True),
     "overlap": (False, True, True),
 }
@@ -64,7 +65,8 @@ def test_frozen_parameters(check: CheckCase, case: Case) -> None:
 @given(case=training_cases(options=UNREAD))
 def test_parameters_that_not_every_pass_reads(check: CheckCase, case: Case) -> None:
     """Law 8. Must catch: an update that is lost where no forward pass waits for it; a bucket that
-    is not reduced where the last round has no gradient for it; decay of what has gradients only."""
+    is not reduced where the last round has no gradient for it; decay of what has gradients only.
+    Only a bucket of its own has nothing in it that a pass reads."""
     check("equivalence", case)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import Linear, Module, ModuleList
+from torch.nn import Linear, Module
 
 from impl.buckets import lay_out
 from impl.data_parallel import DataParallel
@@ -19,7 +19,6 @@ from impl.optimizer.loss_scale import DynamicLossScale
 from impl.optimizer.mixed import Optimizer, ParameterGroup
 from impl.optimizer.schedule import Schedule
 from impl.optimizer.sgd import SGD
-from verify.adversary import Adversary
 from verify.cluster import Cluster, RankFailures, open_cluster
 from verify.cluster.history import History, mark
 from verify.layout import Layout
@@ -220,28 +219,6 @@ def _frozen() -> tuple[float, bool]:
     data_parallel.finish()
     done = optimizer.step()
     return float(done.norm), done.skipped
-
-
-def _unused() -> list[list[float]]:
-    groups, model = build_groups(Layout(dp=2)), ModuleList([_model(), _model()])
-    data_parallel = DataParallel(
-        model, groups=groups, bucket_size=1, distributed=True, overlap=True
-    )
-    optimizer = _optimizer(data_parallel, groups, rate=0.5, decay=1.0, adam=True)
-    for _ in range(3):
-        data_parallel.zero_gradients()
-        model[0](torch.ones(1, WIDTH)).sum().backward()
-        data_parallel.finish()
-        optimizer.step()
-    data_parallel.finish_parameters()
-    return [each.flatten().tolist() for each in model[1].parameters()]
-
-
-def test_what_no_forward_pass_waits_for_is_updated_too(cluster):
-    """Half of a value decays in each step, which no gather of the step before may bring back."""
-    expected = [[0.125] * WEIGHT, [0.125] * BIAS]
-    for late in (False, True):
-        assert cluster.run(_unused, world_size=2, adversary=Adversary(late=late)) == [expected] * 2
 
 
 def test_a_rank_may_have_nothing_to_train(cluster):

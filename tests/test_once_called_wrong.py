@@ -38,6 +38,21 @@ ADAM = Case(
     seed=1,
     **SINGLE,
 )
+# The sink leaves the key 1e-318 of a share, which has three digits.
+HARDLY_ANY = Case(
+    concept="core_attention",
+    layout=Layout(),
+    shape={
+        "sequence": 2,
+        "batch": 3,
+        "heads": 3,
+        "groups": 3,
+        "head_size": 1,
+        "key_sequence": 1,
+    },
+    options={"sink": True, "scale": 0.25, "magnitude": 256},
+    seed=782,
+)
 # Each query has one key that is not dropped: of query and key norms the gradient is zero, but for
 # what the attention of ranks, which takes it from its output, leaves of rounding.
 ONE_KEY = Case(
@@ -98,6 +113,7 @@ NOTHING = Case(
         (ONE_KEY, "step-mean-of-means"),
         (ONE_CLASS, "chunked-loss-last-chunk"),
         (NOTHING, None),
+        (HARDLY_ANY, "attention-softmax-in-float32"),
     ],
     ids=lambda each: each.concept if isinstance(each, Case) else str(each),
 )

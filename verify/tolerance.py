@@ -17,7 +17,8 @@ runs measure it; a candidate is rejected only by many, so that no lucky run deci
 measures what `scale` cannot know: a difference of large numbers, such as log-sum-exp minus logit,
 is as uncertain as they are, and so is a gradient through a softmax that is nearly one. For float64,
 of which there is no truth to measure from, it is measured in float32 and scaled by the ratio of the
-unit roundoffs. `docs/tolerances.md` derives all this and shows it.
+unit roundoffs; and `SMALLEST` is always allowed, as the smallest numbers lose digits there that no
+measurement in float32 has. `docs/tolerances.md` derives all this and shows it.
 
 A factor on all of a tensor moves every row by less than its bound allows, and rounding errors do
 not: over many rows they cancel. Where the `native` reference has the weight of `MANY_ROWS` rows or
@@ -47,6 +48,7 @@ from verify.reference import Reference, Results
 Cut = Callable[[Tensor], Tensor]
 
 MULTIPLES = {"fp64": 1e3, "native": 8.0}
+SMALLEST = torch.finfo(torch.float64).tiny
 # Disturbed runs behind a bound: few first, because most candidates are nearer than that.
 EFFORTS = (0, 1, 4, 32)
 # So many times its bound no further run would raise a bound that several runs have measured. None
@@ -159,7 +161,9 @@ class Tolerance:
         scale = _norms(right).clamp_min(least)
         deviated = torch.stack([torch.zeros_like(scale), *(_norms(each) for each in deviations)])
         rows = multiple * torch.maximum(roundoff * scale, deviated.amax(0))
-        return rows, multiple * torch.maximum(roundoff * scale.norm(), _norms(deviated).amax())
+        of_all = multiple * torch.maximum(roundoff * scale.norm(), _norms(deviated).amax())
+        floor = SMALLEST if self.reference.case.lens == "fp64" else 0.0
+        return rows.clamp_min(floor), of_all.clamp_min(floor)
 
     def _scaled(
         self, candidate: Tensor, expected: Tensor, difference: Tensor, deviations: list[Tensor]

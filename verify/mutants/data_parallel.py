@@ -124,13 +124,18 @@ _REDUCTIONS = (
         seen="DP-02",
     ),
     _buffer(
-        name="buffer-unread-not-updated",
-        wrong="What no forward pass waits for is gathered after it was updated again.",
-        snippet="""        # Those too that no forward pass has waited for, before they are updated.
-        self.finish_parameters()
+        name="bucket-begun-is-all",
+        wrong="What the last backward does not reach is not reduced where it is overlapped.",
+        snippet="""        while len(self._pending) < len(self.buckets):
+            self._start()
+        for bucket, pending in zip(self.buckets, self._pending, strict=True):
 """,
-        replacement="",
-        seen="impl 0.1.0",
+        replacement="""        spans = [len(bucket.spans) for bucket in self.buckets]
+        begun = spans != [len(missing) for missing in self._missing]
+        while len(self._pending) < len(self.buckets) and not begun:
+            self._start()
+        for bucket, pending in zip(self.buckets, self._pending):
+""",
     ),
     _finish(
         name="gradients-of-another-buffer",
@@ -179,6 +184,16 @@ _GATHERS = (
         replacement="""        for number in reversed(range(len(self.buckets) - 1)):
             bucket""",
         seen="DO-09",
+    ),
+    _buffer(
+        name="parameters-unread-not-waited-for",
+        wrong="What no forward pass reads is updated before the gather of the last update ended,"
+        " which then undoes it.",
+        snippet="""        # Those too that no forward pass has waited for, before they are updated.
+        self.finish_parameters()
+""",
+        replacement="",
+        seen="impl before 89e98b8",
     ),
 )
 MUTANTS = (*_BUFFERS, *_REDUCTIONS, *_GATHERS)

@@ -46,6 +46,13 @@ _RULES = (
         replacement=".add_(change, alpha=1 - self.momentum)",
     ),
     _step(
+        name="update-of-gradients-only",
+        wrong="A parameter whose gradient is zero neither decays nor goes on with its momentum.",
+        snippet="        self.rule.update(\n            each.main,",
+        replacement="        if not each.share.gradient.any():\n            return\n"
+        "        self.rule.update(\n            each.main,",
+    ),
+    _step(
         name="step-counted-late",
         wrong="Adam's corrections are those of the next step.",
         snippet="step=self.updates,",

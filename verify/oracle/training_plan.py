@@ -44,7 +44,7 @@ FACTORS = {"one": ((1.0, 1.0),), "several": ((1.0, 1.0), (0.5, 2.0), (1.0, 0.0),
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """`clip` is the largest norm, of order `norm`; `overflow` the step, from 1, whose gradients are
-    not finite, 0 for none; `spare` when a second norm is there and read, "" for none."""
+    not finite, 0 for none; `spare` when the second norm is read, "" if there is none."""
 
     optimizer: str
     momentum: float

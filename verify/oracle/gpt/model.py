@@ -35,7 +35,8 @@ SIZES = (
     "layers",
     "vocabulary",
 )
-# The kind of a norm is `norm`, and so it is here: the order of the gradients' is `order`.
+# The kind of a norm is `norm`, and so it is here: the order of the gradients' is `order`. No
+# norm is a spare one.
 TRAINING = tuple(name for name in _TRAINING if name not in ("norm", "spare"))
 FROZEN = ("", "norm", "mlp", "embedding", "layers")
 # Of how scores become shares, what needs nothing of the data; `layer_scaling` numbers the layers.

@@ -153,8 +153,8 @@ class TrainingSubject:
         data_parallel.finish_parameters()
         self._look(after)
         for name in after[0]:
-            # What the first forward pass of a step sees is what the step before has left, of all
-            # that it reads.
+            # What the first forward pass of a step sees is what the step before has left. The spare
+            # norm may be on its way then.
             first = -1 if name.startswith("spare") else 1
             told[f"new {name}"] = [each[name] for each in after[first:]]
         return {name: torch.stack(values) for name, values in told.items()}

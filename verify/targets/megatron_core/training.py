@@ -138,6 +138,7 @@ class TrainingSubject:
         # The optimizer in float32 has left the gradients of the last step with the parameters.
         optimizer.zero_grad()
         for name in after[0]:
+            # The spare norm is told of at the end only, see the contract.
             first = -1 if name.startswith("spare") else 1
             told[f"new {name}"] = [each[name] for each in after[first:]]
         return {name: torch.stack(values) for name, values in told.items()}
@@ -166,8 +167,7 @@ class TrainingSubject:
         for index in range(rounds):
             last = index + 1 == rounds
             with contextlib.nullcontext() if last else model.no_sync():
-                read = {"first_round": index == 0, "odd_steps": step % 2 == 0}
-                y = model(inputs["x"][index], spare=read.get(self.spare, False))
+                y = model(inputs["x"][index], spare=self._reads_spare(step, index))
                 if index == 0:
                     self._look(after)
                 away = y - inputs["wanted"][index]
@@ -187,6 +187,10 @@ class TrainingSubject:
         found |= {name: torch.tensor(v, dtype=torch.float64) for name, v in report.items()}
         wide = torch.promote_types(self.config.params_dtype, torch.float32)
         return found | {"loss": told[0] / told[1].clamp_min(1), "norm": torch.tensor(norm).to(wide)}
+
+    def _reads_spare(self, step: int, index: int) -> bool:
+        read = {"first_round": index == 0, "odd_steps": step % 2 == 0}
+        return read.get(self.spare, False)
 
     def _gradients(self, model: DistributedDataParallel) -> dict[str, Tensor]:
         """Main gradients; of a distributed optimizer's shards, zeros around them."""
@@ -292,7 +296,7 @@ def lacks(case: Case) -> str | None:
     if case.dtype == "float64":
         return "gradients are clipped, and their norm is told, in float32 only"
     if case.options.get("spare") and case.options.get("overlap", False):
-        return "with overlap every backward pass has to reach all parameters"
+        return "with overlap the last backward pass of a step has to reach all parameters"
     if case.options.get("distributed", False) and case.options.get("optimizer", "sgd") != "adam":
         return "the distributed optimizer is of Adam only"
     return None
