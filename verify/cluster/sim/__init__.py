@@ -101,7 +101,11 @@ class SimCluster:
             run = Run(world_size, (*self._own, *rank_states), processor)
             opponent = Opponent(adversary, run) if adversary else None
             run.exchange = Exchange(run, opponent, history)
-            return self._run(run, program, args)
+            try:
+                return self._run(run, program, args)
+            finally:
+                # Nothing of a run waits for the collector of cycles.
+                run.exchange = None
 
     def close(self) -> None:
         """Stop every rank thread; no run is possible afterwards."""

@@ -76,8 +76,8 @@ class SimWork(_Work):
 
     def source_rank(self) -> int:
         """The group rank whose message a receive got."""
-        message: Any = self._call.operation
-        return int(message.source)
+        assert self._call.source is not None
+        return self._call.source
 
     _source_rank = source_rank
 

@@ -55,7 +55,8 @@ class Call:
     `inputs` are read and `outputs` written when the operation is carried out; both are this rank's
     own tensors. `settings` are what
     the kind needs besides and what must agree (a reduction, a root); `own` is what need not (split
-    sizes).
+    sizes). `operation` is what it is part of until that is done; `source` the group rank whose
+    message was received.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class Call:
     done: bool = False
     waiting: bool = False
     operation: Operation | Message | None = None
+    source: int | None = None
     deliver: Callable[[], None] | None = None
 
     def describe(self) -> str:
@@ -332,14 +334,14 @@ class Exchange:
                 self._differ(sent.channel, sent.call, received.call, "the tensors differ")
             with _unseen():
                 other.data.copy_(one.reshape(other.shape))
-        assert sent.source is not None
-        received.source = sent.source
+        received.call.source = sent.source
         self._finish([sent.call, received.call])
 
     def _finish(self, calls: Iterable[Call]) -> None:
         woken = []
         for call in calls:
-            call.done = True
+            # Neither keeps the other, and with it all tensors, alive.
+            call.done, call.operation = True, None
             if call.waiting:
                 call.waiting = False
                 woken.append(call.rank)

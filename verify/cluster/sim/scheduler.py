@@ -122,7 +122,7 @@ class Run:
             self._ranks[following].gate.release()
             mine.gate.acquire()
             self._load(mine.state)
-        mine.wait = None
+        mine.wait = mine.state = None
         self.check()
 
     def wake(self, ranks: Iterable[int]) -> None:
