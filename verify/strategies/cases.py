@@ -126,6 +126,13 @@ def adversaries() -> st.SearchStrategy[Adversary]:
     return st.just(NONE) | st.builds(Adversary, late=st.just(True), schedule=schedules)
 
 
+def late(case: Case) -> Case:
+    """The case, and asynchronous work that ends late, on a cluster that has an adversary."""
+    if not limits().adversaries:
+        return case
+    return dataclasses.replace(case, adversary=dataclasses.replace(case.adversary, late=True))
+
+
 @st.composite
 def cases(
     draw: st.DrawFn,

@@ -104,6 +104,7 @@ def training_cases(
     options: Choices,
     experts: Sequence[bool] = (False,),
     lenses: Sequence[Lens] = LENSES,
+    min_steps: int = 1,
 ) -> Case:
     """Cases of `training_steps`. `options` names some and the values to draw; the others have their
     defaults."""
@@ -112,7 +113,7 @@ def training_cases(
     layout = draw(training_layouts(experts=routed))
     cut = layout.cp * layout.tp
     shape = {
-        "steps": draw(st.integers(1, 4)),
+        "steps": draw(st.integers(min_steps, 4)),
         "rounds": draw(st.integers(1, 3)),
         "sequence": cut * draw(st.integers(1, 2)),
         "batch": layout.dp * draw(st.integers(1, 2)),
