@@ -74,7 +74,6 @@ def _optimizer(
     groups: Groups,
     *,
     rate: float,
-    decay: float = 0.0,
     adam: bool = False,
 ) -> Optimizer:
     return Optimizer(
@@ -83,7 +82,6 @@ def _optimizer(
         parameter_groups=[ParameterGroup(parameters=data_parallel.parameters)],
         rule=AdamW() if adam else SGD(),
         schedule=Schedule(maximum=rate),
-        weight_decay=decay,
     )
 
 

@@ -8,7 +8,7 @@ from observed import Scene
 from test_mutants import CASES
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from verify.case import Case
+from verify.case import Case, Lens
 from verify.disturbance import ARITHMETIC, Disturbing, moved, of_output
 from verify.errors import BadArgument, BeyondRange
 from verify.layout import Layout
@@ -326,13 +326,13 @@ def test_a_gradient_that_begins_at_an_odd_element_is_turned():
         assert torch.allclose(turned_back, rotated(upstream, -torch.arange(3), **given))
 
 
-def _cut_off(seed: int) -> Reference:
+def _cut_off(seed: int, lens: Lens, dtype: str, margin: float) -> Reference:
     """A sum that is cut off a little below zero, where its rounding errors may take it above."""
-    case = Case(concept="cut", layout=Layout(), lens="native", dtype="bfloat16", seed=seed)
+    case = Case(concept="cut", layout=Layout(), lens=lens, dtype=dtype, seed=seed)
 
     def reference(inputs, parameters):
         x, weight = inputs["x"], parameters["weight"]
-        above = (x.double() @ weight.double().t()).detach() + 0.02
+        above = (x.double() @ weight.double().t()).detach() + margin
         cut = torch.relu(x @ weight.t() - above.to(x.dtype)).square()
         return {"y": cut, "shown": x.detach().clone()}
 
@@ -345,19 +345,23 @@ def _cut_off(seed: int) -> Reference:
     return Scene(case, contract, {"weight": {}}).references[""]
 
 
-def test_what_is_zero_in_some_runs_is_judged_by_many():
+@pytest.mark.parametrize(
+    ("lens", "dtype", "measured", "margin"),
+    [("native", "bfloat16", torch.bfloat16, 0.02), ("fp64", "float64", torch.float32, 3e-7)],
+)
+def test_what_is_zero_in_some_runs_is_judged_by_many(lens, dtype, measured, margin):
     """A gradient that is exactly zero in the reference and in the first runs, but not in all."""
-    late = 0
+    late, shrink = 0, torch.finfo(getattr(torch, dtype)).eps / torch.finfo(measured).eps
     for seed in range(40):
-        reference = _cut_off(seed)
+        reference = _cut_off(seed, lens, dtype, margin)
         expected = reference.results["grad weight"]
-        runs = [reference.rounded(torch.bfloat16, n)["grad weight"] for n in range(EFFORTS[-1] + 1)]
+        runs = [reference.rounded(measured, n)["grad weight"] for n in range(EFFORTS[-1] + 1)]
         seen = [bool(each.any()) for each in runs]
         if expected.any() or any(seen[: EFFORTS[-2] + 1]) or not any(seen):
             continue
         late += 1
-        found = runs[seen.index(True)].double()
-        candidates = (found, 1e3 * found)
+        found = runs[seen.index(True)].double() * shrink
+        candidates = (found, 1e5 * found)
         said = [
             Tolerance(reference).excess("grad weight", each, expected, lambda full: full)
             for each in candidates

@@ -17,8 +17,9 @@ runs measure it; a candidate is rejected only by many, so that no lucky run deci
 measures what `scale` cannot know: a difference of large numbers, such as log-sum-exp minus logit,
 is as uncertain as they are, and so is a gradient through a softmax that is nearly one. For float64,
 of which there is no truth to measure from, it is measured in float32 and scaled by the ratio of the
-unit roundoffs; and `SMALLEST` is always allowed, as the smallest numbers lose digits there that no
-measurement in float32 has. `docs/tolerances.md` derives all this and shows it.
+unit roundoffs; and `SMALLEST`, the smallest normal number, is always allowed, because below it
+float64 loses digits, which runs in float32 cannot show. `docs/tolerances.md` derives all this and
+shows it.
 
 A factor on all of a tensor moves every row by less than its bound allows, and rounding errors do
 not: over many rows they cancel. Where the `native` reference has the weight of `MANY_ROWS` rows or
@@ -52,7 +53,8 @@ SMALLEST = torch.finfo(torch.float64).tiny
 # Disturbed runs behind a bound: few first, because most candidates are nearer than that.
 EFFORTS = (0, 1, 4, 32)
 # So many times its bound no further run would raise a bound that several runs have measured. None
-# has measured zero: what is cut off there (by a squared relu) is a little above it in one of many.
+# has measured zero, whatever is allowed there: what is cut off (by a squared relu) is a little
+# above it in one of many.
 HOPELESS = 100.0
 MANY_ROWS = 32
 COHERENT = 3.0
@@ -103,7 +105,8 @@ class Tolerance:
             deviations = [_rows(cut(each)) for each in self._deviations(name, runs)]
             found = self._beyond(name, candidate, expected, difference, deviations)
             found = found or self._scaled(candidate, expected, difference, deviations)
-            if found is None or (runs >= EFFORTS[-2] and 0 < HOPELESS * found.bound < found.error):
+            hopeless = found and found.bound > SMALLEST and HOPELESS * found.bound < found.error
+            if found is None or (runs >= EFFORTS[-2] and hopeless):
                 return found
         return found
 

@@ -193,7 +193,7 @@ _GATHERS = (
         self.finish_parameters()
 """,
         replacement="",
-        seen="impl before 89e98b8",
+        seen="impl 0.1.0, mended since",
     ),
 )
 MUTANTS = (*_BUFFERS, *_REDUCTIONS, *_GATHERS)

@@ -51,11 +51,11 @@ def training_steps(case: Case) -> Contract:
     Of every step: `loss`, `norm` of all gradients before clipping, `scale` of the loss, `skipped`,
     and the learning `rates` of all parameter groups, on every rank; `gradient NAME` of every
     trained parameter after finalisation, before clipping and without the loss scale, and `new NAME`
-    after the step, of the spare norm, for which nothing has to wait until it is read or training
-    ends, after the last one only. A skipped step reports a norm and gradients of zero, and leaves
-    everything but the scale as it was. A gradient lies as its parameter does, the first dimension
-    being the step; with `distributed` it is the sum over dp and cp, of experts over edp, of shards
-    with zeros around them. Afterwards no parameter has a `grad`.
+    after the step; of the spare norm after the last step only, because nothing has to wait for it
+    until it is read or training ends. A skipped step reports a norm and gradients of zero, and
+    leaves everything but the scale as it was. A gradient lies as its parameter does, the first
+    dimension being the step; with `distributed` it is the sum over dp and cp, of experts over edp,
+    of shards with zeros around them. Afterwards no parameter has a `grad`.
 
     Options: those of `learning_rates`; `optimizer`, sgd or adam (torch's SGD and AdamW), its
     `momentum` and `weight_decay`; `clip`, the largest norm, and its order `norm`; `groups`, one or

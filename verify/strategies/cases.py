@@ -127,7 +127,8 @@ def adversaries() -> st.SearchStrategy[Adversary]:
 
 
 def late(case: Case) -> Case:
-    """The case, and asynchronous work that ends late, on a cluster that has an adversary."""
+    """The case, and asynchronous work that ends late, in a run that has an adversary: for laws that
+    nothing else can break. It does not shrink away."""
     if not limits().adversaries:
         return case
     return dataclasses.replace(case, adversary=dataclasses.replace(case.adversary, late=True))

@@ -104,7 +104,7 @@ class SimCluster:
             try:
                 return self._run(run, program, args)
             finally:
-                # Nothing of a run waits for the collector of cycles.
+                # Nothing of a run that succeeds waits for the collector of cycles.
                 run.exchange = None
 
     def close(self) -> None:

@@ -76,7 +76,8 @@ class SimWork(_Work):
 
     def source_rank(self) -> int:
         """The group rank whose message a receive got."""
-        assert self._call.source is not None
+        if self._call.source is None:
+            raise RuntimeError(f"source_rank of {self._call.text()}, which has received nothing")
         return self._call.source
 
     _source_rank = source_rank

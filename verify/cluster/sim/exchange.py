@@ -75,9 +75,12 @@ class Call:
 
     def describe(self) -> str:
         """What this rank waits for, and whom."""
-        whom = self.operation.missing() if self.operation is not None else ""
-        where = self.operation.where() if self.operation is not None else ""
-        return f"waits in {self.text()} {where} at {describe(self.site)}{whom}"
+        # Looked at once: another rank may do it now.
+        operation = self.operation
+        if operation is None:
+            return f"waits for its turn after {self.text()} at {describe(self.site)}"
+        where = f"{operation.where()} at {describe(self.site)}{operation.missing()}"
+        return f"waits in {self.text()} {where}"
 
     def text(self) -> str:
         """`all_reduce of float32 [2, 3]`."""
