@@ -46,8 +46,9 @@ def test_a_failure_shrinks_to_the_same_case(documents):
         for document in documents
     ]
     assert found[0]
+    names = [[each["property"] for each in failures] for failures in found]
+    assert names[0] == names[1], [each["findings"] for each in found[1]]
     for one, other in zip(*found, strict=True):
-        assert one["property"] == other["property"]
         assert [f["case"] for f in one["findings"]] == [f["case"] for f in other["findings"]]
 
 
