@@ -19,6 +19,7 @@ from verify.case import LENSES, Case, Lens, Option
 from verify.coverage.steering import CONCEPT, chosen, foresee
 from verify.layout import Layout
 from verify.oracle.learning_rates import STYLES
+from verify.oracle.training_plan import FROZEN, SPARE
 from verify.runner.limits import limits
 from verify.strategies.cases import Choices, completed, contract_or_none, with_options
 from verify.strategies.layouts import (
@@ -52,8 +53,8 @@ OPTIONS: Mapping[str, Choices] = {
         "clip": (None, 2.0**-4, 2.0**10),
         "norm": (2.0, 1.0, 3.0, "inf"),
         "groups": ("one", "several"),
-        "frozen": ("", "norm", "mlp.fc1", "mlp"),
-        "spare": ("", "never", "first_round", "odd_steps"),
+        "frozen": FROZEN,
+        "spare": SPARE,
         "loss_scale": ("none", "static", "dynamic"),
         "hysteresis": (1, 2),
         "overflow": (0, 1, 2),

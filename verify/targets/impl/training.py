@@ -32,6 +32,7 @@ from verify.case import Case
 from verify.placement import Placements, Shard
 from verify.targets.impl.subject import Builder, OperationSubject, Tensors, common
 from verify.targets.megatron_attributes import placements_of
+from verify.targets.training_steps import new_values, reads_spare
 
 _RATES = ("schedule", "warmup", "decay", "annealing", "minimum")
 OPTIONS: Mapping[str, tuple[str, ...]] = {
@@ -152,12 +153,7 @@ class TrainingSubject:
                 told.setdefault(name, []).append(value)
         data_parallel.finish_parameters()
         self._look(after)
-        for name in after[0]:
-            # What the first forward pass of a step sees is what the step before has left. The spare
-            # norm may be on its way then.
-            first = -1 if name.startswith("spare") else 1
-            told[f"new {name}"] = [each[name] for each in after[first:]]
-        return {name: torch.stack(values) for name, values in told.items()}
+        return {name: torch.stack(values) for name, values in (told | new_values(after)).items()}
 
     def finish_gradients(self) -> None:
         """Nothing: every step does."""
@@ -178,7 +174,7 @@ class TrainingSubject:
         rounds, total = self.case.shape["rounds"], data_parallel.zero
         for index in range(rounds):
             mine = {name: each[index] for name, each in inputs.items() if name != "overflow"}
-            loss = self._loss(mine, spare=self._reads_spare(step, index))
+            loss = self._loss(mine, spare=reads_spare(self.case, step, index))
             if index == 0:
                 self._look(after)
             total = total + loss.detach()
@@ -201,10 +197,6 @@ class TrainingSubject:
         report: dict[str, Any] = {"scale": scale, "skipped": done.skipped, "rates": done.rates}
         found |= {name: torch.tensor(v, dtype=torch.float64) for name, v in report.items()}
         return found | {"loss": loss / tokens.clamp_min(1), "norm": done.norm}
-
-    def _reads_spare(self, step: int, index: int) -> bool:
-        read = {"first_round": index == 0, "odd_steps": step % 2 == 0}
-        return read.get(str(self.case.options.get("spare")), False)
 
     def _loss(self, inputs: Tensors, *, spare: bool) -> Tensor:
         """The sum over this rank's tokens that count."""

@@ -30,6 +30,7 @@ from verify.case import Case
 from verify.placement import Placements
 from verify.targets.megatron_attributes import placements_of
 from verify.targets.megatron_core.subjects import OperationSubject, Tensors, config_of
+from verify.targets.training_steps import new_values, reads_spare
 
 _RATES = frozenset({"schedule", "warmup", "decay", "annealing", "minimum"})
 OPTIONS: Mapping[str, frozenset[str]] = {
@@ -94,8 +95,7 @@ class TrainingSubject:
             bf16=case.dtype == "bfloat16",
             context_parallel_size=case.layout.cp,
         )
-        self.spare = str(case.options.get("spare") or "")
-        self.model = _Model(self.config, spare=bool(self.spare))
+        self.model = _Model(self.config, spare=bool(case.options.get("spare")))
         frozen = str(case.options.get("frozen") or "")
         for name, parameter in self._named():
             parameter.requires_grad_(not frozen or not name.startswith(frozen))
@@ -137,11 +137,7 @@ class TrainingSubject:
         self._look(after)
         # The optimizer in float32 has left the gradients of the last step with the parameters.
         optimizer.zero_grad()
-        for name in after[0]:
-            # The spare norm is told of at the end only, see the contract.
-            first = -1 if name.startswith("spare") else 1
-            told[f"new {name}"] = [each[name] for each in after[first:]]
-        return {name: torch.stack(values) for name, values in told.items()}
+        return {name: torch.stack(values) for name, values in (told | new_values(after)).items()}
 
     def finish_gradients(self) -> None:
         """Nothing: every step does."""
@@ -167,7 +163,7 @@ class TrainingSubject:
         for index in range(rounds):
             last = index + 1 == rounds
             with contextlib.nullcontext() if last else model.no_sync():
-                y = model(inputs["x"][index], spare=self._reads_spare(step, index))
+                y = model(inputs["x"][index], spare=reads_spare(self.case, step, index))
                 if index == 0:
                     self._look(after)
                 away = y - inputs["wanted"][index]
@@ -187,10 +183,6 @@ class TrainingSubject:
         found |= {name: torch.tensor(v, dtype=torch.float64) for name, v in report.items()}
         wide = torch.promote_types(self.config.params_dtype, torch.float32)
         return found | {"loss": told[0] / told[1].clamp_min(1), "norm": torch.tensor(norm).to(wide)}
-
-    def _reads_spare(self, step: int, index: int) -> bool:
-        read = {"first_round": index == 0, "odd_steps": step % 2 == 0}
-        return read.get(self.spare, False)
 
     def _gradients(self, model: DistributedDataParallel) -> dict[str, Tensor]:
         """Main gradients; of a distributed optimizer's shards, zeros around them."""
