@@ -66,12 +66,12 @@ def scaled_normal(std: float, *, num_layers: int) -> Distribution:
     return normal(std / math.sqrt(2.0 * num_layers))
 
 
-def kaiming_uniform() -> Distribution:
-    """Uniform within 1 / sqrt(in), of a weight [..., out, in]: torch's default for linear layers,
-    from the inputs of the full weight."""
+def kaiming_uniform(inputs: int | None = None) -> Distribution:
+    """Uniform within 1 / sqrt(inputs): torch's default for linear layers. `inputs` are those of the
+    full weight: to be given for a bias, of a weight [..., out, in] its own."""
 
     def fill(part: Tensor, *, shape: torch.Size, generator: Generator | None = None) -> object:
-        bound = 1.0 / math.sqrt(shape[-1])
+        bound = 1.0 / math.sqrt(inputs or shape[-1])
         return part.uniform_(-bound, bound, generator=generator)
 
     return fill

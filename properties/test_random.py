@@ -5,7 +5,8 @@ numbers everywhere else: over tp in tensor-parallel regions, over etp and ep in 
 always, in full in `verify.checks.stream_laws`; (2) dropout drops copies alike, parts independently,
 at its rate, and output and gradients are those of one device under the union of the masks; (3)
 outside of training nothing is dropped; (4) dropout communicates nothing; (5) memory order and (6)
-running twice change nothing; (7) a probability that is none is refused; (8) a model that is
+running twice change nothing; (7) a probability that is none is refused, and the local
+initialisation of copies whose ranks have no stream in common; (8) a model that is
 initialised whole is the same on every layout, bit for bit; (9) one that is initialised locally has
 equal copies, and parts, layers and stages that differ; (10) both have the promised spread.
 """
@@ -21,6 +22,7 @@ from verify.strategies.random import (
     dropout_cases,
     initialisation_cases,
     refusable_dropout_cases,
+    refusable_initialisation_cases,
     stream_cases,
 )
 
@@ -78,3 +80,10 @@ def test_a_model_initialised_locally(check: CheckCase, case: Case) -> None:
     """Laws 9 and 10. Must catch: shards that are drawn alike, experts on two ep ranks too; copies
     on data-parallel replicas that are not; stages that start equal."""
     check("initialisation", case)
+
+
+@given(case=refusable_initialisation_cases())
+def test_copies_that_cannot_be_drawn_locally(check: CheckCase, case: Case) -> None:
+    """Law 7. Must catch: copies of an expert's bias that start apart; a size of another group that
+    is asked for."""
+    check("refusal", case)

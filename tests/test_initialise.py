@@ -1,16 +1,13 @@
-"""impl's initialisation where the properties do not reach: names, orders, and what is refused."""
+"""impl's initialisation where the properties do not reach: names and orders."""
 
 import pytest
 import torch
-from torch.nn import ModuleDict, Parameter, ParameterDict
+from torch.nn import ModuleDict
 
 from impl.groups import build_groups
-from impl.initialise import initialise_local, initialise_whole, transformer_rule
+from impl.initialise import initialise_whole, transformer_rule
 from impl.linear import ColumnParallelLinear, RowParallelLinear
 from impl.parameters import defer
-from impl.random import (
-    RandomTracker,
-)
 from verify.cluster import open_cluster
 from verify.layout import Layout
 
@@ -31,27 +28,17 @@ def _initialised(layout, order):
     module = ModuleDict({name: layers[name] for name in order})
     rule = transformer_rule(1.0, num_layers=2)
     initialise_whole(module, seed=3, rule=rule, groups=groups, name_of="stage.{}".format)
-    expert = Parameter(torch.empty(2, 3, 3))
-    expert.allreduce = False
-    experts = ParameterDict({"weight": expert})
-    refused = ""
-    try:
-        initialise_local(experts, tracker=RandomTracker(), rule=rule, groups=groups)
-    except ValueError as error:
-        refused = str(error)
     groups.destroy()
-    return {name: value.detach() for name, value in module.named_parameters()}, refused
+    return {name: value.detach() for name, value in module.named_parameters()}
 
 
 def test_a_parameter_depends_on_its_name_and_on_nothing_else(cluster):
     """Neither on the order in which a module holds them, nor on the group."""
-    ((alone, _),) = cluster.run(_initialised, Layout(), ("row", "column"), world_size=1)
-    found = cluster.run(_initialised, Layout(tp=2, etp=2), ("column", "row"), world_size=2)
+    (alone,) = cluster.run(_initialised, Layout(), ("row", "column"), world_size=1)
+    found = cluster.run(_initialised, Layout(tp=2), ("column", "row"), world_size=2)
     for name, dim in (("column.weight", 0), ("row.weight", 1)):
-        assert torch.equal(torch.cat([each[name] for each, _ in found], dim), alone[name])
+        assert torch.equal(torch.cat([each[name] for each in found], dim), alone[name])
     assert not alone["row.bias"].any()
-    # Copies of an expert's parameter have no stream in common.
-    assert all("replicated over etp=2 and cannot be drawn locally" in text for _, text in found)
 
 
 def _rows(sizes):

@@ -158,6 +158,16 @@ def _random() -> Iterator[tuple[str, Case]]:
             for rule in ("transformer", "kaiming"):
                 options = {"way": way, "rule": rule}
                 yield "initialisation", _case("initialisation", layout, shape, "fp64", **options)
+    # Of few values no spread can be told.
+    shape = {"hidden": 2, "ffn": 240, "layers": 1}
+    yield "initialisation", _case("initialisation", TP2, shape, "fp64", rule="linear")
+    shared, local = Layout(dp=4, ep=2, etp=2), {"way": "local", "rule": "linear"}
+    for check, experts in (
+        ("refusal", shared),
+        ("initialisation", dataclasses.replace(shared, etp=1)),
+    ):
+        case = _case("initialisation", experts, {**shape, "num_experts": 2}, "fp64", **local)
+        yield check, case
 
 
 def _recomputed() -> Iterator[tuple[str, Case]]:

@@ -196,14 +196,14 @@ MUTANTS = (
     _initial(
         name="initial-inputs-of-a-part",
         wrong="The spread is that of the inputs of a rank's part.",
-        snippet="bound = 1.0 / math.sqrt(shape[-1])",
-        replacement="bound = 1.0 / math.sqrt(part.shape[-1])",
+        snippet="inputs or shape[-1]",
+        replacement="inputs or part.shape[-1]",
     ),
     _initial(
         name="initial-outputs-for-inputs",
         wrong="The spread comes from the outputs of a weight.",
-        snippet="bound = 1.0 / math.sqrt(shape[-1])",
-        replacement="bound = 1.0 / math.sqrt(shape[0])",
+        snippet="inputs or shape[-1]",
+        replacement="inputs or shape[0]",
     ),
     _initial(
         name="initial-output-layers-not-scaled",
@@ -229,5 +229,17 @@ MUTANTS = (
         snippet="        return EXPERT_PARALLEL\n",
         replacement="        return TENSOR_PARALLEL\n",
         seen="RNG-01",
+    ),
+    _initial(
+        name="initial-copies-of-experts-apart",
+        wrong="Copies of an expert's bias are drawn by every rank from a stream of its own.",
+        snippet='not _is_shard(parameter) and groups.size("etp") > 1:',
+        replacement='not _is_shard(parameter) and groups.size("tp") > 1:',
+    ),
+    _initial(
+        name="initial-biases-by-outputs",
+        wrong="The spread of a bias comes from its own size, not from the inputs of the weight.",
+        snippet="inputs or shape[-1]",
+        replacement="shape[-1]",
     ),
 )

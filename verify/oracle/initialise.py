@@ -3,7 +3,8 @@
 Weights are normal with mean zero: fc1 with standard deviation 0.02, fc2, whose output is added to
 the residual, with 0.02 / sqrt(2 layers) (GPT-2's rule, Megatron-LM's `init_method_normal` and
 `scaled_init_method_normal`); or, with rule `kaiming`, uniform within 1 / sqrt(inputs) of the full
-weight, torch's default for linear layers. Biases are zero.
+weight. Biases are zero but with rule `linear`, torch's default for linear layers: they are then
+drawn as their weight is with `kaiming`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from verify.oracle.terms import known_options, sizes
 from verify.placement import Placements, Shard
 
 WAYS = ("whole", "local")
-RULES = ("transformer", "kaiming")
+RULES = ("transformer", "kaiming", "linear")
 STD = 0.02
 
 
@@ -34,11 +35,12 @@ class Drawn:
 
 def initialisation(case: Case) -> Mapping[str, Drawn]:
     """By name, parameters `I.fc1.weight`, `I.fc1.bias`, `I.fc2.weight`, `I.fc2.bias` of layer I
-    from 0: of perceptrons over tp; with size `num_experts` weights only, of that many experts each,
-    stacked along dimension 0, which is split over ep, and split over etp as perceptrons over tp.
+    from 0: of perceptrons over tp; with size `num_experts` of that many experts each, stacked along
+    dimension 0, which is split over ep, and split over etp as perceptrons over tp.
 
-    Options: `way`, whole (and then cut) or local; `rule`. Raises BadArgument for others, and sizes
-    that do not divide.
+    Options: `way`, whole (and then cut) or local; `rule`. Raises BadArgument for others, sizes that
+    do not divide, and what cannot be drawn locally: biases that etp > 1 ranks have copies of, as
+    ranks of experts have no stream in common.
     """
     known_options(case, "way", "rule")
     hidden, ffn, layers = sizes(case, "hidden", "ffn", "layers", optional=("num_experts",))
@@ -52,17 +54,24 @@ def initialisation(case: Case) -> Mapping[str, Drawn]:
     ways = layout.tp if experts is None else layout.expert_tp
     if ffn % ways or (experts or 0) % layout.ep:
         raise BadArgument(f"case.shape: {dict(case.shape)} does not divide on {layout}")
+    rule = case.options.get("rule", RULES[0])
+    if experts and rule == "linear" and case.options.get("way") == "local" and ways > 1:
+        raise BadArgument(f"case.options.way: local, of biases with copies on etp={ways} ranks")
     spreads = {"fc1": STD, "fc2": STD / math.sqrt(2 * layers)}
-    if case.options.get("rule") == "kaiming":
+    if rule != RULES[0]:
         spreads = {"fc1": 1 / math.sqrt(3 * hidden), "fc2": 1 / math.sqrt(3 * ffn)}
+    of_experts, first = ((), 0) if experts is None else ((experts,), 1)
+    over = "tp" if experts is None else "etp"
+    copies: Placements = {} if experts is None else {"ep": Shard(0)}
     found = {}
     for i in range(layers):
         for name, shape, dim in (("fc1", (ffn, hidden), 0), ("fc2", (hidden, ffn), 1)):
-            if experts is not None:
-                placed: Placements = {"ep": Shard(0), "etp": Shard(dim + 1)}
-                found[f"{i}.{name}.weight"] = Drawn((experts, *shape), placed, spreads[name])
-                continue
-            found[f"{i}.{name}.weight"] = Drawn(shape, {"tp": Shard(dim)}, spreads[name])
-            split: Placements = {"tp": Shard(0)} if name == "fc1" else {}
-            found[f"{i}.{name}.bias"] = Drawn(shape[:1], split, 0.0)
+            placed = {**copies, over: Shard(first + dim)}
+            found[f"{i}.{name}.weight"] = Drawn((*of_experts, *shape), placed, spreads[name])
+            drawn = Drawn(
+                (*of_experts, shape[0]),
+                placed if name == "fc1" else copies,
+                spreads[name] if rule == "linear" else 0.0,
+            )
+            found[f"{i}.{name}.bias"] = drawn
     return found

@@ -119,8 +119,21 @@ def _layouts(max_world_size: int) -> st.SearchStrategy[Layout]:
 @st.composite
 def initialisation_cases(draw: st.DrawFn, *, way: str) -> Case:
     """Models of perceptrons or of experts, made in this way."""
-    layout = draw(_layouts(12))
-    experts = draw(st.booleans())
+    layout, experts = draw(_layouts(12)), draw(st.booleans())
+    # Copies of an expert's bias cannot be drawn locally.
+    whole = way == "whole" or not experts or layout.expert_tp == 1
+    return draw(_model(layout, experts, way, RULES if whole else RULES[:-1]))
+
+
+def refusable_initialisation_cases() -> st.SearchStrategy[Case]:
+    """Models of experts to be made locally, with biases to draw that ranks hold copies of."""
+    split = st.deferred(lambda: _layouts(12)).filter(lambda layout: layout.expert_tp > 1)
+    return split.flatmap(lambda layout: _model(layout, True, "local", RULES[-1:]))
+
+
+@st.composite
+def _model(draw: st.DrawFn, layout: Layout, experts: bool, way: str, rules: Sequence[str]) -> Case:
+    """A model of perceptrons or of experts to be made in this way by one of these rules."""
     ways = layout.expert_tp if experts else layout.tp
     shape = {
         "hidden": draw(st.integers(1, 12)),
@@ -128,7 +141,7 @@ def initialisation_cases(draw: st.DrawFn, *, way: str) -> Case:
         "layers": draw(st.integers(1, 3)),
     }
     shape |= {"num_experts": draw(st.integers(1, 3)) * layout.ep} if experts else {}
-    rule = draw(st.sampled_from(RULES))
+    rule = draw(st.sampled_from(rules))
     lens: Lens = draw(st.sampled_from(("fp64", "native")))
     case = Case(
         concept="initialisation",

@@ -20,7 +20,7 @@ from impl.mlp import MLP
 from impl.moe.experts import Experts
 from impl.parameters import defer
 from verify.case import Case
-from verify.oracle.initialise import STD
+from verify.oracle.initialise import RULES, STD
 from verify.targets.impl.dropout import tracker_of
 from verify.targets.impl.subject import Builder, ModuleSubject
 
@@ -49,17 +49,22 @@ def _layer(case: Case, groups: Groups) -> Module:
         num_experts=case.shape["num_experts"],
         ep_group=groups.ep,
         etp_group=groups.etp,
+        bias=True,
         **common,
     )
 
 
 def _rule(case: Case) -> Rule:
-    if case.options.get("rule") != "kaiming":
+    chosen = case.options.get("rule", RULES[0])
+    if chosen == RULES[0]:
         return transformer_rule(STD, num_layers=case.shape["layers"])
-    uniform = kaiming_uniform()
+    inputs = {"fc1": case.shape["hidden"], "fc2": case.shape["ffn"]}
 
     def rule(name: str, parameter: Parameter) -> Any:
-        return uniform if name.endswith("weight") else None
+        _, layer, kind = name.split(".")
+        if kind == "weight":
+            return kaiming_uniform()
+        return kaiming_uniform(inputs[layer]) if chosen == "linear" else None
 
     return rule
 
