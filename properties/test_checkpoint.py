@@ -3,7 +3,8 @@
 Laws: (1) every parameter and every state of the optimizer is loaded to the bit, whatever the sizes
 of tp, cp, dp, pp, vpp, ep and etp, when it was saved and now, and however the optimizer shares out
 states; so are the counts of steps, samples and updates and the loss scale; and every stream of
-random numbers goes on where it was, where its axes have the same sizes; (2) training that is saved
+random numbers goes on where it was, where its axes have the same sizes; of two checkpoints in a
+folder the newest is loaded, or the one that is named; (2) training that is saved
 at one layout and goes on at another gives the losses, gradients, norms, learning rates and
 parameters of training that was never interrupted; (3) what another model, optimizer, loss scale or
 schedule has saved is refused.
@@ -23,7 +24,7 @@ def test_round_trip(check: CheckCase, case: Case) -> None:
     """Law 1. Must catch: a shard that is put at another's offset; blocks of a gated weight, experts
     or chunks of a stage in another order; padding that is saved as if it were vocabulary; a tied
     copy that is not loaded; states of one rank's share only; a count that is lost; random numbers
-    that are seeded anew, or another rank's."""
+    that are seeded anew, or another rank's; the checkpoint of another run after as many steps."""
     check("equivalence", case)
 
 

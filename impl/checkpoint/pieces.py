@@ -109,7 +109,7 @@ def run_of(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
         yield from _in_row(index, run_of(shape[1:], start - index * row, end))
     if first < last:
         yield Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))
-    if stop % row and last >= first:
+    if last >= first:
         yield from _in_row(last, run_of(shape[1:], 0, stop - last * row))
 
 

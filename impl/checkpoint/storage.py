@@ -81,8 +81,7 @@ class Writer(StorageWriter):
             assert isinstance(values, Tensor)
             values = values.detach().cpu().contiguous()
             tensors[_name(item.index)] = values.clone()
-            size = values.numel() * values.element_size()
-            results.append(WriteResult(item.index, size, (name, _checksum(values))))
+            results.append(WriteResult(item.index, values.nbytes, (name, _checksum(values))))
         if tensors:
             path = self.draft.folder / name
             safetensors.torch.save_file(tensors, path)

@@ -10,8 +10,6 @@ from torch import Tensor
 from impl.random import RandomTracker, axes_of, stream_seeds
 from verify.layout import Layout
 
-_SEEDS = 2**31
-
 
 def row_of(stream: str, *, saved: Layout, layout: Layout, rank: int) -> int | None:
     """The rank of the layout `saved` whose state of a stream is that of `rank` of `layout`.
@@ -23,8 +21,7 @@ def row_of(stream: str, *, saved: Layout, layout: Layout, rank: int) -> int | No
     if saved == layout:
         return rank
     axes = axes_of(stream)
-    before, after = ({**each.expert_sizes, **each.sizes} for each in (saved, layout))
-    if any(before[axis] != after[axis] for axis in axes):
+    if any(_size(saved, axis) != _size(layout, axis) for axis in axes):
         return None
     here = _coordinates(layout, rank)
     for other in range(saved.world_size):
@@ -40,10 +37,14 @@ def reseeded(
     """States of all streams of a tracker that no run has used before: their seeds are made from the
     `fingerprint` of a checkpoint and the number of its `step`. Ranks share them as ever."""
     digest = hashlib.sha256(f"{fingerprint}/{step}".encode()).digest()
-    seed = int.from_bytes(digest[:4]) % _SEEDS
+    seed = int.from_bytes(digest[:4])
     seeds = stream_seeds(seed, layout=layout, rank=rank)
     generator = torch.Generator(tracker.device)
     return {name: generator.manual_seed(seeds[name]).get_state() for name in tracker.names}
+
+
+def _size(layout: Layout, axis: str) -> int:
+    return {**layout.expert_sizes, **layout.sizes}[axis]
 
 
 def _coordinates(layout: Layout, rank: int) -> dict[str, int]:

@@ -9,6 +9,7 @@ from verify.mutants.mutant import Mutant
 _of = partial(Mutant, family="checkpoint", caught_by=("checkpoint",))
 _pieces = partial(_of, module="impl.checkpoint.pieces")
 _planner = partial(_of, module="impl.checkpoint.planner")
+_folder = partial(_of, module="impl.checkpoint.folder")
 _storage = partial(_of, module="impl.checkpoint.storage")
 _model = partial(_of, module="impl.checkpoint.model")
 _run = partial(_of, module="impl.checkpoint.training")
@@ -153,6 +154,18 @@ _STATES = (
         wrong="A rank goes on with the numbers of the rank of its number, wherever that was.",
         snippet="            return other\n",
         replacement="            return rank\n",
+    ),
+    _folder(
+        name="checkpoint-last-by-name",
+        wrong="The newest checkpoint is the one whose name comes first, not what was saved last.",
+        snippet="    return folder / name\n",
+        replacement="    return min(each for each in folder.iterdir() if each.is_dir())\n",
+    ),
+    _folder(
+        name="checkpoint-newest-for-named",
+        wrong="The newest checkpoint is loaded, also where another one is named.",
+        snippet="        return folder\n",
+        replacement="        return find(folder.parent)\n",
     ),
 )
 _REFUSALS = (

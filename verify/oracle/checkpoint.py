@@ -23,7 +23,7 @@ from verify.oracle.contract import Contract, Tensors, TensorSpec
 from verify.oracle.gpt import AXES, OPTIONS, gpt_training
 from verify.oracle.gpt.model import Model
 from verify.oracle.gpt.parameters import Stack, stacks_of
-from verify.oracle.terms import known_options, whole_number
+from verify.oracle.terms import known_options, one_of, whole_number
 from verify.placement import Partial, Placements, Shard
 
 RESUMED_OPTIONS = (*OPTIONS, "saved", "after")
@@ -46,8 +46,10 @@ ROUND_TRIP_OPTIONS = (
     "distributed",
     "bucket",
     "saved",
+    "another",
     "unlike",
 )
+ANOTHER = ("none", "older", "newer")
 # What every run of `checkpoint` is trained with.
 ROUND_TRIP_TRAINED: Mapping[str, Option] = {"optimizer": "adam", "loss_scale": "dynamic"}
 _SWITCHED: Mapping[Option, Option] = {
@@ -135,7 +137,7 @@ def unlike(case: Case) -> Case:
 
 def case_at(case: Case, layout: Layout) -> Case:
     """The case of `gpt_training` that trains the model at a layout."""
-    left_out = ("saved", "after", "unlike", *(_SPLITS if layout != case.layout else ()))
+    left_out = ("saved", "after", "another", "unlike", *(_SPLITS if layout != case.layout else ()))
     options = {name: value for name, value in case.options.items() if name not in left_out}
     return dataclasses.replace(case, concept="gpt_training", layout=layout, options=options)
 
@@ -202,6 +204,10 @@ def round_trip(case: Case) -> Contract:
     same as the loaded run has them, the states of a share with zeros around them where
     `distributed`; and `draws STREAM`, the next numbers of a stream that was seeded and drawn from
     before, where both layouts have the axes of a stream in the same sizes.
+
+    With option `another` the folder has a second checkpoint, of a run after as many steps: an
+    `older` one, and the newest in the folder is loaded; or a `newer` one, and the first is loaded
+    by its name. `none` is the default.
     """
     known_options(case, *ROUND_TRIP_OPTIONS)
     if "unlike" in case.options:
@@ -209,6 +215,7 @@ def round_trip(case: Case) -> Contract:
         raise BadArgument(
             f"case.options.unlike: a run with another {case.options['unlike']} cannot load it"
         )
+    one_of(case, "another", ANOTHER)
     plain, saved = _checked(case), saved_layout(case)
     stacks = stacks_of(Model.of(plain))
     kept = [name for name, axes in STREAMS.items() if _alike(axes, saved, case.layout)]

@@ -16,8 +16,10 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from verify.case import Case
+from verify.coverage.steering import chosen
 from verify.layout import Layout
 from verify.oracle.checkpoint import (
+    ANOTHER,
     ROUND_TRIP_OPTIONS,
     ROUND_TRIP_TRAINED,
     UNLIKE,
@@ -69,7 +71,8 @@ def round_trip_cases(draw: st.DrawFn) -> Case:
             worlds=WORLDS,
         )
     )
-    return draw(_saved_elsewhere(case))
+    another = chosen(draw, "another", ANOTHER)
+    return draw(_saved_elsewhere(with_option(case, "another", another, default=ANOTHER[0])))
 
 
 @st.composite
@@ -77,7 +80,8 @@ def unlike_cases(draw: st.DrawFn) -> Case:
     """Cases of `checkpoint` to be refused: what is loaded into has one thing otherwise."""
     case = draw(round_trip_cases())
     name = draw(st.sampled_from((*UNLIKE_SIZES, *UNLIKE)))
-    found = dataclasses.replace(case, options={**case.options, "unlike": name})
+    alone = {name: value for name, value in case.options.items() if name != "another"}
+    found = dataclasses.replace(case, options={**alone, "unlike": name})
     # What it has otherwise is right in itself.
     trained = dataclasses.replace(found, options={**found.options, **ROUND_TRIP_TRAINED})
     assume(contract_or_none(case_at(unlike(trained), case.layout)) is not None)

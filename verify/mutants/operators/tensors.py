@@ -71,10 +71,15 @@ def swap_arguments(node: Node, source: Source) -> Iterator[Edit]:
 
 
 def swap_items(node: Node, source: Source) -> Iterator[Edit]:
-    """The first two items of a tuple or list are exchanged, or the names that they are given."""
+    """The first two items of a tuple or list are exchanged, or the names that they are given; not
+    of one that has no order: of what is caught, of what something is one of."""
     if isinstance(node, ast.Tuple | ast.List) and len(node.elts) > 1:
         one, other = node.elts[:2]
-        if not isinstance(source.parents[node], ast.Subscript) and not (
+        above = source.parents[node]
+        unordered = isinstance(above, ast.ExceptHandler) or (
+            isinstance(above, ast.Compare) and isinstance(above.ops[0], ast.In | ast.NotIn)
+        )
+        if not (unordered or isinstance(above, ast.Subscript)) and not (
             _is_plain(one) and _is_plain(other)
         ):
             yield from source.swapped(one, other, "The first two items are exchanged.")

@@ -167,8 +167,14 @@ def round_trip(case: Case, groups: Groups) -> Subject:
     def call(inputs: Tensors) -> Tensors:
         with _sides(trained, groups) as (before, now, folder):
             progress = _begin(before, inputs)
-            save_checkpoint(folder, before.training(), progress)
-            reached = load_checkpoint(folder, now.training())
+            another = case.options.get("another")
+            if another == "older":
+                save_checkpoint(folder, now.training(), progress)
+            saved = save_checkpoint(folder, before.training(), progress)
+            if another == "newer":
+                save_checkpoint(folder, now.training(), progress)
+            place = saved if another == "newer" else folder
+            reached = load_checkpoint(place, now.training())
         # A run of another kind, which should not have come so far, has other things to tell.
         return {} if "unlike" in case.options else _end(now, inputs, reached)
 
