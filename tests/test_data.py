@@ -95,8 +95,8 @@ def test_sizes_that_do_not_divide_are_one_line():
             Sampler(count=9, seed=0).batch(
                 0, size=size, dp_rank=0, dp_size=dp, microbatch_size=microbatch
             )
-    with pytest.raises(ValueError, match="give a longer text"):
-        Sampler(count=0, seed=0)
+    with pytest.raises(ValueError, match="length: 4 tokens have no sample of 4"):
+        Samples(np.arange(4, dtype=np.uint16), 4)
 
 
 def test_targets_are_the_tokens_after():

@@ -142,6 +142,19 @@ def _experts() -> Iterator[tuple[str, Case]]:
     yield "refusal", _case("moe_layer", EXPERTS, {**shared, "ffn": 3}, "fp64")
 
 
+def _data() -> Iterator[tuple[str, Case]]:
+    step = {"batch": 4, "microbatches": 2}
+    text = {**step, "length": 30, "sequence": 4}
+    for layout in (Layout(dp=2), Layout(cp=2, tp=2)):
+        yield "equivalence", _case("batches", layout, text, "exact", consumed=3)
+        epochs = {**step, "epochs": 2, "samples": 16}
+        yield "equivalence", _case("sample_order", layout, epochs, "exact")
+    yield (
+        "refusal",
+        _case("batches", Layout(dp=2), {**text, "batch": 3, "microbatches": 1}, "exact"),
+    )
+
+
 def _random() -> Iterator[tuple[str, Case]]:
     # Parts have to be large enough not to be dropped alike by chance.
     spread = {**SMALL, "sequence": 8, "hidden": 24}
@@ -201,6 +214,7 @@ CASES = (
     *_linears(),
     *_others(),
     *_experts(),
+    *_data(),
     *_random(),
     *_recomputed(),
     *attention.cases(),

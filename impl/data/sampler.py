@@ -18,19 +18,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """The order of `count` samples. ValueError for none."""
+    """The order of `count` samples, of which there is one."""
 
     count: int
     seed: int
 
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"count: {self.count} samples; give a longer text or shorter samples")
-
     def at(self, position: int) -> int:
-        """The sample at a position, counted from 0. ValueError for a negative one."""
-        if position < 0:
-            raise ValueError(f"position: {position} is negative; give the samples consumed before")
+        """The sample at a position, counted from 0."""
         epoch, index = divmod(position, self.count)
         return int(_order(self.seed, epoch, self.count)[index])
 
@@ -41,8 +35,10 @@ class Sampler:
 
         Microbatch m of rank d of dp has the samples from (m * dp_size + d) * microbatch_size on, so
         all ranks together have the same ones, once, at any dp and microbatch size. ValueError for a
-        size that these do not divide.
+        size that these do not divide, and for fewer consumed than none.
         """
+        if consumed < 0:
+            raise ValueError(f"consumed: {consumed} is negative; give the samples before this step")
         each = dp_size * microbatch_size
         if size < 1 or microbatch_size < 1 or size % each:
             raise ValueError(
@@ -61,15 +57,22 @@ class Sampler:
 @dataclass(frozen=True)
 class Samples:
     """Tokens cut into samples of `length`, each with the token after it. The last tokens, of which
-    there are too few, are in none."""
+    there are too few, are in none. ValueError where there is no sample."""
 
     tokens: np.ndarray
     length: int
 
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(
+                f"length: {len(self.tokens)} tokens have no sample of {self.length} and the token"
+                " after it; give a longer text or shorter samples"
+            )
+
     @property
     def count(self) -> int:
         """How many there are."""
-        return max(len(self.tokens) - 1, 0) // self.length
+        return (len(self.tokens) - 1) // self.length
 
     def stack(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """Tokens and targets of samples, int64 [samples, length]."""

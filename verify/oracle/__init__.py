@@ -13,6 +13,7 @@ from verify.oracle.context import context_attention, context_split
 from verify.oracle.context_block import context_attention_block
 from verify.oracle.contract import Contract
 from verify.oracle.cross_entropy import vocab_cross_entropy
+from verify.oracle.data import batches, sample_order
 from verify.oracle.dropout import dropout
 from verify.oracle.embedding import vocab_embedding
 from verify.oracle.gpt import gpt_training
@@ -44,6 +45,8 @@ CONTRACTS: dict[str, Callable[[Case], Contract]] = {
     "moe_expert_bias": moe_expert_bias,
     "dropout": dropout,
     "recomputed_block": recomputed_block,
+    "batches": batches,
+    "sample_order": sample_order,
     "context_split": context_split,
     "context_attention": context_attention,
     "context_attention_block": context_attention_block,
