@@ -173,7 +173,8 @@ def _random() -> Iterator[tuple[str, Case]]:
                 yield "initialisation", _case("initialisation", layout, shape, "fp64", **options)
     # Of few values no spread can be told.
     shape = {"hidden": 2, "ffn": 240, "layers": 1}
-    yield "initialisation", _case("initialisation", TP2, shape, "fp64", rule="linear")
+    gated = {"rule": "linear", "activation": "swiglu"}
+    yield "initialisation", _case("initialisation", TP2, shape, "fp64", **gated)
     shared, local = Layout(dp=4, ep=2, etp=2), {"way": "local", "rule": "linear"}
     for check, experts in (
         ("refusal", shared),

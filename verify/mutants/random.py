@@ -242,4 +242,10 @@ MUTANTS = (
         snippet="inputs or shape[-1]",
         replacement="shape[-1]",
     ),
+    _initial(
+        name="initial-gates-as-one",
+        wrong="A gated weight is cut as one block, not gate and up each.",
+        snippet="(self.blocks, dist.get_world_size(self.group), -1)",
+        replacement="(1, dist.get_world_size(self.group), -1)",
+    ),
 )

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 from verify.case import Case
 from verify.errors import BadArgument
-from verify.oracle.terms import known_options, sizes
+from verify.oracle.terms import known_options, one_of, sizes
 from verify.placement import Placements, Shard
 
 WAYS = ("whole", "local")
+ACTIVATIONS = ("gelu", "swiglu")
 RULES = ("transformer", "kaiming", "linear")
 STD = 0.02
 
@@ -36,26 +37,22 @@ class Drawn:
 def initialisation(case: Case) -> Mapping[str, Drawn]:
     """By name, parameters `I.fc1.weight`, `I.fc1.bias`, `I.fc2.weight`, `I.fc2.bias` of layer I
     from 0: of perceptrons over tp; with size `num_experts` of that many experts each, stacked along
-    dimension 0, which is split over ep, and split over etp as perceptrons over tp.
+    dimension 0, which is split over ep, and split over etp as perceptrons over tp. With a gate fc1
+    is [gate | up].
 
-    Options: `way`, whole (and then cut) or local; `rule`. Raises BadArgument for others, sizes that
-    do not divide, and what cannot be drawn locally: biases that etp > 1 ranks have copies of, as
-    ranks of experts have no stream in common.
+    Options: `way`, whole (and then cut) or local; `rule`; `activation`, gelu or swiglu. Raises
+    BadArgument for others, sizes that do not divide, and what cannot be drawn locally: biases that
+    etp > 1 ranks have copies of, as ranks of experts have no stream in common.
     """
-    known_options(case, "way", "rule")
+    known_options(case, "way", "rule", "activation")
     hidden, ffn, layers = sizes(case, "hidden", "ffn", "layers", optional=("num_experts",))
-    for option, allowed in (("way", WAYS), ("rule", RULES)):
-        value = case.options.get(option, allowed[0])
-        if value not in allowed:
-            raise BadArgument(
-                f"case.options.{option}: {value!r} is not one of {', '.join(allowed)}"
-            )
+    way, rule = one_of(case, "way", WAYS), one_of(case, "rule", RULES)
+    gates = 1 + (one_of(case, "activation", ACTIVATIONS) == "swiglu")
     experts, layout = case.shape.get("num_experts"), case.layout
     ways = layout.tp if experts is None else layout.expert_tp
     if ffn % ways or (experts or 0) % layout.ep:
         raise BadArgument(f"case.shape: {dict(case.shape)} does not divide on {layout}")
-    rule = case.options.get("rule", RULES[0])
-    if experts and rule == "linear" and case.options.get("way") == "local" and ways > 1:
+    if experts and rule == "linear" and way == "local" and ways > 1:
         raise BadArgument(f"case.options.way: local, of biases with copies on etp={ways} ranks")
     spreads = {"fc1": STD, "fc2": STD / math.sqrt(2 * layers)}
     if rule != RULES[0]:
@@ -65,8 +62,9 @@ def initialisation(case: Case) -> Mapping[str, Drawn]:
     copies: Placements = {} if experts is None else {"ep": Shard(0)}
     found = {}
     for i in range(layers):
-        for name, shape, dim in (("fc1", (ffn, hidden), 0), ("fc2", (hidden, ffn), 1)):
-            placed = {**copies, over: Shard(first + dim)}
+        for name, shape, dim in (("fc1", (gates * ffn, hidden), 0), ("fc2", (hidden, ffn), 1)):
+            stride = gates if name == "fc1" else 1
+            placed = {**copies, over: Shard(first + dim, stride=stride)}
             found[f"{i}.{name}.weight"] = Drawn((*of_experts, *shape), placed, spreads[name])
             drawn = Drawn(
                 (*of_experts, shape[0]),

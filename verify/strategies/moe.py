@@ -232,6 +232,10 @@ FAULTS: Mapping[str, Mapping[str, Fault]] = {
             {"groups": case.shape["experts"] + 1, "group_top_k": 1},
             {},
         ),
+        "more choices than admitted experts": lambda case: (
+            {"groups": case.shape["experts"], "group_top_k": 1, "top_k": 2},
+            {},
+        ),
         "a bias of softmax": lambda case: ({}, {"score": None, "expert_bias": True}),
         "a softmax of sigmoids": lambda case: ({}, {"score": "sigmoid", "pre_softmax": True}),
         "no room": lambda case: ({}, {"capacity": -0.5}),

@@ -15,7 +15,7 @@ from verify.case import LENSES, Case, Lens, Option
 from verify.coverage.steering import CONCEPT, chosen
 from verify.layout import Layout
 from verify.oracle.dropout import PROBABILITY, REGIONS
-from verify.oracle.initialise import RULES
+from verify.oracle.initialise import ACTIVATIONS, RULES
 from verify.runner.limits import limits
 from verify.strategies.cases import MAX_SEED, STRIDES, completed, layouts, with_option
 from verify.strategies.layouts import layouts_of_every_kind
@@ -152,6 +152,8 @@ def _model(draw: st.DrawFn, layout: Layout, experts: bool, way: str, rules: Sequ
         seed=draw(st.integers(0, MAX_SEED)),
     )
     case = with_option(case, "way", way, default="whole")
+    activation = chosen(draw, "activation", ACTIVATIONS)
+    case = with_option(case, "activation", activation, default=ACTIVATIONS[0])
     return with_option(case, "rule", rule, default=RULES[0])
 
 

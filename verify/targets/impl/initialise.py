@@ -20,11 +20,11 @@ from impl.mlp import MLP
 from impl.moe.experts import Experts
 from impl.parameters import defer
 from verify.case import Case
-from verify.oracle.initialise import RULES, STD
+from verify.oracle.initialise import ACTIVATIONS, RULES, STD
 from verify.targets.impl.dropout import tracker_of
 from verify.targets.impl.subject import Builder, ModuleSubject
 
-OPTIONS: Mapping[str, tuple[str, ...]] = {"initialisation": ("way", "rule")}
+OPTIONS: Mapping[str, tuple[str, ...]] = {"initialisation": ("way", "rule", "activation")}
 
 
 def initialisation(case: Case, groups: Groups) -> ModuleSubject:
@@ -42,6 +42,7 @@ def initialisation(case: Case, groups: Groups) -> ModuleSubject:
 def _layer(case: Case, groups: Groups) -> Module:
     common: dict[str, Any] = {"ffn": case.shape["ffn"], "init": defer}
     common |= {"dtype": getattr(torch, case.dtype)}
+    common |= {"activation": str(case.options.get("activation", ACTIVATIONS[0]))}
     if "num_experts" not in case.shape:
         return MLP(case.shape["hidden"], group=groups.tp, **common)
     return Experts(

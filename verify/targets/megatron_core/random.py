@@ -39,7 +39,7 @@ from verify.targets.megatron_core.subjects import (
 OPTIONS: Mapping[str, frozenset[str]] = {
     "dropout": frozenset({"region", "dropout", "bias", "training"}),
     "recomputed_block": frozenset({"dropout", "recompute"}),
-    "initialisation": frozenset({"way", "rule"}),
+    "initialisation": frozenset({"way", "rule", "activation"}),
 }
 _NAMES = {"linear_fc1": "fc1", "linear_fc2": "fc2"}
 _PARTS = MLPSubmodules(
@@ -154,8 +154,11 @@ def _runs(plan: Plan | None, layers: int) -> list[tuple[int, int, bool]]:
 
 def initialisation(case: Case) -> ModuleSubject:
     """MLPs as Megatron builds them, on the CPU and then cut, or each rank's part."""
+    gated = case.options.get("activation") == "swiglu"
     config = _mlp_config(
         case,
+        gated_linear_unit=gated,
+        activation_func=torch.nn.functional.silu if gated else torch.nn.functional.gelu,
         num_layers=case.shape["layers"],
         init_method_std=STD,
         use_cpu_initialization=case.options.get("way", "whole") == "whole",
@@ -168,12 +171,9 @@ def initialisation(case: Case) -> ModuleSubject:
 
 
 def _mlp_config(case: Case, **given: Any) -> TransformerConfig:
+    given = {"activation_func": torch.nn.functional.gelu, **given}
     return config_of(
-        case,
-        hidden_size=case.shape["hidden"],
-        ffn_hidden_size=case.shape["ffn"],
-        activation_func=torch.nn.functional.gelu,
-        **given,
+        case, hidden_size=case.shape["hidden"], ffn_hidden_size=case.shape["ffn"], **given
     )
 
 
