@@ -196,6 +196,13 @@ def test_selections():
     sampled = select(Selection(generated=True, modules=("mlp",), sample=5), seed=3)
     assert sampled == select(Selection(generated=True, modules=("mlp",), sample=5), seed=3)
     assert len(sampled) == 5
+    within = select(Selection(modules=("moe",), without=("moe.router",)), seed=0)
+    assert {each.module.split(".")[1] for each in within} == {"moe"}
+    assert "impl.moe.router" not in {each.module for each in within}
+    left = select(Selection(generated=True, without=("pretrain", "mlp")), seed=0)
+    modules = {each.module for each in left}
+    assert {"impl.mlp", "impl.pretrain.run"}.isdisjoint(modules)
+    assert {"impl.linear", "impl.moe.router"} <= modules
     names = [each.name.removeprefix("generated:") for each in sampled[:1]]
     chosen = select(Selection(generated=True, names=tuple(names)), seed=0)
     assert [each.name for each in chosen] == [sampled[0].name]
@@ -209,6 +216,7 @@ def test_selections():
         (Selection(modules=("none",)), "--module: 'impl.none' is not one of"),
         (Selection(generated=True, modules=("liner",)), "--module: 'liner' is no module of impl"),
         (Selection(classes=("gradients",), modules=("mlp",)), "none is of all"),
+        (Selection(generated=True, without=("pre",)), "--without: 'impl.pre' is not one of"),
     ],
 )
 def test_a_wrong_selection_is_one_line(selection, words):

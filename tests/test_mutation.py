@@ -50,6 +50,12 @@ def test_workers_do_every_task_and_keep_what_they_have():
     assert os.getpid() not in found.values()
 
 
+def test_a_worker_that_has_needed_much_memory_is_replaced():
+    tasks = dict.fromkeys(range(3), os.getpid)
+    with Pool(1, timeout=120, memory=1) as pool:
+        assert len(set(dict(pool.run(tasks)).values())) == 3
+
+
 def test_a_lost_task_does_not_take_the_others_along():
     tasks = {
         "dies": functools.partial(os._exit, 3),

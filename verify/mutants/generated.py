@@ -53,15 +53,24 @@ class Generated:
 
 
 def generate(package: str, modules: tuple[str, ...] = ()) -> list[Generated]:
-    """The mutants of a package, or of these modules of it, in the order of the source. Modules are
-    named without the package. Raises BadArgument for one that there is not."""
+    """The mutants of a package, or of these modules and packages in it, in the order of the source.
+    They are named without the package. Raises BadArgument for one that there is not."""
     known = {_short(package, name): path for name, path in modules_of(package).items()}
     for name in modules:
-        if name not in known:
+        if not any(is_in(each, name) for each in known):
             close = get_close_matches(name, known, n=3) or sorted(known)
             raise BadArgument(f"--module: {name!r} is no module of {package}; {', '.join(close)}")
-    chosen = modules or tuple(known)
-    return [mutant for name in chosen for mutant in _of_module(package, name, known[name]).values()]
+    return [
+        mutant
+        for name, path in known.items()
+        if not modules or any(is_in(name, each) for each in modules)
+        for mutant in _of_module(package, name, path).values()
+    ]
+
+
+def is_in(module: str, name: str) -> bool:
+    """Whether a module is of this name, or in the package of this name."""
+    return module == name or module.startswith(f"{name}.")
 
 
 def find_generated(package: str, name: str) -> Generated:

@@ -17,7 +17,8 @@ DEFAULT_PROFILE = "ci"
 @click.command()
 @names_option("--class", "classes", "Only these classes of mutants, see the table.")
 @names_option("--name", "names", "Only these mutants.")
-@names_option("--module", "modules", "Only in these modules: linear,mlp.")
+@names_option("--module", "modules", "Only in these modules and packages: linear,moe.")
+@names_option("--without", "without", "Not in these modules and packages.")
 @names_option("--suite", "suites", "Only with properties of these suites.")
 @click.option(
     "--generated", is_flag=True, help="Mutants generated from the source, not the hand-made ones."
@@ -69,15 +70,17 @@ def mutants(
     One of them, and the case that shows it again:
         shardproof mutants --name row-bias-before-sum --report mutants
         shardproof repro mutants/failures/row-bias-before-sum.json
-    A sample of what can be generated, in two modules:
+    A sample of what can be generated, in two modules, and in all but a package:
         shardproof mutants --generated --module linear,mappings --sample 50 --no-shrink
+        shardproof mutants --generated --without pretrain --sample 50 --no-shrink
     """
     from verify.mutation.run import Selection, run
 
+    lists = ("classes", "names", "modules", "without")
     selection = Selection(
         generated=generated,
         sample=sample,
-        **{name: _names(name, given.pop(name)) for name in ("classes", "names", "modules")},
+        **{name: _names(name, given.pop(name)) for name in lists},
     )
     options = RunOptions.parse({**given, "profile": given["profile"] or DEFAULT_PROFILE})
     return run(

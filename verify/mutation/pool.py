@@ -1,13 +1,17 @@
 """Worker processes that keep what they imported from one task to the next.
 
-A worker that dies or takes too long is replaced, and its task is `Lost`; the others go on.
+A worker that dies or takes too long is replaced, and its task is `Lost`; the others go on. One
+that has needed much memory is replaced too: many threads that allocate leave holes in it that
+nothing gives back.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +25,7 @@ from verify.parent import die_with_parent
 
 K = TypeVar("K")
 T = TypeVar("T")
+_MOST_BYTES = 2**31
 
 # Picklable, called in a worker.
 Task = Callable[[], T]
@@ -34,10 +39,13 @@ class Lost:
 
 
 class Pool:
-    """At most `size` workers, begun when there is something to do. A context manager."""
+    """At most `size` workers, begun when there is something to do. A context manager.
 
-    def __init__(self, size: int, *, timeout: float) -> None:
-        self.size, self.timeout = size, timeout
+    A task takes at most `timeout` seconds, and after one in which a worker had more than `memory`
+    bytes at once, another takes its place."""
+
+    def __init__(self, size: int, *, timeout: float, memory: int = _MOST_BYTES) -> None:
+        self.size, self.timeout, self.memory = size, timeout, memory
         self._idle: list[_Worker] = []
 
     def __enter__(self) -> Pool:
@@ -58,7 +66,7 @@ class Pool:
             while waiting or busy:
                 while waiting and len(busy) < self.size:
                     key, task = waiting.pop()
-                    worker = self._idle.pop() if self._idle else _Worker()
+                    worker = self._idle.pop() if self._idle else _Worker(self.memory)
                     worker.connection.send(task)
                     busy[worker.connection] = _Job(worker, key, time.monotonic() + self.timeout)
                     started(key)
@@ -74,12 +82,15 @@ class Pool:
         for connection in list(ready):
             job = busy.pop(connection)  # type: ignore[call-overload]
             try:
-                result = job.worker.connection.recv()
+                result, spent = job.worker.connection.recv()
             except (EOFError, ConnectionError):
                 job.worker.process.join()
                 yield job.key, Lost(f"its process ended with code {job.worker.process.exitcode}")
                 continue
-            self._idle.append(job.worker)
+            if spent:
+                job.worker.end()
+            else:
+                self._idle.append(job.worker)
             yield job.key, result
         late = [each for each, job in busy.items() if job.deadline <= time.monotonic()]
         for connection in late:
@@ -100,10 +111,10 @@ class _Worker:
 
     process: SpawnProcess
 
-    def __init__(self) -> None:
+    def __init__(self, memory: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, memory), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -114,8 +125,9 @@ class _Worker:
         self.process.join()
 
 
-def _serve(connection: Connection) -> None:
-    """Do tasks until the connection ends, or the process that asked; interrupts are for that."""
+def _serve(connection: Connection, memory: int) -> None:
+    """Do tasks until the connection ends, or the process that asked; interrupts are for that. With
+    each result is told whether the process has had more than `memory` bytes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
     import torch
@@ -130,7 +142,13 @@ def _serve(connection: Connection) -> None:
             result = task()
         except BaseException:
             result = Lost(traceback.format_exc())
-        connection.send(result)
+        connection.send((result, _most_bytes() > memory))
+
+
+def _most_bytes() -> int:
+    """The most memory that this process had so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def number_of_workers(given: str | None) -> int:

@@ -13,7 +13,7 @@ from verify.console import console_of_stdout
 from verify.errors import BadArgument
 from verify.mutants import CATALOGUE
 from verify.mutants.equivalent import Equivalents
-from verify.mutants.generated import PREFIX, Generated, generate
+from verify.mutants.generated import PREFIX, Generated, generate, is_in
 from verify.mutants.mutant import Mutant
 from verify.mutation.display import Progression, print_score
 from verify.mutation.document import complaints, validate
@@ -34,12 +34,14 @@ FAILURES = "failures"
 @dataclass(frozen=True, kw_only=True)
 class Selection:
     """Which mutants: hand-made or generated ones, of these classes, names and modules, all if
-    empty; at most `sample` of them, by the seed."""
+    empty, but not of the modules in `without`; a package stands for all modules in it. At most
+    `sample` of them, by the seed."""
 
     generated: bool = False
     classes: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     sample: int | None = None
 
 
@@ -110,14 +112,21 @@ def select(selection: Selection, *, seed: int) -> Sequence[Mutant | Generated]:
     )
     _require("--name", names, {each.name for each in known})
     _require("--class", selection.classes, {each.family for each in known})
-    modules = tuple(f"{TARGET}.{name}" for name in selection.modules)
-    _require("--module", modules, {each.module for each in known})
+    modules, without = (
+        tuple(f"{TARGET}.{name}" for name in each)
+        for each in (selection.modules, selection.without)
+    )
+    for option, given in (("--module", modules), ("--without", without)):
+        there = {each.module for each in known}
+        packages = {".".join(each.split(".")[:2]) for each in there}
+        _require(option, given, there | packages)
     chosen = [
         each
         for each in known
         if (not names or each.name in names)
         and (not selection.classes or each.family in selection.classes)
-        and (not modules or each.module in modules)
+        and (not modules or any(is_in(each.module, name) for name in modules))
+        and not any(is_in(each.module, name) for name in without)
     ]
     if selection.sample is not None and selection.sample < len(chosen):
         kept = set(random.Random(seed).sample([each.name for each in chosen], selection.sample))
