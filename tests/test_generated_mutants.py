@@ -72,6 +72,8 @@ def made(operator, body, head="def f(x, y, n, group, groups):"):
         ("swap-arguments", "f(x, x)", []),
         ("swap-arguments", "f(split_dim=x, concat_dim=y)", ["f(split_dim=y, concat_dim=x)"]),
         ("swap-items", "x, y = f()", ["y, x = f()"]),
+        ("swap-items", "x, y = 0, 0", []),
+        ("swap-items", "y = n in (x, y)", []),
         ("other-slice", "x[1:n]", ["x[:n]", "x[(1) + 1:n]", "x[1:]", "x[1:(n) - 1]"]),
         ("first-part", "x.narrow(0, n, 2)", ["x.narrow(0, 0, 2)"]),
         ("drop-mask", "y = x.masked_fill(y, 0.0)", ["y = x"]),

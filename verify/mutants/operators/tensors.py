@@ -72,17 +72,25 @@ def swap_arguments(node: Node, source: Source) -> Iterator[Edit]:
 
 def swap_items(node: Node, source: Source) -> Iterator[Edit]:
     """The first two items of a tuple or list are exchanged, or the names that they are given; not
-    of one that has no order: of what is caught, of what something is one of."""
+    of one that has no order: of what is caught, of what something is one of, of names that are
+    given the same."""
     if isinstance(node, ast.Tuple | ast.List) and len(node.elts) > 1:
         one, other = node.elts[:2]
         above = source.parents[node]
-        unordered = isinstance(above, ast.ExceptHandler) or (
-            isinstance(above, ast.Compare) and isinstance(above.ops[0], ast.In | ast.NotIn)
+        unordered = (
+            isinstance(above, ast.ExceptHandler)
+            or (isinstance(above, ast.Compare) and isinstance(above.ops[0], ast.In | ast.NotIn))
+            or (isinstance(above, ast.Assign) and _are_alike(above.value))
         )
         if not (unordered or isinstance(above, ast.Subscript)) and not (
             _is_plain(one) and _is_plain(other)
         ):
             yield from source.swapped(one, other, "The first two items are exchanged.")
+
+
+def _are_alike(value: ast.expr) -> bool:
+    """Whether the first two of these values are the same."""
+    return isinstance(value, ast.Tuple) and len({ast.dump(each) for each in value.elts[:2]}) == 1
 
 
 def other_slice(node: Node, source: Source) -> Iterator[Edit]:
