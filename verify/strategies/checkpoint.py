@@ -131,7 +131,7 @@ def _saved_elsewhere(draw: st.DrawFn, case: Case) -> Case:
     # With the same sizes every stream of random numbers goes on, where its place is now.
     # What is saved at has no levels of context parallelism.
     reordered = [] if case.layout.hierarchical_cp else _reordered(case.layout)
-    if reordered and draw(st.sampled_from((False, True))):
+    if reordered and draw(st.sampled_from((True, False, True))):
         drawn = draw(st.sampled_from(reordered))
     else:
         drawn = draw(_layouts(ranks, experts="experts" in case.shape))
