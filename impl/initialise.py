@@ -67,11 +67,11 @@ def scaled_normal(std: float, *, num_layers: int) -> Distribution:
 
 
 def kaiming_uniform(inputs: int | None = None) -> Distribution:
-    """Uniform within 1 / sqrt(inputs): torch's default for linear layers. `inputs` are those of the
-    full weight: to be given for a bias, of a weight [..., out, in] its own."""
+    """Uniform within 1 / sqrt(inputs): torch's default for linear layers. Without `inputs` they are
+    those of the full weight [..., out, in]; a bias has to be given those of its weight."""
 
     def fill(part: Tensor, *, shape: torch.Size, generator: Generator | None = None) -> object:
-        bound = 1.0 / math.sqrt(inputs or shape[-1])
+        bound = 1.0 / math.sqrt(shape[-1] if inputs is None else inputs)
         return part.uniform_(-bound, bound, generator=generator)
 
     return fill

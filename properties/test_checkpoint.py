@@ -24,7 +24,8 @@ def test_round_trip(check: CheckCase, case: Case) -> None:
     """Law 1. Must catch: a shard that is put at another's offset; blocks of a gated weight, experts
     or chunks of a stage in another order; padding that is saved as if it were vocabulary; a tied
     copy that is not loaded; states of one rank's share only; a count that is lost; random numbers
-    that are seeded anew, or another rank's; the checkpoint of another run after as many steps."""
+    that are seeded anew, or another rank's; the checkpoint of another run after more steps, or
+    fewer."""
     check("equivalence", case)
 
 

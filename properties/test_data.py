@@ -2,9 +2,9 @@
 
 Laws: (1) the microbatches of all ranks of dp and cp together are those of one device, each row and
 each token once and in its place, and ranks of tp and pp have them alike; targets are the tokens one
-further; (2) in an epoch every sample has its turn once; (3) nothing is communicated; (4) the layout
-and (5) running twice change nothing; (6) what does not divide is refused, and
-a text of no sample.
+further; (2) in an epoch every sample has its turn once, wherever steps end, and a run that goes on
+later has the samples that are left; (3) nothing is communicated; (4) the layout and (5) running
+twice change nothing; (6) what does not divide is refused, and a text of no sample.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def test_the_batches_of_every_rank(check: CheckCase, case: Case) -> None:
 @given(case=order_cases())
 def test_every_sample_has_its_turn(check: CheckCase, case: Case) -> None:
     """Law 2. Must catch: an order with a sample twice; ranks that shuffle each for itself; samples
-    of one step that come again in the next."""
+    of one step that come again in the next; an epoch that ends with the step it ends in; an order
+    that is drawn from a generator that goes on."""
     check("equivalence", case)
 
 
@@ -40,7 +41,7 @@ def test_the_layout_does_not_matter(check: CheckCase, case: Case) -> None:
 
 @given(case=order_cases())
 def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
-    """Law 5. Must catch: an order that is drawn from a generator that goes on."""
+    """Law 5. Must catch: what a run before has left."""
     check("determinism", case)
 
 

@@ -74,6 +74,8 @@ def made(operator, body, head="def f(x, y, n, group, groups):"):
         ("swap-items", "x, y = f()", ["y, x = f()"]),
         ("swap-items", "x, y = 0, 0", []),
         ("swap-items", "y = n in (x, y)", []),
+        ("swap-items", "y = (x, y) in n", ["y = (y, x) in n"]),
+        ("swap-items", "x, y = f(), f()", ["y, x = f(), f()"]),
         ("other-slice", "x[1:n]", ["x[:n]", "x[(1) + 1:n]", "x[1:]", "x[1:(n) - 1]"]),
         ("first-part", "x.narrow(0, n, 2)", ["x.narrow(0, 0, 2)"]),
         ("drop-mask", "y = x.masked_fill(y, 0.0)", ["y = x"]),
@@ -201,6 +203,8 @@ def test_selections():
     within = select(Selection(modules=("moe",), without=("moe.router",)), seed=0)
     assert {each.module.split(".")[1] for each in within} == {"moe"}
     assert "impl.moe.router" not in {each.module for each in within}
+    of_one = select(Selection(modules=("linear",), without=("pretrain",)), seed=0)
+    assert {each.module for each in of_one} == {"impl.linear"}
     left = select(Selection(generated=True, without=("pretrain", "mlp")), seed=0)
     modules = {each.module for each in left}
     assert {"impl.mlp", "impl.pretrain.run"}.isdisjoint(modules)
@@ -215,10 +219,10 @@ def test_selections():
     [
         (Selection(names=("none",)), "--name: 'none' is not one of"),
         (Selection(classes=("none",)), "--class: 'none' is not one of"),
-        (Selection(modules=("none",)), "--module: 'impl.none' is not one of"),
+        (Selection(modules=("none",)), "--module: 'none' is no module of impl"),
         (Selection(generated=True, modules=("liner",)), "--module: 'liner' is no module of impl"),
         (Selection(classes=("gradients",), modules=("mlp",)), "none is of all"),
-        (Selection(generated=True, without=("pre",)), "--without: 'impl.pre' is not one of"),
+        (Selection(generated=True, without=("pre",)), "--without: 'pre' is no module of impl"),
     ],
 )
 def test_a_wrong_selection_is_one_line(selection, words):

@@ -147,12 +147,11 @@ def _data() -> Iterator[tuple[str, Case]]:
     text = {**step, "length": 30, "sequence": 4}
     for layout in (Layout(dp=2), Layout(cp=2, tp=2)):
         yield "equivalence", _case("batches", layout, text, "exact", consumed=3)
-        epochs = {**step, "epochs": 2, "samples": 16}
-        yield "equivalence", _case("sample_order", layout, epochs, "exact")
-    yield (
-        "refusal",
-        _case("batches", Layout(dp=2), {**text, "batch": 3, "microbatches": 1}, "exact"),
-    )
+        yield "equivalence", _case("sample_order", layout, {**step, "samples": 12}, "exact")
+    for sizes in ({"batch": 3}, {"length": 4}):
+        wrong = {**text, **sizes}
+        yield "refusal", _case("batches", Layout(dp=2), wrong, "exact", placement="contiguous")
+    yield "refusal", _case("batches", Layout(dp=2), text, "exact", consumed=-1)
 
 
 def _random() -> Iterator[tuple[str, Case]]:

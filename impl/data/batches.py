@@ -28,7 +28,7 @@ class Batches:
 
     def after(self, consumed: int) -> list[Microbatch]:
         """This rank's microbatches of the step after so many samples; alike on all ranks of tp and
-        pp. ValueError for sizes that do not divide by dp and cp."""
+        pp. ValueError for sizes that do not divide by dp and cp, and for fewer than none."""
         found = self.sampler.batch(
             consumed,
             size=self.size,

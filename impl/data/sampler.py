@@ -8,8 +8,7 @@ number of samples it has consumed; that number is all that there is to save.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,15 +17,25 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """The order of `count` samples, of which there is one."""
+    """The order of `count` samples, at least one."""
 
     count: int
     seed: int
+    # That of the epoch in which the last position was.
+    _orders: dict[int, Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def at(self, position: int) -> int:
         """The sample at a position, counted from 0."""
         epoch, index = divmod(position, self.count)
-        return int(_order(self.seed, epoch, self.count)[index])
+        if epoch not in self._orders:
+            self._orders.clear()
+            self._orders[epoch] = self._order(epoch)
+        return int(self._orders[epoch][index])
+
+    def _order(self, epoch: int) -> Tensor:
+        digest = hashlib.sha256(f"{self.seed}/{epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+        return torch.randperm(self.count, generator=generator, device="cpu")
 
     def batch(
         self, consumed: int, *, size: int, dp_rank: int, dp_size: int, microbatch_size: int
@@ -80,10 +89,3 @@ class Samples:
         rows = np.stack([self.tokens[start : start + self.length + 1] for start in starts])
         both = torch.from_numpy(rows.astype(np.int64))
         return both[:, :-1], both[:, 1:]
-
-
-@lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, count: int) -> Tensor:
-    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-    return torch.randperm(count, generator=generator, device="cpu")

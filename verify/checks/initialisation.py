@@ -132,6 +132,8 @@ class _Court:
                 if full.any():
                     yield f"{name} is not zero"
                 continue
+            if not full.any():
+                yield f"{name} is zero; promised is a spread of {drawn.spread:.3g}"
             count, roundoff = full.numel(), torch.finfo(found[0][name].dtype).eps
             mean, square = float(full.mean()), float((full**2).mean())
             if not abs(mean) <= _DEVIATIONS * drawn.spread / count**0.5:

@@ -152,7 +152,7 @@ def _names_something(message: str, case: Case) -> bool:
 
 def _inputs(case: Case) -> Mapping[str, Tensor]:
     """Zeros of the shapes that this rank would be given, divided as evenly as the sizes allow; the
-    integers that the contract gives. None of what has no contract, and no inputs."""
+    integers that the contract gives. Empty for a concept without a contract."""
     if case.concept not in CONTRACTS:
         return {}
     contract = _contract_near(case)

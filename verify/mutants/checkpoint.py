@@ -162,6 +162,12 @@ _STATES = (
         replacement="    return min(each for each in folder.iterdir() if each.is_dir())\n",
     ),
     _folder(
+        name="checkpoint-most-steps",
+        wrong="The newest checkpoint is the one after most steps, not what was saved last.",
+        snippet="    return folder / name\n",
+        replacement="    return max(each for each in folder.iterdir() if each.is_dir())\n",
+    ),
+    _folder(
         name="checkpoint-newest-for-named",
         wrong="The newest checkpoint is loaded, also where another one is named.",
         snippet="        return folder\n",

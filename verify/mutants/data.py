@@ -10,6 +10,7 @@ _sampler = partial(
     Mutant, family="data", module="impl.data.sampler", caught_by=("batches", "sample_order")
 )
 _batches = partial(Mutant, family="data", module="impl.data.batches", caught_by=("batches",))
+_SHUFFLE = 'return torch.randperm(self.count, generator=generator, device="cpu")'
 _ROW = "self.at(consumed + (m * dp_size + dp_rank) * microbatch_size + i)"
 
 MUTANTS = (
@@ -42,9 +43,41 @@ MUTANTS = (
     _sampler(
         name="data-samples-drawn-again",
         wrong="Each sample is drawn from all, so that some have their turn twice.",
-        snippet='return torch.randperm(count, generator=generator, device="cpu")',
-        replacement="return torch.randint(count, (count,), generator=generator)",
+        snippet=_SHUFFLE,
+        replacement="return torch.randint(self.count, (self.count,), generator=generator)",
         caught_by=("sample_order",),
+    ),
+    _sampler(
+        name="data-order-goes-on",
+        wrong="The order of an epoch is what torch's generator draws next.",
+        snippet=_SHUFFLE,
+        replacement="return torch.randperm(self.count)",
+        caught_by=("sample_order",),
+        seen="RNG-03",
+    ),
+    _sampler(
+        name="data-epoch-ends-with-a-step",
+        wrong="All samples of a step are those of the epoch that it begins in.",
+        snippet=_ROW,
+        replacement=(
+            "self.at(consumed // self.count * self.count + (consumed + (m * dp_size + dp_rank)"
+            " * microbatch_size + i) % self.count)"
+        ),
+        caught_by=("sample_order",),
+    ),
+    _sampler(
+        name="data-before-the-beginning",
+        wrong="A run may go on before its beginning: only ranks that see it refuse.",
+        snippet="if consumed < 0:",
+        replacement="if consumed + dp_rank * microbatch_size < 0:",
+        caught_by=("batches",),
+    ),
+    _sampler(
+        name="data-text-too-short",
+        wrong="A text may have no sample.",
+        snippet="if self.count < 1:",
+        replacement="if self.count < 0:",
+        caught_by=("batches",),
     ),
     _sampler(
         name="data-targets-are-tokens",
@@ -63,7 +96,7 @@ MUTANTS = (
         name="data-tokens-by-dp",
         wrong="The tokens of a sample are shared out over dp.",
         snippet="split_sequence(rows.t(), group=self.groups.cp, placement=self.placement)",
-        replacement=("split_sequence(rows.t(), group=self.groups.dp, placement=self.placement)"),
+        replacement="split_sequence(rows.t(), group=self.groups.dp, placement=self.placement)",
     ),
     _batches(
         name="data-always-contiguous",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -54,18 +54,24 @@ class Generated:
 
 def generate(package: str, modules: tuple[str, ...] = ()) -> list[Generated]:
     """The mutants of a package, or of these modules and packages in it, in the order of the source.
-    They are named without the package. Raises BadArgument for one that there is not."""
+    They are named without the package."""
     known = {_short(package, name): path for name, path in modules_of(package).items()}
-    for name in modules:
-        if not any(is_in(each, name) for each in known):
-            close = get_close_matches(name, known, n=3) or sorted(known)
-            raise BadArgument(f"--module: {name!r} is no module of {package}; {', '.join(close)}")
     return [
         mutant
         for name, path in known.items()
         if not modules or any(is_in(name, each) for each in modules)
         for mutant in _of_module(package, name, path).values()
     ]
+
+
+def require_modules(package: str, names: Iterable[str], *, option: str) -> None:
+    """Raise BadArgument, of this option, for a name of no module of a package, nor of a package in
+    it; they are named without the package."""
+    known = [_short(package, name) for name in modules_of(package)]
+    for name in names:
+        if not any(is_in(each, name) for each in known):
+            close = get_close_matches(name, known, n=3) or sorted(known)
+            raise BadArgument(f"{option}: {name!r} is no module of {package}; {', '.join(close)}")
 
 
 def is_in(module: str, name: str) -> bool:

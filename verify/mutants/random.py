@@ -196,14 +196,14 @@ MUTANTS = (
     _initial(
         name="initial-inputs-of-a-part",
         wrong="The spread is that of the inputs of a rank's part.",
-        snippet="inputs or shape[-1]",
-        replacement="inputs or part.shape[-1]",
+        snippet="shape[-1] if inputs is None else inputs",
+        replacement="part.shape[-1] if inputs is None else inputs",
     ),
     _initial(
         name="initial-outputs-for-inputs",
         wrong="The spread comes from the outputs of a weight.",
-        snippet="inputs or shape[-1]",
-        replacement="inputs or shape[0]",
+        snippet="shape[-1] if inputs is None else inputs",
+        replacement="shape[0] if inputs is None else inputs",
     ),
     _initial(
         name="initial-output-layers-not-scaled",
@@ -239,7 +239,7 @@ MUTANTS = (
     _initial(
         name="initial-biases-by-outputs",
         wrong="The spread of a bias comes from its own size, not from the inputs of the weight.",
-        snippet="inputs or shape[-1]",
+        snippet="shape[-1] if inputs is None else inputs",
         replacement="shape[-1]",
     ),
     _initial(

@@ -13,7 +13,7 @@ from verify.console import console_of_stdout
 from verify.errors import BadArgument
 from verify.mutants import CATALOGUE
 from verify.mutants.equivalent import Equivalents
-from verify.mutants.generated import PREFIX, Generated, generate, is_in
+from verify.mutants.generated import PREFIX, Generated, generate, is_in, require_modules
 from verify.mutants.mutant import Mutant
 from verify.mutation.display import Progression, print_score
 from verify.mutation.document import complaints, validate
@@ -101,6 +101,8 @@ def _write_failures(
 def select(selection: Selection, *, seed: int) -> Sequence[Mutant | Generated]:
     """The mutants of a selection, in the order of the catalogue or the source. Raises BadArgument
     for names that there are not, and where nothing is left."""
+    for option, given in (("--module", selection.modules), ("--without", selection.without)):
+        require_modules(TARGET, given, option=option)
     known: list[Any] = list(CATALOGUE[TARGET].values())
     if selection.generated:
         known = list(generate(TARGET, selection.modules))
@@ -116,10 +118,6 @@ def select(selection: Selection, *, seed: int) -> Sequence[Mutant | Generated]:
         tuple(f"{TARGET}.{name}" for name in each)
         for each in (selection.modules, selection.without)
     )
-    for option, given in (("--module", modules), ("--without", without)):
-        there = {each.module for each in known}
-        packages = {".".join(each.split(".")[:2]) for each in there}
-        _require(option, given, there | packages)
     chosen = [
         each
         for each in known

@@ -205,9 +205,9 @@ def round_trip(case: Case) -> Contract:
     `distributed`; and `draws STREAM`, the next numbers of a stream that was seeded and drawn from
     before, where both layouts have the axes of a stream in the same sizes.
 
-    With option `another` the folder has a second checkpoint, of a run after as many steps: an
-    `older` one, and the newest in the folder is loaded; or a `newer` one, and the first is loaded
-    by its name. `none` is the default.
+    With option `another` the folder has a second checkpoint, of a run after as many steps, or one
+    more or less: an `older` one, and the newest in the folder is loaded; or a `newer` one, and the
+    first is loaded by its name. `none` is the default.
     """
     known_options(case, *ROUND_TRIP_OPTIONS)
     if "unlike" in case.options:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import lcm
+
 import torch
 
 from verify.case import Case
@@ -21,7 +23,8 @@ def batches(case: Case) -> Contract:
 
     Given are a text [length], of which sample i is the tokens from i * sequence on, its targets
     those one further, and an `order` of samples: the step has those after the first `consumed`, an
-    option, all of which count. Raises BadArgument, as does the reference for a text of no sample.
+    option, all of which count. Raises BadArgument; for a text of no sample only the reference
+    does, so that there is something to give to a target, which has to refuse it.
     """
     length, sequence, batch, microbatches = sizes(
         case, "length", "sequence", "batch", "microbatches"
@@ -61,24 +64,28 @@ def batches(case: Case) -> Contract:
 
 
 def sample_order(case: Case) -> Contract:
-    """`seen` [epochs, samples]: how often each sample was in the steps of an epoch, summed over dp:
-    once. A step has microbatches * batch samples, and an epoch so many whole steps.
+    """The samples that steps of microbatches * batch have, over as many epochs as make whole steps,
+    rows in the order that `batches` has them in.
 
-    Raises BadArgument for samples that are no multiple of a step's.
+    `seen` [epochs, samples] is how often each sample was in each epoch, summed over dp: once.
+    `alike` [steps] is how many rows of a step, summed over dp, are the same once more, when another
+    run takes the steps from the last to the first: all.
     """
-    epochs, samples, batch, microbatches = sizes(case, "epochs", "samples", "batch", "microbatches")
+    samples, batch, microbatches = sizes(case, "samples", "batch", "microbatches")
     known_options(case)
-    if samples % (batch * microbatches):
-        raise BadArgument(
-            f"case.shape.samples: {samples} are no steps of {batch} * {microbatches} samples"
-        )
-    once = torch.ones(epochs, samples, dtype=torch.float64)
+    step = batch * microbatches
+    together = lcm(samples, step)
+    shapes = {"seen": (together // samples, samples), "alike": (together // step,)}
+    told = {"seen": 1.0, "alike": float(step)}
+    full = {
+        name: torch.full(shape, told[name], dtype=torch.float64) for name, shape in shapes.items()
+    }
     return Contract(
         axes=AXES,
         inputs={},
         parameters={},
-        outputs={"seen": TensorSpec((epochs, samples), {"dp": Partial()}, None)},
-        reference=lambda inputs, parameters: {"seen": once},
+        outputs={n: TensorSpec(shape, {"dp": Partial()}, None) for n, shape in shapes.items()},
+        reference=lambda inputs, parameters: full,
         linear=True,
         divided={"batch": batch},
         over={"batch": ("dp",)},

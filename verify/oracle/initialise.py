@@ -20,7 +20,8 @@ from verify.placement import Placements, Shard
 
 WAYS = ("whole", "local")
 ACTIVATIONS = ("gelu", "swiglu")
-RULES = ("transformer", "kaiming", "linear")
+TRANSFORMER, LINEAR = "transformer", "linear"
+RULES = (TRANSFORMER, "kaiming", LINEAR)
 STD = 0.02
 
 
@@ -52,24 +53,24 @@ def initialisation(case: Case) -> Mapping[str, Drawn]:
     ways = layout.tp if experts is None else layout.expert_tp
     if ffn % ways or (experts or 0) % layout.ep:
         raise BadArgument(f"case.shape: {dict(case.shape)} does not divide on {layout}")
-    if experts and rule == "linear" and way == "local" and ways > 1:
+    if experts and rule == LINEAR and way == "local" and ways > 1:
         raise BadArgument(f"case.options.way: local, of biases with copies on etp={ways} ranks")
     spreads = {"fc1": STD, "fc2": STD / math.sqrt(2 * layers)}
-    if rule != RULES[0]:
+    if rule != TRANSFORMER:
         spreads = {"fc1": 1 / math.sqrt(3 * hidden), "fc2": 1 / math.sqrt(3 * ffn)}
     of_experts, first = ((), 0) if experts is None else ((experts,), 1)
     over = "tp" if experts is None else "etp"
-    copies: Placements = {} if experts is None else {"ep": Shard(0)}
+    shared_out: Placements = {} if experts is None else {"ep": Shard(0)}
     found = {}
     for i in range(layers):
         for name, shape, dim in (("fc1", (gates * ffn, hidden), 0), ("fc2", (hidden, ffn), 1)):
             stride = gates if name == "fc1" else 1
-            placed = {**copies, over: Shard(first + dim, stride=stride)}
+            placed = {**shared_out, over: Shard(first + dim, stride=stride)}
             found[f"{i}.{name}.weight"] = Drawn((*of_experts, *shape), placed, spreads[name])
             drawn = Drawn(
                 (*of_experts, shape[0]),
-                placed if name == "fc1" else copies,
-                spreads[name] if rule == "linear" else 0.0,
+                placed if name == "fc1" else shared_out,
+                spreads[name] if rule == LINEAR else 0.0,
             )
             found[f"{i}.{name}.bias"] = drawn
     return found

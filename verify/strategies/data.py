@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from verify.case import Case
+from verify.case import Case, Option
 from verify.coverage.steering import CONCEPT, chosen, foresee
 from verify.layout import Layout
 from verify.runner.limits import limits
@@ -43,12 +43,10 @@ def order_cases(draw: st.DrawFn) -> Case:
     """Cases of `sample_order`."""
     concept = chosen(draw, CONCEPT, ("sample_order",))
     layout = draw(_layouts())
-    batch, microbatches = layout.dp * draw(st.integers(1, 3)), draw(st.integers(1, 3))
     shape = {
-        "epochs": draw(st.integers(1, 3)),
-        "samples": batch * microbatches * draw(st.integers(1, 3)),
-        "batch": batch,
-        "microbatches": microbatches,
+        "samples": draw(st.integers(1, 20)),
+        "batch": layout.dp * draw(st.integers(1, 3)),
+        "microbatches": draw(st.integers(1, 3)),
     }
     return draw(completed(Case(concept=concept, layout=layout, shape=shape), ("exact",)))
 
@@ -60,12 +58,18 @@ def refusable_batch_cases(draw: st.DrawFn) -> Case:
     case = draw(batch_cases())
     dp, cp, sequence = case.layout.dp, case.layout.cp, case.shape["sequence"]
     # In a message a size of one says nothing.
-    wrong = [{"sequence": 2 * sequence, "length": draw(st.integers(1, 2 * sequence))}, {}]
-    wrong += [{"batch": dp + 1, "microbatches": 1}] if dp > 1 else []
-    wrong += [{"sequence": sequence + 1, "length": 99}] if cp > 1 else []
-    found = draw(st.sampled_from(wrong))
-    options = case.options if found else {**case.options, "consumed": draw(st.integers(-9, -1))}
-    return dataclasses.replace(case, shape={**case.shape, **found}, options=options)
+    short = {"sequence": 2 * sequence, "length": draw(st.integers(1, 2 * sequence))}
+    wrong: list[tuple[dict[str, int], dict[str, Option]]] = [
+        (short, {}),
+        ({}, {"consumed": draw(st.integers(-9, -1))}),
+    ]
+    # A microbatch of all ranks, and two rows more.
+    wrong += [({"batch": dp + 1, "microbatches": 2}, {})] if dp > 1 else []
+    wrong += [({"sequence": sequence + 1, "length": 2 * sequence + 3}, {})] if cp > 1 else []
+    shape, options = draw(st.sampled_from(wrong))
+    return dataclasses.replace(
+        case, shape={**case.shape, **shape}, options={**case.options, **options}
+    )
 
 
 @st.composite

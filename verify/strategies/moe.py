@@ -157,7 +157,7 @@ def _shapes(draw: st.DrawFn, concept: str, layout: Layout, *, grouped: Sequence[
     }
     split = layout.ep if concept in ("moe_layer", "moe_dispatch") else 1
     experts = [n * split for n in (1, 2, 3) if n * split > 1] + [-(-11 // split) * split]
-    # Loads of the mean, which is a whole number, of ranks that have fractions of it.
+    # So that the mean load is a whole number, some expert's, while a rank's share of it is not.
     experts += [6, 12] if concept == "moe_expert_bias" else []
     in_groups = concept in ("moe_router", "moe_layer") and draw(st.sampled_from(list(grouped)))
     if in_groups:

@@ -15,7 +15,7 @@ from verify.case import LENSES, Case, Lens, Option
 from verify.coverage.steering import CONCEPT, chosen
 from verify.layout import Layout
 from verify.oracle.dropout import PROBABILITY, REGIONS
-from verify.oracle.initialise import ACTIVATIONS, RULES
+from verify.oracle.initialise import ACTIVATIONS, LINEAR, RULES, WAYS
 from verify.runner.limits import limits
 from verify.strategies.cases import MAX_SEED, STRIDES, completed, layouts, with_option
 from verify.strategies.layouts import layouts_of_every_kind
@@ -122,36 +122,41 @@ def initialisation_cases(draw: st.DrawFn, *, way: str) -> Case:
     layout, experts = draw(_layouts(12)), draw(st.booleans())
     # Copies of an expert's bias cannot be drawn locally.
     whole = way == "whole" or not experts or layout.expert_tp == 1
-    return draw(_model(layout, experts, way, RULES if whole else RULES[:-1]))
+    rules = RULES if whole else [rule for rule in RULES if rule != LINEAR]
+    return draw(_model(layout, way, rules, experts=experts))
 
 
 def refusable_initialisation_cases() -> st.SearchStrategy[Case]:
     """Models of experts to be made locally, with biases to draw that ranks hold copies of."""
     split = st.deferred(lambda: _layouts(12)).filter(lambda layout: layout.expert_tp > 1)
-    return split.flatmap(lambda layout: _model(layout, True, "local", RULES[-1:]))
+    return split.flatmap(lambda layout: _model(layout, "local", (LINEAR,), experts=True))
 
 
 @st.composite
-def _model(draw: st.DrawFn, layout: Layout, experts: bool, way: str, rules: Sequence[str]) -> Case:
+def _model(
+    draw: st.DrawFn, layout: Layout, way: str, rules: Sequence[str], *, experts: bool
+) -> Case:
     """A model of perceptrons or of experts to be made in this way by one of these rules."""
+    concept = chosen(draw, CONCEPT, ("initialisation",))
     ways = layout.expert_tp if experts else layout.tp
     shape = {
-        "hidden": draw(st.integers(1, 12)),
-        "ffn": draw(st.integers(1, 6)) * ways,
+        # Of few numbers no spread can be told, and biases are few.
+        "hidden": draw(st.integers(1, 12) | st.sampled_from((1, 128))),
+        "ffn": draw(st.integers(1, 6) | st.sampled_from((1, 128))) * ways,
         "layers": draw(st.integers(1, 3)),
     }
     shape |= {"num_experts": draw(st.integers(1, 3)) * layout.ep} if experts else {}
-    rule = draw(st.sampled_from(rules))
     lens: Lens = draw(st.sampled_from(("fp64", "native")))
     case = Case(
-        concept="initialisation",
+        concept=concept,
         layout=layout,
         shape=shape,
         lens=lens,
         dtype="float64" if lens == "fp64" else draw(st.sampled_from(("float32", "bfloat16"))),
         seed=draw(st.integers(0, MAX_SEED)),
     )
-    case = with_option(case, "way", way, default="whole")
+    case = with_option(case, "way", way, default=WAYS[0])
+    rule = chosen(draw, "rule", rules)
     activation = chosen(draw, "activation", ACTIVATIONS)
     case = with_option(case, "activation", activation, default=ACTIVATIONS[0])
     return with_option(case, "rule", rule, default=RULES[0])

@@ -79,7 +79,7 @@ def swap_items(node: Node, source: Source) -> Iterator[Edit]:
         above = source.parents[node]
         unordered = (
             isinstance(above, ast.ExceptHandler)
-            or (isinstance(above, ast.Compare) and isinstance(above.ops[0], ast.In | ast.NotIn))
+            or (isinstance(above, ast.Compare) and _is_searched(node, above))
             or (isinstance(above, ast.Assign) and _are_alike(above.value))
         )
         if not (unordered or isinstance(above, ast.Subscript)) and not (
@@ -88,9 +88,18 @@ def swap_items(node: Node, source: Source) -> Iterator[Edit]:
             yield from source.swapped(one, other, "The first two items are exchanged.")
 
 
+def _is_searched(node: Node, above: ast.Compare) -> bool:
+    """Whether it is asked if something is one of these items."""
+    return isinstance(above.ops[0], ast.In | ast.NotIn) and node in above.comparators
+
+
 def _are_alike(value: ast.expr) -> bool:
-    """Whether the first two of these values are the same."""
-    return isinstance(value, ast.Tuple) and len({ast.dump(each) for each in value.elts[:2]}) == 1
+    """Whether the first two of these values are the same: constants, or empty."""
+    if not isinstance(value, ast.Tuple):
+        return False
+    first, second = value.elts[:2]
+    plain = isinstance(first, ast.Constant) or not getattr(first, "elts", [first])
+    return plain and ast.dump(first) == ast.dump(second)
 
 
 def other_slice(node: Node, source: Source) -> Iterator[Edit]:

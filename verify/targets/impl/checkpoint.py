@@ -49,7 +49,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "resumed_training": RESUMED_OPTIONS,
     "checkpoint": ROUND_TRIP_OPTIONS,
 }
-# What nobody has saved, and everything that is not loaded has.
+# What no run to be loaded has saved, and everything that is not loaded has.
 _UNTOUCHED = 7.0
 
 
@@ -168,11 +168,14 @@ def round_trip(case: Case, groups: Groups) -> Subject:
         with _sides(trained, groups) as (before, now, folder):
             progress = _begin(before, inputs)
             another = case.options.get("another")
+            # Its name comes before that of the other, or after it, or has the same number.
+            steps = max(progress.steps + case.seed % 3 - 1, 0)
+            other = Progress(steps, progress.consumed + 1)
             if another == "older":
-                save_checkpoint(folder, now.training(), progress)
+                save_checkpoint(folder, now.training(), other)
             saved = save_checkpoint(folder, before.training(), progress)
             if another == "newer":
-                save_checkpoint(folder, now.training(), progress)
+                save_checkpoint(folder, now.training(), other)
             place = saved if another == "newer" else folder
             reached = load_checkpoint(place, now.training())
         # A run of another kind, which should not have come so far, has other things to tell.

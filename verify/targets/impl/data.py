@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import lcm
+from operator import eq
 
 import numpy as np
 import torch
@@ -33,7 +35,7 @@ def batches(case: Case, groups: Groups) -> OperationSubject:
     """`Batches` of a text and an order of its samples."""
 
     def call(inputs: Tensors) -> Tensors:
-        samples = Samples(inputs["text"].numpy(), case.shape["sequence"])
+        samples = Samples(inputs["text"].cpu().numpy(), case.shape["sequence"])
         order = tuple(inputs["order"].tolist())
         sampler = _Given(count=samples.count, seed=case.seed, order=order)
         found = _batches(case, groups, samples, sampler).after(
@@ -48,21 +50,36 @@ def batches(case: Case, groups: Groups) -> OperationSubject:
 
 
 def sample_order(case: Case, groups: Groups) -> OperationSubject:
-    """`Sampler` over some epochs, as `Batches` asks it, of samples whose tokens tell which."""
-    count, step = case.shape["samples"], case.shape["batch"] * case.shape["microbatches"]
+    """`Sampler` as `Batches` asks it, of samples whose tokens tell which; and another one, asked
+    for the last step first."""
+    count, batch = case.shape["samples"], case.shape["batch"]
+    size = case.shape["microbatches"] * batch
+    steps = range(lcm(count, size) // size)
+    rows = batch // groups.size("dp")
+    first = groups.rank("dp") * rows
 
-    def call(inputs: Tensors) -> Tensors:
+    def order(asked: Iterable[int]) -> dict[int, list[tuple[int, int]]]:
         # As long as any placement needs, all its tokens alike.
         length = 2 * groups.size("cp")
         text = np.append(np.arange(count, dtype=np.uint16).repeat(length), 0)
         samples = Samples(text, length)
         own = _batches(case, groups, samples, Sampler(count=samples.count, seed=case.seed))
-        seen = torch.zeros(case.shape["epochs"], count, dtype=torch.float64)
-        for consumed in range(0, seen.numel(), step):
-            for each in own.after(consumed):
-                for sample in each.tokens[:, 0].tolist():
-                    seen[consumed // count, sample] += 1
-        return {"seen": seen}
+        return {
+            step: [
+                (step * size + m * batch + first + row, sample)
+                for m, each in enumerate(own.after(step * size))
+                for row, sample in enumerate(each.tokens[:, 0].tolist())
+            ]
+            for step in asked
+        }
+
+    def call(inputs: Tensors) -> Tensors:
+        found, again = order(steps), order(reversed(steps))
+        seen = torch.zeros(len(steps) * size // count, count, dtype=torch.float64)
+        for position, sample in (place for step in steps for place in found[step]):
+            seen[position // count, sample] += 1
+        alike = [sum(map(eq, found[step], again[step])) for step in steps]
+        return {"seen": seen, "alike": torch.tensor(alike, dtype=torch.float64)}
 
     return OperationSubject(call)
 

@@ -20,7 +20,7 @@ from impl.mlp import MLP
 from impl.moe.experts import Experts
 from impl.parameters import defer
 from verify.case import Case
-from verify.oracle.initialise import ACTIVATIONS, RULES, STD
+from verify.oracle.initialise import ACTIVATIONS, LINEAR, STD, TRANSFORMER
 from verify.targets.impl.dropout import tracker_of
 from verify.targets.impl.subject import Builder, ModuleSubject
 
@@ -56,8 +56,8 @@ def _layer(case: Case, groups: Groups) -> Module:
 
 
 def _rule(case: Case) -> Rule:
-    chosen = case.options.get("rule", RULES[0])
-    if chosen == RULES[0]:
+    chosen = case.options.get("rule", TRANSFORMER)
+    if chosen == TRANSFORMER:
         return transformer_rule(STD, num_layers=case.shape["layers"])
     inputs = {"fc1": case.shape["hidden"], "fc2": case.shape["ffn"]}
 
@@ -65,7 +65,7 @@ def _rule(case: Case) -> Rule:
         _, layer, kind = name.split(".")
         if kind == "weight":
             return kaiming_uniform()
-        return kaiming_uniform(inputs[layer]) if chosen == "linear" else None
+        return kaiming_uniform(inputs[layer]) if chosen == LINEAR else None
 
     return rule
 
