@@ -79,6 +79,16 @@ def test_what_is_said_of_it(sim, way, text):
     assert text in " ".join(verdict("determinism", case, way, sim).reason.split())
 
 
+def test_what_the_oracle_refuses_for_a_target_is_no_refusal(sim):
+    shape = {"sequence": 2, "batch": 1, "vocabulary": 4}
+    wrong = {"label_smoothing": 1.5}
+    case = Case(concept="vocab_cross_entropy", layout=Layout(tp=2), shape=shape, options=wrong)
+    assert verdict("refusal", case, "Unspoilt", sim).verdict is Verdict.PASSED
+    judged = verdict("refusal", case, "Asking", sim)
+    assert judged.verdict is Verdict.FAILED
+    assert "ran into an error while building" in " ".join(judged.reason.split())
+
+
 def test_results_that_are_the_references_own_are_told_from_equal_ones(sim):
     case = Case(concept="column_linear", layout=Layout(), shape=LINEAR)
     judged = verdict("equivalence", case, "Stolen", sim)

@@ -128,5 +128,17 @@ for _name, _subject in WAYS.items():
     globals()[_name] = type(_name, (_Target,), {"subject": _subject})
 
 
+class AskingSubject(Spoilt):
+    """Leaves it to the oracle what to refuse."""
+
+    def __init__(self, inner, case):
+        super().__init__(inner, case)
+        oracle.CONTRACTS[case.concept](case)
+
+
+class Asking(_Target):
+    subject = AskingSubject
+
+
 class Unspoilt(_Target):
     """The same detour and nothing undone."""

@@ -400,10 +400,13 @@ def refusable_model_cases(draw: st.DrawFn) -> Case:
         ({}, {"max_sequence": 1 if "packed" in case.options else case.shape["sequence"] - 1}),
         ({}, {"hidden_dropout": 1.0}),
         ({}, {"multiple": -2}),
+        ({}, {"every": -1}),
         ({}, {"clip": -1.0}),
         ({}, {"multi_token": -2}),
         ({}, {"multi_token_scaling": -0.5}),
     ]
+    if case.layout.pp == 2:
+        faults.append(({}, {"first": layers, "last": chunks}))
     if case.layout.vpp > 1:
         faults.append(({"microbatches": case.layout.pp * 2 + 1}, {}))
         faults.append(({}, {"pipeline": "1f1b"}))

@@ -224,18 +224,23 @@ def _odd_tokens(case: Case) -> tuple[Shape, dict[str, Option]] | None:
     return {"sequence": layout.cp * (layout.tp + 1), "batch": layout.dp}, {}
 
 
+def _odd_groups(case: Case) -> tuple[Shape, dict[str, Option]] | None:
+    """With nothing else wrong: each group has an expert, and a token has one of them."""
+    experts = case.shape["experts"]
+    odd = [groups for groups in range(2, experts) if experts % groups]
+    return ({"groups": odd[0], "group_top_k": 1, "top_k": 1}, {"score": "sigmoid"}) if odd else None
+
+
 # What makes a valid case one to refuse: other sizes and options; None where it does not.
 FAULTS: Mapping[str, Mapping[str, Fault]] = {
     "moe_router": {
         "more choices than experts": lambda case: ({"top_k": case.shape["experts"] + 1}, {}),
-        "groups that do not divide": lambda case: (
-            {"groups": case.shape["experts"] + 1, "group_top_k": 1},
-            {},
-        ),
+        "groups that do not divide": _odd_groups,
         "more choices than admitted experts": lambda case: (
             {"groups": case.shape["experts"], "group_top_k": 1, "top_k": 2},
             {},
         ),
+        "a loss of no level": lambda case: ({}, {"balance": "token"}),
         "a bias of softmax": lambda case: ({}, {"score": None, "expert_bias": True}),
         "a softmax of sigmoids": lambda case: ({}, {"score": "sigmoid", "pre_softmax": True}),
         "no room": lambda case: ({}, {"capacity": -0.5}),

@@ -17,7 +17,7 @@ _MASKS = ("masked_fill", "masked_fill_", "where", "clamp", "clamp_")
 _COPIES = ("contiguous", "clone", "detach")
 # The first two arguments of these are not of one kind.
 _UNEQUAL = ("isinstance", "getattr", "setattr", "hasattr", "setdefault", "zip", "enumerate")
-_COMMUTATIVE = ("max", "min")
+_COMMUTATIVE = ("max", "min", "promote_types")
 
 
 def drop_scale(node: Node, source: Source) -> Iterator[Edit]:

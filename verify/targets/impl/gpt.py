@@ -169,8 +169,7 @@ class GPTSubject:
             self.chunks,
             groups=self.groups,
             bucket_size=options.get("bucket"),  # type: ignore[arg-type]
-            overlap=bool(options.get("overlap", False)),
-            distributed=bool(options.get("distributed", False)),
+            **switches(case, "overlap", "distributed"),
         )
         clip = options.get("clip")
         optimizer = Optimizer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -27,7 +28,13 @@ class Stacks:
     def __init__(self, case: Case, config: ModelConfig, own: Mapping[str, Parameter]) -> None:
         self.case, self.dtype = case, getattr(torch, case.dtype)
         self.copied = config.tied or config.multi_token_layers > 0
-        self.promised = stacks_of(Model.of(case))
+        # What the schedule runs is its business: it may refuse it, later.
+        of_any = dataclasses.replace(
+            case,
+            shape={**case.shape, "microbatches": case.layout.pp},
+            options={name: each for name, each in case.options.items() if name != "pipeline"},
+        )
+        self.promised = stacks_of(Model.of(of_any))
         self.names = tuple(self.promised)
         self.layers = [_layers(case.layout, config, stage) for stage in range(case.layout.pp)]
         self._members: dict[str, list[Parameter]] = {name: [] for name in self.names}

@@ -30,7 +30,7 @@ from impl.optimizer.sgd import SGD
 from impl.partition import split
 from verify.case import Case
 from verify.placement import Placements, Shard
-from verify.targets.impl.subject import Builder, OperationSubject, Tensors, common
+from verify.targets.impl.subject import Builder, OperationSubject, Tensors, common, switches
 from verify.targets.megatron_attributes import placements_of
 from verify.targets.training_steps import new_values, reads_spare
 
@@ -135,13 +135,11 @@ class TrainingSubject:
 
     def forward(self, inputs: Tensors) -> Tensors:
         """All steps; what is told of each, stacked."""
-        options = self.case.options
         data_parallel = DataParallel(
             self.model,
             groups=self.groups,
             bucket_size=self.bucket,  # type: ignore[arg-type]
-            overlap=bool(options.get("overlap", False)),
-            distributed=bool(options.get("distributed", False)),
+            **switches(self.case, "overlap", "distributed"),
         )
         optimizer = _optimizer(self.case, self.model, data_parallel, self.groups, self)
         told: dict[str, list[Tensor]] = {}
