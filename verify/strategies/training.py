@@ -69,7 +69,7 @@ OPTIONS: Mapping[str, Choices] = {
 _FAULTS: Mapping[str, tuple[Option, ...]] = {
     "bucket": (-1, -7),
     "clip": (-0.25, -1.0),
-    "norm": (-1.0, -2.0),
+    "norm": (0.0, -1.0, -2.0),
     "groups": ("twice", "incomplete"),
     "schedule": ("exponential",),
     "minimum": (-0.5, 2.0),
