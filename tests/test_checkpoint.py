@@ -274,3 +274,13 @@ def test_a_damaged_checkpoint_is_one_line(cluster, checkpoint, tmp_path, name):
 
 def test_no_folder_is_one_line(cluster, tmp_path):
     assert "is no folder" in _refusal(cluster, Setting(ONE), tmp_path / "nowhere")
+
+
+def test_what_the_system_says_is_one_line_on_every_rank(cluster, tmp_path):
+    taken = tmp_path / "taken"
+    taken.write_text("no folder")
+    with pytest.raises(RankFailures) as caught:
+        cluster.run(save, Setting(Layout(dp=2)), str(taken), 3, world_size=2)
+    assert [each.rank for each in caught.value.failures] == [0, 1]
+    for each in caught.value.failures:
+        assert each.message == f"checkpoint: {taken}: File exists"

@@ -15,6 +15,7 @@ from impl.cross_entropy import vocab_parallel_cross_entropy
 from impl.embedding import VocabParallelEmbedding
 from impl.gradients import finish_sequence_parallel_gradients
 from impl.linear import ColumnParallelLinear, RowParallelLinear
+from impl.linear_cross_entropy import linear_cross_entropy
 from impl.mlp import MLP
 from impl.parameters import defer, replicated_parameter, sharded_parameter
 from verify.cluster import Cluster, RankFailures, open_cluster
@@ -292,6 +293,16 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "targets": (
         lambda: loss(torch.ones(S, B, V), targets=torch.zeros(B, S, dtype=torch.int64)),
         "targets: [2, 6] do not fit logits [6, 2, 12]; give [6, 2]",
+    ),
+    "targets of a fused loss": (
+        lambda: linear_cross_entropy(
+            torch.ones(S, B, H),
+            weight=torch.ones(V, H),
+            targets=torch.zeros(B, S, dtype=torch.int64),
+            group=world(),
+            chunk=1,
+        ),
+        "targets: [2, 6] is not [6, 2], the tokens of hidden on all ranks of the group",
     ),
     "vocabulary": (
         lambda: loss(torch.ones(S, B, V), real_vocabulary=25),
