@@ -248,4 +248,14 @@ MUTANTS = (
         snippet="(self.blocks, dist.get_world_size(self.group), -1)",
         replacement="(1, dist.get_world_size(self.group), -1)",
     ),
+    _initial(
+        name="initial-vectors-left",
+        wrong="Vectors keep what their module gave them, whatever the rule says.",
+        snippet="        shape = _full_shape(parameter, groups)\n",
+        replacement=(
+            "        if parameter.dim() < 2:\n"
+            "            continue\n"
+            "        shape = _full_shape(parameter, groups)\n"
+        ),
+    ),
 )
