@@ -54,7 +54,7 @@ _EXPERTS = (False, True)
 
 
 @st.composite
-def round_trip_cases(draw: st.DrawFn) -> Case:
+def round_trip_cases(draw: st.DrawFn, *, worlds: Sequence[int] = WORLDS) -> Case:
     """Cases of `checkpoint`: every kind of parameter, those of latent attention and experts too, in
     shards of the optimizer or not."""
     options: Choices = {name: OPTIMIZING[name] for name in ("bucket", "distributed")}
@@ -68,7 +68,7 @@ def round_trip_cases(draw: st.DrawFn) -> Case:
             steps=(1,),
             double="exact",
             dtypes=DOUBLE,
-            worlds=WORLDS,
+            worlds=worlds,
         )
     )
     another = chosen(draw, "another", ANOTHER)
@@ -78,7 +78,8 @@ def round_trip_cases(draw: st.DrawFn) -> Case:
 @st.composite
 def unlike_cases(draw: st.DrawFn) -> Case:
     """Cases of `checkpoint` to be refused: what is loaded into has one thing otherwise."""
-    case = draw(round_trip_cases())
+    # Many ranks refuse it no otherwise.
+    case = draw(round_trip_cases(worlds=(2, 4, 4)))
     name = draw(st.sampled_from((*UNLIKE_SIZES, *UNLIKE)))
     alone = {name: value for name, value in case.options.items() if name != "another"}
     found = dataclasses.replace(case, options={**alone, "unlike": name})
