@@ -31,7 +31,6 @@ from verify.checks.blame import Bench
 from verify.cluster.base import Cluster
 from verify.errors import BadArgument, HarnessError, NotSupported
 from verify.layout import Layout
-from verify.oracle import CONTRACTS
 from verify.oracle.contract import Contract
 from verify.placement import Partial, Placements, Replicate
 from verify.rank_program import contract_of, session_of
@@ -156,7 +155,7 @@ def _names_something(message: str, case: Case) -> bool:
 def _inputs(case: Case) -> Mapping[str, Tensor]:
     """Zeros of the shapes that this rank would be given, divided as evenly as the sizes allow; the
     integers that the contract gives. Empty for a concept without a contract."""
-    if case.concept not in CONTRACTS:
+    if case.concept not in oracle.CONTRACTS:
         return {}
     contract = _contract_near(case)
     ranks, rank = RankMap(case.layout, contract.axes), dist.get_rank()
