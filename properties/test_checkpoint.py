@@ -7,7 +7,8 @@ random numbers goes on where it was, where its axes have the same sizes; of two 
 folder the newest is loaded, or the one that is named; (2) training that is saved
 at one layout and goes on at another gives the losses, gradients, norms, learning rates and
 parameters of training that was never interrupted; (3) what another model, optimizer, loss scale or
-schedule has saved is refused.
+schedule has saved is refused; (4) so is what is not there, or not all of it, or not as it was
+saved.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from hypothesis import given
 
 from verify.case import Case
 from verify.runner.examiner import CheckCase
-from verify.strategies.checkpoint import resumed_cases, round_trip_cases, unlike_cases
+from verify.strategies.checkpoint import (
+    damaged_cases,
+    resumed_cases,
+    round_trip_cases,
+    unlike_cases,
+)
 
 
 @given(case=round_trip_cases())
@@ -41,4 +47,12 @@ def test_what_another_run_saved_is_refused(check: CheckCase, case: Case) -> None
     """Law 3. Must catch: parameters that are there and not loaded, or the reverse; rows that are
     cut off or left as they were; an activation of as many parameters; a schedule that goes on as
     another one."""
+    check("refusal", case)
+
+
+@given(case=damaged_cases())
+def test_what_is_damaged_is_refused(check: CheckCase, case: Case) -> None:
+    """Law 4. Must catch: a run that begins anew where nothing is to be loaded; a file that is
+    missing, and its parameters what they were before; values that are not those that were saved,
+    and nobody looks."""
     check("refusal", case)

@@ -147,6 +147,16 @@ def test_of_a_condition_for_a_refusal_those_come_first_that_are_refused():
     assert claims(mutant, [fits, refused]) == ["refused", "fits"]
 
 
+def test_only_examples_that_are_refused_tell_whether_a_refusal_is_left_out():
+    mutant = next(m for m in generate("impl", ("dropout",)) if m.family == "accept")
+    raising = Counter({(mutant.module, mutant.lines[0] + 1): 1})
+    fits = Surveyed("fits", 10, 1.0, Counter(), Counter({(mutant.module, mutant.lines[0]): 10}))
+    refuses = dataclasses.replace(fits, property="refuses", refusals=1)
+    raises = dataclasses.replace(fits, property="raises", lines=fits.lines + raising)
+    assert claims(mutant, [fits, refuses, raises]) == ["raises", "refuses"]
+    assert claims(dataclasses.replace(mutant, family="flip"), [fits]) == ["fits"]
+
+
 def test_the_lines_of_a_mutant_are_those_it_changes():
     def lines(snippet, replacement):
         made = dataclasses.replace(MUTANT, snippet=snippet, replacement=replacement)

@@ -174,9 +174,9 @@ def _inputs(case: Case) -> Mapping[str, Tensor]:
 
 def _contract_near(case: Case) -> Contract:
     """The contract of the case or, where the oracle refuses it too, of the case without sequence
-    parallelism, without one of its options, without all, without either, or on one rank: the target
-    is to refuse whatever the inputs, and those that are right but for one thing leave it no other
-    reason."""
+    parallelism, without one of its options, without all, without either, with a one for one of its
+    sizes, or on one rank: the target is to refuse whatever the inputs, and those that are right but
+    for one thing leave it no other reason."""
     apart = dataclasses.replace(case.layout, sequence_parallel=False)
     plain = dataclasses.replace(case, options={})
     alone = dataclasses.replace(case, layout=apart)
@@ -184,7 +184,9 @@ def _contract_near(case: Case) -> Contract:
         dataclasses.replace(case, options={n: v for n, v in case.options.items() if n != name})
         for name in case.options
     )
-    for near in (case, alone, *without, plain, dataclasses.replace(plain, layout=apart)):
+    simple = dataclasses.replace(plain, layout=apart)
+    smaller = (dataclasses.replace(simple, shape={**case.shape, size: 1}) for size in case.shape)
+    for near in (case, alone, *without, plain, simple, *smaller):
         with contextlib.suppress(BadArgument):
             return contract_of(near)
     return contract_of(dataclasses.replace(plain, layout=Layout()))

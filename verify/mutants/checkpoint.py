@@ -205,5 +205,30 @@ _REFUSALS = (
         snippet="        if saved != wanted:\n",
         replacement="        if saved[1] != wanted[1]:\n",
     ),
+    _run(
+        name="checkpoint-none-is-a-beginning",
+        wrong="Where there is no checkpoint to load, training begins anew and says nothing.",
+        snippet="    found, text = _on_first_rank(lambda: _read(folder), folder)\n",
+        replacement="""\
+    try:
+        found, text = _on_first_rank(lambda: _read(folder), folder)
+    except CheckpointError:
+        return Progress(0, 0)
+""",
+    ),
+    _storage(
+        name="checkpoint-missing-file-left-out",
+        wrong="What a file had that is missing stays what it was before.",
+        snippet="""\
+            raise ValueError(f"{file} is missing; take another checkpoint") from error
+""",
+        replacement="            return\n",
+    ),
+    _storage(
+        name="checkpoint-damage-loaded",
+        wrong="Values are loaded whatever their checksum.",
+        snippet="if _checksum(values) != self.contents.places[index][1]:",
+        replacement="if False:",
+    ),
 )
 MUTANTS = (*_PLACES, *_STATES, *_REFUSALS)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from verify.mutants.generated import Generated
 from verify.mutants.mutant import Mutant
+from verify.mutants.operators.conditions import accept
 from verify.mutants.packages import modules_of
 from verify.mutation.trials import Surveyed
 
@@ -18,7 +19,8 @@ from verify.mutation.trials import Surveyed
 def claims(mutant: Mutant | Generated, surveyed: Iterable[Surveyed]) -> list[str]:
     """The properties about a mutant. Those come first whose examples reach what it changes, or, of
     a condition for a refusal, are refused; and among these of which most do and that cost least.
-    Those about a hand-made one have cases of its concepts, whatever they reach."""
+    Those about a hand-made one have cases of its concepts, whatever they reach. Where a refusal is
+    left out, only examples that are refused are: in others its condition does not hold."""
     lines = _lines_of(mutant)
     refusing = _refusals(mutant, lines)
     found: list[tuple[bool, bool, float, int, str]] = []
@@ -27,11 +29,16 @@ def claims(mutant: Mutant | Generated, surveyed: Iterable[Surveyed]) -> list[str
         about = reached
         if isinstance(mutant, Mutant):
             about = sum(each.concepts[concept] for concept in mutant.caught_by)
-        if about:
+        if about and _may_tell(each, mutant, refused):
             share = (min(about, refused or reached) or about) / each.examples
             cost = each.seconds / share
             found.append((not reached, not refused, cost, number, each.property))
     return [name for *_, name in sorted(found)]
+
+
+def _may_tell(surveyed: Surveyed, mutant: Mutant | Generated, refused: int) -> bool:
+    left_out = isinstance(mutant, Generated) and mutant.family == accept.__name__
+    return bool(refused or surveyed.refusals or not left_out)
 
 
 def _lines_of(mutant: Mutant | Generated) -> Sequence[int]:

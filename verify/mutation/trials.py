@@ -37,13 +37,15 @@ _SECONDS_OF_A_RUN = 60.0
 @dataclass(frozen=True)
 class Surveyed:
     """What the examples of a property are about: how many there were, and how many of them draw
-    each concept and reach each line of the target; `seconds` is what an example takes."""
+    each concept, reach each line of the target and are to be refused; `seconds` is what an example
+    takes."""
 
     property: str
     examples: int = 0
     seconds: float = 0.0
     concepts: Counter[str] = field(default_factory=Counter)
     lines: Counter[Line] = field(default_factory=Counter)
+    refusals: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,12 @@ class Trials:
     def survey(self, name: str, *, target: str) -> Surveyed:
         """What a property's examples are about. They run on the target if lines are traced, and
         are only drawn otherwise."""
-        found = Surveyed(name)
+        found, checks = Surveyed(name), Counter[str]()
         recorder = Recorder(name, must_check=True, on_example=lambda *told: None)
 
         def check(which: str, case: Case) -> None:
             found.concepts[case.concept] += 1
+            checks[which] += 1
             if self.lines is None:
                 return
             self.lines.clear()
@@ -153,7 +156,8 @@ class Trials:
             raise error
         count = sum(found.concepts.values())
         seconds = (time.monotonic() - began) / max(count, 1)
-        return Surveyed(name, count, seconds, found.concepts, found.lines)
+        refusals = checks["refusal"]
+        return Surveyed(name, count, seconds, found.concepts, found.lines, refusals)
 
     def _function(self, name: str) -> Callable[..., Any]:
         suite, _, function = name.partition(".")

@@ -48,7 +48,11 @@ ROUND_TRIP_OPTIONS = (
     "saved",
     "another",
     "unlike",
+    "checkpoint",
 )
+# What happens to a checkpoint that was saved, before it is loaded: its folder goes, or all that is
+# in it; one of its files goes, or half of one, or one bit is another.
+DAMAGED = ("no folder", "empty", "missing", "truncated", "damaged")
 ANOTHER = ("none", "older", "newer")
 # What every run of `checkpoint` is trained with.
 ROUND_TRIP_TRAINED: Mapping[str, Option] = {"optimizer": "adam", "loss_scale": "dynamic"}
@@ -137,7 +141,14 @@ def unlike(case: Case) -> Case:
 
 def case_at(case: Case, layout: Layout) -> Case:
     """The case of `gpt_training` that trains the model at a layout."""
-    left_out = ("saved", "after", "another", "unlike", *(_SPLITS if layout != case.layout else ()))
+    left_out = (
+        "saved",
+        "after",
+        "another",
+        "unlike",
+        "checkpoint",
+        *(_SPLITS if layout != case.layout else ()),
+    )
     options = {name: value for name, value in case.options.items() if name not in left_out}
     return dataclasses.replace(case, concept="gpt_training", layout=layout, options=options)
 
@@ -215,6 +226,9 @@ def round_trip(case: Case) -> Contract:
         raise BadArgument(
             f"case.options.unlike: a run with another {case.options['unlike']} cannot load it"
         )
+    if "checkpoint" in case.options:
+        how = one_of(case, "checkpoint", DAMAGED)
+        raise BadArgument(f"case.options.checkpoint: one that is {how} cannot be loaded")
     one_of(case, "another", ANOTHER)
     plain, saved = _checked(case), saved_layout(case)
     stacks = stacks_of(Model.of(plain))

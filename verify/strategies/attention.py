@@ -157,11 +157,12 @@ _FAULTY_VALUES: Mapping[str, Sequence[Option]] = {
 @st.composite
 def refusable_attention_cases(draw: st.DrawFn, *concepts: str) -> Case:
     """Cases on at least two tensor-parallel ranks that every rank must refuse, because one thing is
-    wrong: heads that do not divide by tp, groups that neither divide by tp nor divide it, rows of
-    packed queries, keys and values that do not divide by tp, or an option out of range."""
+    wrong: heads that do not divide by tp, heads that groups do not divide, groups that neither
+    divide by tp nor divide it, rows of packed queries, keys and values that do not divide by tp, or
+    an option out of range."""
     case = draw(attention_cases(*concepts, min_tp=2))
     tp, faults = case.layout.tp, ["option", "heads"]
-    faults += ["groups"] if case.concept == "self_attention" else []
+    faults += ["groups", "sharing"] if case.concept == "self_attention" else []
     faults += ["rows"] if case.concept == "self_attention" and tp > 2 else []
     fault = draw(st.sampled_from(faults))
     if fault == "option":
@@ -182,6 +183,17 @@ def _unequal_heads(tp: int) -> st.SearchStrategy[Shape]:
     return heads.map(lambda n: {"heads": n, "groups": n})
 
 
+def _unshared_heads(tp: int) -> st.SearchStrategy[Shape]:
+    """A rank has 1 to 4 more heads than a multiple of its groups, of which it has 2 to 5."""
+    return st.integers(2, 5).flatmap(
+        lambda groups: st.integers(0, 1).flatmap(
+            lambda shared: _rests(groups).map(
+                lambda rest: {"heads": (shared * groups + rest) * tp, "groups": groups * tp}
+            )
+        )
+    )
+
+
 def _unfit_groups(tp: int) -> st.SearchStrategy[Shape]:
     unfit = [n for n in range(2, 10) if n % tp and tp % n]
     return st.sampled_from(unfit).map(lambda n: {"heads": lcm(tp, n), "groups": n})
@@ -199,6 +211,7 @@ def _rests(tp: int) -> st.SearchStrategy[int]:
 
 _FAULTY_HEADS: Mapping[str, Callable[[int], st.SearchStrategy[Shape]]] = {
     "heads": _unequal_heads,
+    "sharing": _unshared_heads,
     "groups": _unfit_groups,
     "rows": _uneven_rows,
 }

@@ -20,6 +20,7 @@ from verify.coverage.steering import chosen
 from verify.layout import Layout
 from verify.oracle.checkpoint import (
     ANOTHER,
+    DAMAGED,
     ROUND_TRIP_OPTIONS,
     ROUND_TRIP_TRAINED,
     UNLIKE,
@@ -87,6 +88,16 @@ def unlike_cases(draw: st.DrawFn) -> Case:
     trained = dataclasses.replace(found, options={**found.options, **ROUND_TRIP_TRAINED})
     assume(contract_or_none(case_at(unlike(trained), case.layout)) is not None)
     return found
+
+
+@st.composite
+def damaged_cases(draw: st.DrawFn) -> Case:
+    """Cases of `checkpoint` to be refused: what was saved is not all there. At the layout at which
+    it was saved every rank needs what it wrote."""
+    case = draw(round_trip_cases(worlds=(2, 4)))
+    how = draw(st.sampled_from((*DAMAGED, "damaged", "damaged")))
+    alone = {n: value for n, value in case.options.items() if n not in ("another", "saved")}
+    return dataclasses.replace(case, options={**alone, "checkpoint": how})
 
 
 @st.composite

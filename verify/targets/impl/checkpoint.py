@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -177,11 +178,32 @@ def round_trip(case: Case, groups: Groups) -> Subject:
             if another == "newer":
                 save_checkpoint(folder, now.training(), other)
             place = saved if another == "newer" else folder
+            if dist.get_rank() == 0:
+                _damage(folder, str(case.options.get("checkpoint", "")), case.seed)
+            dist.barrier()
             reached = load_checkpoint(place, now.training())
-        # A run of another kind, which should not have come so far, has other things to tell.
-        return {} if "unlike" in case.options else _end(now, inputs, reached)
+        # What should not have come so far has other things to tell, or nothing.
+        refused = {"unlike", "checkpoint"} & set(case.options)
+        return {} if refused else _end(now, inputs, reached)
 
     return OperationSubject(call)
+
+
+def _damage(folder: Path, how: str, seed: int) -> None:
+    """Do what option `checkpoint` says to a folder, or to one of its files."""
+    if how in ("no folder", "empty"):
+        shutil.rmtree(folder)
+        if how == "empty":
+            folder.mkdir()
+    elif how:
+        numbers = random.Random(seed)
+        file = numbers.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
+        content = bytearray(file.read_bytes())
+        # A line that ends otherwise says the same.
+        content[numbers.randrange(len(content.rstrip()))] ^= 1
+        file.write_bytes(content if how == "damaged" else content[: len(content) // 2])
+        if how == "missing":
+            file.unlink()
 
 
 @contextmanager
