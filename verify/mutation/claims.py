@@ -20,7 +20,8 @@ def claims(mutant: Mutant | Generated, surveyed: Iterable[Surveyed]) -> list[str
     """The properties about a mutant. Those come first whose examples reach what it changes, or, of
     a condition for a refusal, are refused; and among these of which most do and that cost least.
     Those about a hand-made one have cases of its concepts, whatever they reach. Where a refusal is
-    left out, only examples that are refused are: in others its condition does not hold."""
+    left out, those are about it whose examples are refused and reach its module: in others its
+    condition does not hold."""
     lines = _lines_of(mutant)
     refusing = _refusals(mutant, lines)
     found: list[tuple[bool, bool, float, int, str]] = []
@@ -29,16 +30,17 @@ def claims(mutant: Mutant | Generated, surveyed: Iterable[Surveyed]) -> list[str
         about = reached
         if isinstance(mutant, Mutant):
             about = sum(each.concepts[concept] for concept in mutant.caught_by)
-        if about and _may_tell(each, mutant, refused):
+        if _leaves_out_a_refusal(mutant):
+            about = refused or each.refusals * any(name == mutant.module for name, _ in each.lines)
+        if about:
             share = (min(about, refused or reached) or about) / each.examples
             cost = each.seconds / share
             found.append((not reached, not refused, cost, number, each.property))
     return [name for *_, name in sorted(found)]
 
 
-def _may_tell(surveyed: Surveyed, mutant: Mutant | Generated, refused: int) -> bool:
-    left_out = isinstance(mutant, Generated) and mutant.family == accept.__name__
-    return bool(refused or surveyed.refusals or not left_out)
+def _leaves_out_a_refusal(mutant: Mutant | Generated) -> bool:
+    return isinstance(mutant, Generated) and mutant.family == accept.__name__
 
 
 def _lines_of(mutant: Mutant | Generated) -> Sequence[int]:

@@ -394,17 +394,23 @@ def refusable_model_cases(draw: st.DrawFn) -> Case:
         ({"layers": layers + draw(st.integers(1, chunks - 1))}, {}),
         ({}, {"first": layers + chunks}),
         ({}, {"split": ",".join(["1"] * (chunks + 1))}),
+        (
+            {},
+            {"split": ",".join([str(layers // chunks)] * chunks), "last": layers // case.layout.pp},
+        ),
         ({}, {"split": ",".join(map(str, [layers + 1] * chunks))}),
         ({}, {"pipeline": "dualpipe"}),
         ({}, {"positions": "sinusoidal"}),
         ({}, {"max_sequence": 1 if "packed" in case.options else case.shape["sequence"] - 1}),
         ({}, {"hidden_dropout": 1.0}),
         ({}, {"multiple": -2}),
-        ({}, {"every": -1}),
+        ({}, {"every": -1 if "experts" in case.shape else 2}),
         ({}, {"clip": -1.0}),
         ({}, {"multi_token": -2}),
         ({}, {"multi_token_scaling": -0.5}),
     ]
+    if chunks > 2:
+        faults.append(({}, {"split": ",".join(map(str, [layers, *[0] * (chunks - 1)]))}))
     if case.layout.pp == 2:
         faults.append(({}, {"first": layers, "last": chunks}))
     if case.layout.vpp > 1:

@@ -235,6 +235,13 @@ def _odd_groups(case: Case) -> tuple[Shape, dict[str, Option]] | None:
 FAULTS: Mapping[str, Mapping[str, Fault]] = {
     "moe_router": {
         "more choices than experts": lambda case: ({"top_k": case.shape["experts"] + 1}, {}),
+        "no choice": lambda case: ({"top_k": 0}, {}),
+        "choices that groups do not share": lambda case: (
+            {"groups": 1, "group_top_k": 1 + case.shape["top_k"]},
+            {},
+        ),
+        "a score that is none": lambda case: ({}, {"score": "tanh"}),
+        "nothing to drop by": lambda case: ({}, {"capacity": 1.0, "drop": "load"}),
         "groups that do not divide": _odd_groups,
         "more choices than admitted experts": lambda case: (
             {"groups": case.shape["experts"], "group_top_k": 1, "top_k": 2},
@@ -251,6 +258,7 @@ FAULTS: Mapping[str, Mapping[str, Fault]] = {
         "ffn": _size("ffn", lambda layout: layout.expert_tp),
         "shared_ffn": _size("shared_ffn", lambda layout: layout.tp),
         "tokens": _odd_tokens,
+        "an activation that is none": lambda case: ({}, {"activation": "softplus"}),
     },
     "moe_dispatch": {"experts": _size("experts", lambda layout: layout.ep)},
 }

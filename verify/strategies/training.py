@@ -74,7 +74,10 @@ _FAULTS: Mapping[str, tuple[Option, ...]] = {
     "schedule": ("exponential",),
     "minimum": (-0.5, 2.0),
     "hysteresis": (-1,),
+    "decay": (None, -3),
+    "warmup": (4, -1),
 }
+_SCHEDULED: Mapping[str, Option] = {"schedule": "linear", "decay": 3}
 
 
 @st.composite
@@ -168,7 +171,7 @@ def refusable_training_cases(draw: st.DrawFn) -> Case:
         ffn = case.shape["ffn"] + draw(st.integers(1, case.layout.tp - 1))
         return dataclasses.replace(case, shape={**case.shape, "ffn": ffn})
     name = draw(st.sampled_from(sorted(_FAULTS)))
-    given: dict[str, Option] = {name: draw(st.sampled_from(_FAULTS[name]))}
-    given |= {"loss_scale": "dynamic"} if name == "hysteresis" else {}
-    given |= {"schedule": "linear", "decay": 3} if name == "minimum" else {}
+    given: dict[str, Option] = {"loss_scale": "dynamic"} if name == "hysteresis" else {}
+    given |= _SCHEDULED if name in ("minimum", "decay", "warmup") else {}
+    given[name] = draw(st.sampled_from(_FAULTS[name]))
     return dataclasses.replace(case, options={**case.options, **given})

@@ -294,12 +294,13 @@ def loss_scale_of(case: Case) -> LossScale | None:
 
 def schedule_of(case: Case) -> Schedule:
     """The learning rates that the options of a case describe."""
+    decay = case.options.get("decay")
     return Schedule(
         style=str(case.options.get("schedule", "constant")),
         maximum=MAXIMUM,
         minimum=MAXIMUM * number(case, "minimum", 0.0),
         warmup_steps=int(number(case, "warmup", 0)),
-        decay_steps=int(number(case, "decay", 0)),
+        decay_steps=None if decay is None else int(decay),
         annealing_steps=int(number(case, "annealing", 0)),
     )
 
