@@ -13,7 +13,7 @@ from torch.nn.init import normal_
 from impl.attention import CoreAttention, SelfAttention, attention
 from impl.latent_attention import LatentAttention
 from verify.case import Case
-from verify.cluster import open_cluster
+from verify.cluster import RankFailures, open_cluster
 from verify.errors import BadArgument
 from verify.layout import Layout
 from verify.lens import check_fits
@@ -105,6 +105,17 @@ def test_heads_that_groups_do_not_divide_are_refused():
     shape = {"sequence": 1, "batch": 1, "heads": 3, "groups": 2, "head_size": 1}
     with pytest.raises(BadArgument, match="2 do not divide 3 heads"):
         contract_of(Case(concept="core_attention", layout=Layout(), shape=shape))
+
+
+def test_heads_of_other_ranks_are_refused():
+    def other_heads() -> None:
+        q = torch.randn(2, 1, 4, 2)
+        CoreAttention(4, group=dist.group.WORLD)(q, q, q)
+
+    refused = pytest.raises(RankFailures, match="q: 4 heads; this rank has 2")
+    with open_cluster("sim", world_size=2) as cluster, refused as caught:
+        cluster.run(other_heads, world_size=2)
+    assert len(caught.value.failures) == 2
 
 
 def _admit(case: Case) -> None:

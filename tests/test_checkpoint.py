@@ -2,7 +2,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 
@@ -234,7 +235,34 @@ def _edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
+def _rewrite(path: Path, change: Callable[[dict], object]) -> None:
+    """Metadata that says something else, with a checksum that is right."""
+    document = json.loads((path / METADATA).read_text())
+    document["content"] = change(document["content"]) or document["content"]
+    text = json.dumps(document["content"], sort_keys=True, separators=(",", ":"))
+    (path / METADATA).write_text(json.dumps(document | {"crc32": zlib.crc32(text.encode())}))
+
+
+def _chunks(content: dict) -> list:
+    return content["tensors"]["model.embedding.tokens.weight"]["chunks"]
+
+
+def _elsewhere(content: dict) -> None:
+    chunk = _chunks(content)[0]
+    chunk[2] = f"../{chunk[2]}"
+
+
 DAMAGES = {
+    "a part that is left out": (
+        lambda p: _rewrite(p, lambda content: _chunks(content).pop() and None),
+        "is incomplete in it",
+    ),
+    "files elsewhere": (lambda p: _rewrite(p, _elsewhere), "names files outside of its folder"),
+    "no fields": (lambda p: _rewrite(p, lambda content: [1]), "has not the fields of version 1"),
+    "negative steps": (
+        lambda p: _rewrite(p, lambda content: content["values"].update(steps=-1)),
+        "has steps=-1",
+    ),
     "a flipped bit": (lambda p: _flip(_largest(p)), "is damaged"),
     "half a file": (
         lambda p: _largest(p).write_bytes(_largest(p).read_bytes()[:200]),

@@ -103,7 +103,21 @@ def lengths(cumulative: list[int], padded: list[int] | None = None) -> PackedSeq
     return PackedSequences.from_cumulative(torch.tensor(cumulative), given)
 
 
+def _unlike(k: tuple[int, ...], v: tuple[int, ...]) -> Tensor:
+    groups = ContextGroups(cp=dist.group.WORLD)
+    tensors = [torch.ones(shape) for shape in ((4, B, HEADS, D), k, v)]
+    return context_attention(*tensors, algorithm="ring", groups=groups)
+
+
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
+    "features": (
+        lambda: _unlike((4, B, HEADS, D + 1), (4, B, HEADS, D)),
+        "k [4, 1, 4, 3], v [4, 1, 4, 2]: give [sequence, batch, heads, d]",
+    ),
+    "tokens": (
+        lambda: _unlike((4, B, HEADS, D), (3, B, HEADS, D)),
+        "v [3, 1, 4, 2]: sequence, batch and kv heads",
+    ),
     "heads": (lambda: attend(heads=3, kv_heads=2), "kv_heads: 2 do not divide the 3 heads"),
     "zigzag": (lambda: attend(3), "sequence: 6 does not divide into the 4 chunks of zigzag"),
     "algorithm": (lambda: attend(algorithm="star"), "'star' is not one of all_gather, ring"),
@@ -167,6 +181,18 @@ def test_refusals_are_by_every_rank_before_any_communication(cluster, name):
         assert REFUSED[name][1] in failure.message
         assert "\n" not in failure.message
     assert not history.records
+
+
+def _levels_of_others() -> None:
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    groups = ContextGroups(cp=dist.group.WORLD, levels=(alone, alone))
+    q = torch.ones(4, B, HEADS, D)
+    context_attention(q, q, q, algorithm="hierarchical", groups=groups)
+
+
+def test_levels_of_another_group_are_refused_where_they_show(cluster):
+    with pytest.raises(RankFailures, match="rank 1 of cp is rank 0 by its levels"):
+        cluster.run(_levels_of_others, world_size=2)
 
 
 @pytest.mark.parametrize(("placement", "cut"), [("zigzag", ZigzagShard), ("contiguous", Shard)])

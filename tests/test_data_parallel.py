@@ -230,6 +230,22 @@ def test_a_gradient_that_comes_after_its_reduction_is_an_error(cluster):
     assert "no_sync" in caught.value.failures[0].message
 
 
+def _in_two_groups() -> None:
+    groups, model = build_groups(Layout(dp=2)), _model()
+    data_parallel = DataParallel(model, groups=groups, distributed=True)
+    group = ParameterGroup(parameters=data_parallel.parameters)
+    schedule = Schedule(maximum=1.0)
+    Optimizer(
+        data_parallel, groups=groups, parameter_groups=[group] * 2, rule=SGD(), schedule=schedule
+    )
+
+
+def test_a_parameter_in_two_groups_is_refused(cluster):
+    with pytest.raises(RankFailures, match="is in two of them") as caught:
+        cluster.run(_in_two_groups, world_size=2)
+    assert len(caught.value.failures) == 2
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [

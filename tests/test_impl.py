@@ -17,6 +17,7 @@ from impl.gradients import finish_sequence_parallel_gradients
 from impl.linear import ColumnParallelLinear, RowParallelLinear
 from impl.linear_cross_entropy import linear_cross_entropy
 from impl.mlp import MLP
+from impl.norm import LayerNorm
 from impl.parameters import defer, replicated_parameter, sharded_parameter
 from verify.cluster import Cluster, RankFailures, open_cluster
 from verify.cluster.history import History
@@ -311,6 +312,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "smoothing": (
         lambda: loss(torch.ones(S, B, V), label_smoothing=1.0),
         "label_smoothing: 1.0 is not in [0, 1)",
+    ),
+    "features": (
+        lambda: LayerNorm(H)(torch.ones(S, B, H + 1)),
+        f"x: {[S, B, H + 1]} is not [..., {H}], the features of this norm",
     ),
     "one class": (
         lambda: loss(torch.ones(S, B, V), label_smoothing=0.1, real_vocabulary=1),
