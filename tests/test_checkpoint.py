@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import re
 import shutil
 import zlib
@@ -12,6 +13,7 @@ import torch
 from checkpoint_programs import Setting, load, save, streams
 
 from impl.checkpoint import folder as folders
+from impl.checkpoint import storage
 from impl.checkpoint.folder import LATEST, METADATA
 from impl.checkpoint.pieces import Box, overlap, run_of
 from verify.cluster import Cluster, RankFailures, open_cluster
@@ -298,6 +300,31 @@ def test_a_damaged_checkpoint_is_one_line(cluster, checkpoint, tmp_path, name):
     text = _refusal(cluster, Setting(ONE), folder)
     assert text.startswith("checkpoint: ")
     assert words in text
+
+
+def test_what_is_named_is_on_the_disk_before(cluster, tmp_path, monkeypatch):
+    done = []
+    for module in (folders, storage):
+        monkeypatch.setattr(module, "synchronise", lambda path: done.append(path.name))
+    for kind in ("rename", "replace"):
+        plain = getattr(Path, kind)
+        monkeypatch.setattr(
+            Path, kind, lambda one, to, plain=plain: done.append(f"{to.name}!") or plain(one, to)
+        )
+    root = tmp_path / "root"
+    _save(cluster, Setting(ONE), root)
+    draft = ["rank-00000.safetensors", METADATA, ".step-00000001.partial", "step-00000001!"]
+    assert done == [*draft, "root", f".{LATEST}.partial", f"{LATEST}!", "root"]
+
+
+def test_to_synchronise_is_to_flush_to_the_disk(tmp_path, monkeypatch):
+    flushed, plain = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda found: flushed.append(os.fstat(found)) or plain(found))
+    folders.synchronise(tmp_path)
+    assert [each.st_ino for each in flushed] == [tmp_path.stat().st_ino]
+    before = os.listdir("/proc/self/fd")
+    folders.synchronise(tmp_path)
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_no_folder_is_one_line(cluster, tmp_path):

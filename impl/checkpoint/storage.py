@@ -79,8 +79,9 @@ class Writer(StorageWriter):
         for item in plan.items:
             values = planner.resolve_data(item)
             assert isinstance(values, Tensor)
-            values = values.detach().cpu().contiguous()
-            tensors[_name(item.index)] = values.clone()
+            # A file has no two tensors of one storage.
+            values = values.cpu().clone(memory_format=torch.contiguous_format)
+            tensors[_name(item.index)] = values
             results.append(WriteResult(item.index, values.nbytes, (name, _checksum(values))))
         if tensors:
             path = self.draft.folder / name
