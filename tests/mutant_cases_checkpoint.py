@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from verify.adversary import Adversary
 from verify.case import Case, Lens
 from verify.layout import Layout
 from verify.oracle.checkpoint import text_of
@@ -65,3 +66,6 @@ def cases() -> Iterator[tuple[str, Case]]:
         "equivalence",
         _case("resumed_training", Layout(dp=2), Layout(tp=2), few, **narrow),
     )
+    overlapped: dict[str, Any] = {"distributed": True, "overlap": True, "lens": "fp64"}
+    case = _case("resumed_training", Layout(tp=2), Layout(dp=2), few, **overlapped)
+    yield "equivalence", dataclasses.replace(case, adversary=Adversary(late=True))

@@ -204,9 +204,7 @@ class Reader(StorageReader):
 def _copy(values: Tensor, item: ReadItem, planner: LoadPlanner) -> None:
     for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
         values = values.narrow(dim, offset, length)
-    target = planner.resolve_tensor(item)
-    target.copy_(values)
-    planner.commit_tensor(item, target)
+    planner.resolve_tensor(item).copy_(values)
 
 
 def _content(text: str) -> Any:
@@ -249,5 +247,5 @@ def _crc(text: str) -> int:
 
 
 def _checksum(values: Tensor) -> int:
-    octets = values.contiguous().reshape(-1).view(torch.uint8).numpy()
+    octets = values.reshape(-1).view(torch.uint8).numpy()
     return zlib.crc32(octets.data)

@@ -107,6 +107,15 @@ _STATES = (
         caught_by=("resumed_training",),
     ),
     _run(
+        name="checkpoint-before-parameters-arrive",
+        wrong="What other ranks have updated is saved while it is on its way.",
+        snippet="""\
+    training.optimizer.data_parallel.finish_parameters()
+    name =""",
+        replacement="    name =",
+        caught_by=("resumed_training",),
+    ),
+    _run(
         name="checkpoint-updates-lost",
         wrong="Adam and the schedule count updates from the beginning.",
         snippet='optimizer.updates = values["updates"]',

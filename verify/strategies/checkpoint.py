@@ -47,6 +47,7 @@ TRAINED: Choices = {
         "frozen",
         "overflow",
         "bucket",
+        "overlap",
         "distributed",
     )
 }
