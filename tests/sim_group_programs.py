@@ -1,6 +1,8 @@
 """Rank programs about groups, meshes, functional collectives and autograd around them, and drawn
 programs; see sim_programs."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
@@ -281,5 +283,12 @@ def reduced_leaf() -> tuple[list[float], bool]:
     return x.grad.tolist(), y.requires_grad
 
 
-def transposed() -> None:
-    dist.all_reduce(values(2, 3).T)
+TRANSPOSED: dict[str, Callable[[Tensor], object]] = {
+    "all_reduce": dist.all_reduce,
+    "send": lambda x: dist.send(x, 1 - dist.get_rank()),
+    "recv": lambda x: dist.recv(x, 1 - dist.get_rank()),
+}
+
+
+def transposed(operation: str) -> None:
+    TRANSPOSED[operation](values(2, 3).T)

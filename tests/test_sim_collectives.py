@@ -8,12 +8,11 @@ import sim_group_programs as grouped
 import sim_programs as programs
 import sim_torch_programs as builds
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sim_programs import values
 
-from verify.cluster import Cluster, open_cluster
+from verify.cluster import Cluster, RankFailures, open_cluster
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -219,7 +218,9 @@ def test_gradients_do_not_flow_through_what_is_not_differentiable(sim):
     assert sim.run(grouped.reduced_leaf, world_size=2) == [([1.0, 1.0], True)] * 2
 
 
-def test_a_reduction_has_a_readable_refusal(sim):
-    with pytest.raises(Exception, match="contiguous"):
-        sim.run(grouped.transposed, world_size=2)
-    assert dist.ReduceOp.SUM is not None
+@pytest.mark.parametrize("operation", grouped.TRANSPOSED)
+def test_what_is_not_contiguous_has_a_readable_refusal(sim, operation):
+    """As gloo refuses to send and to receive it, and NCCL to reduce it."""
+    with pytest.raises(RankFailures, match="contiguous") as caught:
+        sim.run(grouped.transposed, operation, world_size=2)
+    assert len(caught.value.failures) == 2

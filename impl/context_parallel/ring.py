@@ -40,16 +40,16 @@ class Shift:
 def start_shift(*tensors: Tensor, group: ProcessGroup) -> Shift:
     """Begin to send tensors to the next rank of the group, and to receive the previous rank's.
 
-    They have one shape and dtype on all ranks. Sends and receives are posted together, so that none
-    waits for another. Peers are global ranks, whatever their place in the group.
+    They are contiguous, and have one shape and dtype on all ranks. Sends and receives are posted
+    together, so that none waits for another. Peers are global ranks, whatever their place in the
+    group.
     """
     ranks, mine = dist.get_process_group_ranks(group), dist.get_rank(group)
     after, before = ranks[(mine + 1) % len(ranks)], ranks[mine - 1]
-    sent = tuple(tensor.contiguous() for tensor in tensors)
-    received = tuple(torch.empty_like(tensor) for tensor in sent)
-    posted = [dist.P2POp(dist.isend, tensor, after, group) for tensor in sent]
+    received = tuple(torch.empty_like(tensor) for tensor in tensors)
+    posted = [dist.P2POp(dist.isend, tensor, after, group) for tensor in tensors]
     posted += [dist.P2POp(dist.irecv, tensor, before, group) for tensor in received]
-    return Shift(received, sent, dist.batch_isend_irecv(posted))
+    return Shift(received, tensors, dist.batch_isend_irecv(posted))
 
 
 class _Ring(torch.autograd.Function):

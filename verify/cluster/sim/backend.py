@@ -230,6 +230,7 @@ class SimGroup(_Group):
         return self._call("barrier", (), (), (), opts)
 
     def send(self, tensors: list[Tensor], target: int, tag: int = 0) -> SimWork:
+        _check_contiguous(tensors)
         call = self._new("send", tensors, (), (), True)
         self._exchange.send(self._channel, call, self._member, target, tag)
         return SimWork(self._exchange, call)
@@ -258,6 +259,7 @@ class SimGroup(_Group):
         """The exchange counts."""
 
     def _receive(self, tensors: list[Tensor], source: int | None, tag: int) -> SimWork:
+        _check_contiguous(tensors)
         call = self._new("recv", (), tensors, (), True)
         self._exchange.receive(self._channel, call, source, self._member, tag)
         return SimWork(self._exchange, call)
