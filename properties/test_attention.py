@@ -110,6 +110,6 @@ def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
 @given(case=refusable_attention_cases(*BOTH))
 def test_what_cannot_be_computed(check: CheckCase, case: Case) -> None:
     """Law 10. Must catch: a rank with the heads that remain, or that begins in the middle of a
-    group; a packed weight that loses its last rows; a window, a layer number or a dropout that is
-    quietly left out."""
+    group; groups of unequal size; a packed weight that loses its last rows; a window, a layer
+    number or a dropout that is quietly left out."""
     check("refusal", case)

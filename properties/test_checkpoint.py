@@ -38,7 +38,8 @@ def test_round_trip(check: CheckCase, case: Case) -> None:
 @given(case=resumed_cases())
 def test_training_goes_on(check: CheckCase, case: Case) -> None:
     """Law 2. Must catch: updates that Adam or the schedule count from the beginning; main values
-    that are rounded ones; a loss scale from the beginning."""
+    that are rounded ones; a loss scale from the beginning; parameters that are saved while they are
+    on their way."""
     check("equivalence", case)
 
 

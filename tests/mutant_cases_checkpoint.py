@@ -57,8 +57,8 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "equivalence", _case("checkpoint", STAGES, TURNED, experts)
     for name in ("activation", "schedule", "loss_scale", "optimizer", "vocabulary"):
         yield "refusal", _case("checkpoint", Layout(dp=2), Layout(tp=2), unlike=name)
-    for how in ("empty", "missing", "damaged"):
-        # By seed 0 it is the file of a rank.
+    for how in ("empty", "missing", "damaged", "altered"):
+        # By seed 0 it is the file of a rank, or the metadata.
         yield "refusal", _case("checkpoint", Layout(dp=2), Layout(dp=2), checkpoint=how)
     few = {"layers": 1, "sequence": 2, "batch": 2, "microbatches": 1}
     narrow: dict[str, Any] = {"lens": "native", "dtype": "bfloat16", "optimizer": "adam"}

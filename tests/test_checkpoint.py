@@ -260,7 +260,7 @@ DAMAGES = {
         "is incomplete in it",
     ),
     "files elsewhere": (lambda p: _rewrite(p, _elsewhere), "names files outside of its folder"),
-    "no fields": (lambda p: _rewrite(p, lambda content: [1]), "has not the fields of version 1"),
+    "no fields": (lambda p: _rewrite(p, lambda content: [1]), "has not the fields of version 2"),
     "negative steps": (
         lambda p: _rewrite(p, lambda content: content["values"].update(steps=-1)),
         "has steps=-1",
@@ -278,8 +278,8 @@ DAMAGES = {
     ),
     "other metadata": (lambda p: _edit(p / METADATA, '"steps":3', '"steps":4'), "is damaged"),
     "another version": (
-        lambda p: _edit(p / METADATA, '"version": 1', '"version": 2'),
-        "has version 2; this program reads 1",
+        lambda p: _edit(p / METADATA, '"version": 2', '"version": 3'),
+        "has version 3; this program reads 2",
     ),
     "another format": (lambda p: (p / METADATA).write_text("{}"), "is not of a shardproof-"),
     "no metadata": (lambda p: (p / METADATA).unlink(), "there is no such checkpoint"),
@@ -322,9 +322,16 @@ def test_to_synchronise_is_to_flush_to_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda found: flushed.append(os.fstat(found)) or plain(found))
     folders.synchronise(tmp_path)
     assert [each.st_ino for each in flushed] == [tmp_path.stat().st_ino]
-    before = os.listdir("/proc/self/fd")
+    before = _lowest_descriptor()
     folders.synchronise(tmp_path)
-    assert os.listdir("/proc/self/fd") == before
+    assert _lowest_descriptor() == before
+
+
+def _lowest_descriptor() -> int:
+    """The lowest number of a file that is not open."""
+    found = os.dup(0)
+    os.close(found)
+    return found
 
 
 def test_no_folder_is_one_line(cluster, tmp_path):

@@ -44,7 +44,7 @@ from torch.futures import Future
 
 from impl.checkpoint.folder import METADATA, Draft, synchronise
 
-FORMAT, VERSION = "shardproof-checkpoint", 1
+FORMAT, VERSION = "shardproof-checkpoint", 2
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -202,6 +202,7 @@ class Reader(StorageReader):
 
 
 def _copy(values: Tensor, item: ReadItem, planner: LoadPlanner) -> None:
+    """Put what was read where it goes. `LoadPieces` has nothing to commit then."""
     for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
         values = values.narrow(dim, offset, length)
     planner.resolve_tensor(item).copy_(values)

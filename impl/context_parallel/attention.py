@@ -97,7 +97,7 @@ def context_attention(
         dropout=dropout,
         on_block=on_block,
     )
-    # Copies of parts of a fused tensor, which is then not kept for backward.
+    # Copies of parts of a fused tensor, which is then not kept for backward. They can be sent.
     q, k, v = (x.contiguous() for x in (q, k, v))
     marks = None if padding is None else gathered_marks(padding, group=groups.cp)
     return ALGORITHMS[algorithm](q, k, v, Extras(sink, marks), plan=plan)

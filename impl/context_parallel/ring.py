@@ -114,7 +114,8 @@ def ring_over(
     chunks: tuple[Chunks, ...],
     plan: Plan,
 ) -> Tensor:
-    """Attention of what the ranks of `group` hold, which lies as `chunks`, for each of them.
+    """Attention of what the ranks of `group` hold, which lies as `chunks`, for each of them, with k
+    and v contiguous.
 
     Forward: n - 1 times k and v to the next rank. Backward: the same, and n times their gradients,
     in the accumulation dtype. Kept: q, k, v, output, peak and total of this rank's tokens, and

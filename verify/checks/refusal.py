@@ -14,7 +14,7 @@ import dataclasses
 import linecache
 import re
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -174,9 +174,9 @@ def _inputs(case: Case) -> Mapping[str, Tensor]:
 
 def _contract_near(case: Case) -> Contract:
     """The contract of the case or, where the oracle refuses it too, of the case without sequence
-    parallelism, without one of its options, without all, without either, with a one for one of its
-    sizes, or on one rank: the target is to refuse whatever the inputs, and those that are right but
-    for one thing leave it no other reason."""
+    parallelism, without one of its options, without all, without either and then with a one for one
+    of its sizes, or on one rank: the target is to refuse whatever the inputs, and those that are
+    right but for one thing leave it no other reason."""
     apart = dataclasses.replace(case.layout, sequence_parallel=False)
     plain = dataclasses.replace(case, options={})
     alone = dataclasses.replace(case, layout=apart)
@@ -186,10 +186,25 @@ def _contract_near(case: Case) -> Contract:
     )
     simple = dataclasses.replace(plain, layout=apart)
     smaller = (dataclasses.replace(simple, shape={**case.shape, size: 1}) for size in case.shape)
-    for near in (case, alone, *without, plain, simple, *smaller):
-        with contextlib.suppress(BadArgument):
-            return contract_of(near)
+    if found := _contracts((case, alone, *without, plain, simple)):
+        return found[0]
+    # A size that is no input's is another for the target to name.
+    if found := _contracts(smaller):
+        return max(found, key=_elements)
     return contract_of(dataclasses.replace(plain, layout=Layout()))
+
+
+def _contracts(cases: Iterable[Case]) -> list[Contract]:
+    """Those of the cases that the oracle has any for."""
+    found = []
+    for case in cases:
+        with contextlib.suppress(BadArgument):
+            found.append(contract_of(case))
+    return found
+
+
+def _elements(contract: Contract) -> int:
+    return sum(prod(spec.shape) for spec in contract.inputs.values())
 
 
 def _roughly(full: Tensor, placements: Placements, ranks: RankMap, rank: int) -> Tensor:

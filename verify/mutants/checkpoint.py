@@ -239,5 +239,11 @@ _REFUSALS = (
         snippet="if _checksum(values) != self.contents.places[index][1]:",
         replacement="if False:",
     ),
+    _storage(
+        name="checkpoint-metadata-believed",
+        wrong="Metadata is believed whatever its checksum.",
+        snippet='if _crc(_canonical(content)) != document.get("crc32"):',
+        replacement="if False:",
+    ),
 )
 MUTANTS = (*_PLACES, *_STATES, *_REFUSALS)

@@ -121,11 +121,11 @@ MUTANTS = (
     _ring(
         name="ring-sends-first",
         wrong="Every rank waits for its sends before it receives.",
-        snippet="    return Shift(received, sent, dist.batch_isend_irecv(posted))",
+        snippet="    return Shift(received, tensors, dist.batch_isend_irecv(posted))",
         replacement=(
             "    for each in posted:\n"
             "        each.op(each.tensor, each.peer, each.group).wait()\n"
-            "    return Shift(received, sent, ())"
+            "    return Shift(received, tensors, ())"
         ),
     ),
     _ulysses(

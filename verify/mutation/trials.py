@@ -156,7 +156,8 @@ class Trials:
             raise error
         count = sum(found.concepts.values())
         seconds = (time.monotonic() - began) / max(count, 1)
-        refusals = checks["refusal"]
+        # One law of groups asks for what there is not.
+        refusals = checks["refusal"] + checks["groups"]
         return Surveyed(name, count, seconds, found.concepts, found.lines, refusals)
 
     def _function(self, name: str) -> Callable[..., Any]:

@@ -2,10 +2,14 @@
 
 Both are of the model of a case of `gpt_training`, whose options they have. Option `saved` is the
 layout at which it is saved, as `tp=2,pp=2,sequence_parallel=1`, of as many ranks as that of the
-case, at which it is loaded; what it leaves out is one. Option `unlike` of `checkpoint` names in
-what the run that loads differs from the one that saved, which is refused. Every rank is given
-everything in full and takes its part, as the two layouts cut it in two ways. Rows of padding are
-zeros in what comes out.
+case, at which it is loaded; what it leaves out is one. Every rank is given everything in full and
+takes its part, as the two layouts cut it in two ways. Rows of padding are zeros in what comes out.
+
+Two options of `checkpoint` make it one to refuse. `unlike` names in what the run that loads differs
+from the one that saved. `checkpoint` says what became of what was saved: `no folder`, or an `empty`
+one; one of its files is `missing`, `truncated` to a half, or `damaged` in a bit near its end; or
+the last digit of one that is text is `altered`. The error has to say that it is about a checkpoint,
+or which of these.
 """
 
 from __future__ import annotations
@@ -50,9 +54,7 @@ ROUND_TRIP_OPTIONS = (
     "unlike",
     "checkpoint",
 )
-# What happens to a checkpoint that was saved, before it is loaded: its folder goes, or all that is
-# in it; one of its files goes, or half of one, or one bit is another.
-DAMAGED = ("no folder", "empty", "missing", "truncated", "damaged")
+DAMAGED = ("no folder", "empty", "missing", "truncated", "damaged", "altered")
 ANOTHER = ("none", "older", "newer")
 # What every run of `checkpoint` is trained with.
 ROUND_TRIP_TRAINED: Mapping[str, Option] = {"optimizer": "adam", "loss_scale": "dynamic"}

@@ -231,15 +231,21 @@ def _odd_groups(case: Case) -> tuple[Shape, dict[str, Option]] | None:
     return ({"groups": odd[0], "group_top_k": 1, "top_k": 1}, {"score": "sigmoid"}) if odd else None
 
 
+def _unshared_choices(case: Case) -> tuple[Shape, dict[str, Option]] | None:
+    experts = case.shape["experts"]
+    return ({"groups": experts, "group_top_k": 2, "top_k": 3}, {}) if experts > 2 else None
+
+
 # What makes a valid case one to refuse: other sizes and options; None where it does not.
 FAULTS: Mapping[str, Mapping[str, Fault]] = {
     "moe_router": {
         "more choices than experts": lambda case: ({"top_k": case.shape["experts"] + 1}, {}),
         "no choice": lambda case: ({"top_k": 0}, {}),
-        "choices that groups do not share": lambda case: (
-            {"groups": 1, "group_top_k": 1 + case.shape["top_k"]},
+        "more groups than there are": lambda case: (
+            {"groups": 1, "group_top_k": 2, "top_k": 2},
             {},
         ),
+        "choices that groups do not share": _unshared_choices,
         "a score that is none": lambda case: ({}, {"score": "tanh"}),
         "nothing to drop by": lambda case: ({}, {"capacity": 1.0, "drop": "load"}),
         "groups that do not divide": _odd_groups,

@@ -1,7 +1,8 @@
 """The torch.distributed backend of the ranks of a simulated world.
 
 `SimGroup` is one rank's process group: it turns what torch.distributed asks of a group into calls
-of the exchange. Arguments are refused as gloo and NCCL refuse them.
+of the exchange. Arguments are refused that gloo or NCCL refuses: so tensors have to be contiguous,
+which gloo asks of those that are sent and received, and NCCL of all others.
 """
 
 from __future__ import annotations

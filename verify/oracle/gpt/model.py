@@ -224,7 +224,7 @@ def _counts(case: Case) -> tuple[int, ...]:
         counts = tuple(int(each) for each in str(text).split(","))
         if len(counts) != pp * vpp or sum(counts) != layers:
             raise BadArgument(f"case.options.split: {text} is no split of {layers} layers")
-        if {"first", "last"} & set(case.options):
+        if any(case.options.get(name) is not None for name in ("first", "last")):
             raise BadArgument(f"case.options.split: {text} says it all; leave out first and last")
         return _checked(case, counts)
     named: Mapping[int, int | None] = {

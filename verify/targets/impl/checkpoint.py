@@ -52,6 +52,8 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
 }
 # What no run to be loaded has saved, and everything that is not loaded has.
 _UNTOUCHED = 7.0
+# In the last bytes of a file are values, and no names.
+_END = 256
 
 
 class _Side:
@@ -197,13 +199,29 @@ def _damage(folder: Path, how: str, seed: int) -> None:
             folder.mkdir()
     elif how:
         numbers = random.Random(seed)
-        file = numbers.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        file = numbers.choice([path for path in files if how != "altered" or _is_text(path)])
         content = bytearray(file.read_bytes())
-        # A line that ends otherwise says the same.
-        content[numbers.randrange(len(content.rstrip()))] ^= 1
-        file.write_bytes(content if how == "damaged" else content[: len(content) // 2])
         if how == "missing":
             file.unlink()
+        elif how == "truncated":
+            file.write_bytes(content[: len(content) // 2])
+        elif how == "altered":
+            content[max(at for at, octet in enumerate(content) if chr(octet).isdigit())] ^= 1
+            file.write_bytes(content)
+        else:
+            # Not of the end of a line, which says nothing.
+            end = len(content.rstrip())
+            content[numbers.randrange(max(end - _END, 0), end)] ^= 1
+            file.write_bytes(content)
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 @contextmanager

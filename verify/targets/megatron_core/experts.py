@@ -71,6 +71,8 @@ _TRACKED = {
     "batch": "load_balancing_loss",
     "global": "global_load_balancing_loss",
 }
+_ACTIVATIONS = {"gelu": gelu, "swiglu": silu}
+_DROPS = {"probability": "probs"}
 _DISPATCHERS = {
     "all_to_all": token_dispatcher.MoEAlltoAllTokenDispatcher,
     "all_gather": token_dispatcher.MoEAllGatherTokenDispatcher,
@@ -79,7 +81,9 @@ _DISPATCHERS = {
 
 def _configuration(case: Case, **fixed: Any) -> TransformerConfig:
     options, shape, layout = case.options, case.shape, case.layout
-    gated = options.get("activation") == "swiglu"
+    activation, drop = (
+        str(options.get(*each)) for each in (("activation", "gelu"), ("drop", "probability"))
+    )
     scaling = _number(case, "scaling", 1.0)
     given: dict[str, Any] = {
         "hidden_size": shape["hidden"],
@@ -93,7 +97,7 @@ def _configuration(case: Case, **fixed: Any) -> TransformerConfig:
         "moe_router_num_groups": shape.get("groups"),
         "moe_router_group_topk": shape.get("group_top_k"),
         "moe_expert_capacity_factor": options.get("capacity"),
-        "moe_token_drop_policy": "position" if options.get("drop") == "position" else "probs",
+        "moe_token_drop_policy": _DROPS.get(drop, drop),
         "moe_router_load_balancing_type": _LEVELS[str(options.get("balance", "none"))],
         "moe_aux_loss_coeff": _number(case, "coefficient", 1.0),
         "moe_z_loss_coeff": _number(case, "z_loss", 0.0) or None,
@@ -101,8 +105,8 @@ def _configuration(case: Case, **fixed: Any) -> TransformerConfig:
         "ffn_hidden_size": shape.get("ffn", 1),
         "moe_ffn_hidden_size": shape.get("ffn", 1),
         "moe_shared_expert_intermediate_size": shape.get("shared_ffn"),
-        "gated_linear_unit": gated,
-        "activation_func": silu if gated else gelu,
+        "gated_linear_unit": activation == "swiglu",
+        "activation_func": _ACTIVATIONS[activation],
         "bias_activation_fusion": False,
         "add_bias_linear": False,
         "expert_model_parallel_size": layout.ep,
@@ -304,6 +308,8 @@ def lacks(case: Case) -> str | None:
         return "a softmax of router logits is in float32, whatever its input"
     if case.concept != "moe_dispatch" and layout.tp > 1 and not layout.sequence_parallel:
         return "MoELayer refuses to train on tp without sequence parallelism"
+    if case.options.get("activation", "gelu") not in _ACTIVATIONS:
+        return f"an activation is a function there, and none is {case.options['activation']}"
     if case.concept == "moe_dispatch" and case.shape["experts"] % layout.ep:
         return "a dispatcher is told which experts it has"
     softmax = case.options.get("score", "softmax") == "softmax"
