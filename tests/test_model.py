@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn.init import constant_
+from torch.nn.init import constant_, zeros_
 
 from impl.context_parallel.zigzag import PackedSequences
 from impl.data_parallel import DataParallel
@@ -171,9 +171,19 @@ def test_microbatches_of_different_lengths(sim, layout, schedule):
         assert found == pytest.approx(alone, rel=1e3 * torch.finfo(torch.float64).eps)
 
 
+def too_long() -> None:
+    """Rank program: a row that the model itself is given, without a trainer."""
+    tracker = parallel_tracker(1, layout=Layout(), rank=0)
+    (model,) = build_model(config(), groups=build_groups(Layout()), tracker=tracker, init=zeros_)
+    model(torch.zeros(1, 5, dtype=torch.int64))
+
+
 def test_a_sequence_that_is_too_long(sim):
-    with pytest.raises(Exception, match=r"5 tokens are more than max_sequence=4"):
+    words = r"5 tokens are more than max_sequence=4"
+    with pytest.raises(Exception, match=words):
         sim.run(trained, Layout(), None, (5,), world_size=1)
+    with pytest.raises(Exception, match=words):
+        sim.run(too_long, world_size=1)
 
 
 @pytest.mark.parametrize(

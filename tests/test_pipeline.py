@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from impl.pipeline.executor import Executor, Stage
-from impl.pipeline.p2p import Link, Outgoing
+from impl.pipeline.p2p import Link, Outgoing, Pending
 from impl.pipeline.schedules import build_schedule, forward_only
 from impl.weight_pass import linear
 from verify.cluster import open_cluster
@@ -52,6 +52,35 @@ def test_outputs_are_freed_when_they_are_sent(sim, overlap):
     """All forwards come first, and yet no stage has all outputs at once."""
     found = sim.run(most_alive, "gpipe", 8, overlap, world_size=2)
     assert max(found) <= 2
+
+
+def left_under_way(kind: str) -> tuple[int, int]:
+    """Rank program: how many exchanges a run begins, and how many of them it does not wait for."""
+    begun: list[Pending] = []
+
+    class Watched(Link):
+        def exchange(self, transfers):
+            begun.append(super().exchange(transfers))
+            return begun[-1]
+
+    Executor(
+        build_schedule(kind, pp=2, microbatches=3),
+        stage=Stage(chunks=[lambda x, _: x + 1.0], parameters=[()], loss=lambda y, _: y.sum()),
+        link=Watched(dist.group.WORLD, dtype=torch.float64),
+        inputs=[torch.ones(3, dtype=torch.float64, requires_grad=True)] * 3,
+        scale=1.0,
+        shape=(3,),
+        overlap=True,
+    ).run()
+    return len(begun), sum(bool(each.works) for each in begun)
+
+
+@pytest.mark.parametrize("kind", ["gpipe", "1f1b"])
+def test_what_is_sent_is_waited_for_too(sim, kind):
+    """Until then it has to be kept, and may not be written to."""
+    for exchanges, left in sim.run(left_under_way, kind, world_size=2):
+        assert exchanges > 0
+        assert left == 0
 
 
 def most_kept(kind: str, microbatches: int) -> tuple[int, int]:
