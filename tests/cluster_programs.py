@@ -7,6 +7,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 
 def total(start: float) -> tuple[int, int, torch.Tensor]:
@@ -85,6 +86,25 @@ def send_and_receive(value: float) -> float:
         return value
     dist.recv(x.zero_(), src=0)
     return x.item()
+
+
+def make_a_group(late: float) -> float:
+    """Seconds until there is a group of two ranks, of which one says so `late`."""
+    plain = distributed_c10d._store_based_barrier
+
+    def barrier(*args, **named):
+        time.sleep(late * dist.get_rank())
+        return plain(*args, **named)
+
+    begin = time.monotonic()
+    distributed_c10d._store_based_barrier = barrier
+    try:
+        group = dist.new_group([0, 1], use_local_synchronization=True)
+    finally:
+        distributed_c10d._store_based_barrier = plain
+    took = time.monotonic() - begin
+    dist.destroy_process_group(group)
+    return took
 
 
 def leave_a_group() -> list[int]:

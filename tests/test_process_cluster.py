@@ -63,6 +63,11 @@ def test_a_run_starts_as_a_new_process_would(cluster):
         assert cluster.run(programs.leave_a_group, world_size=2) == [[0, 1], [0, 1]]
 
 
+def test_a_group_is_there_when_all_its_members_have_it(cluster):
+    """One that is done with it would close connections that another still opens."""
+    assert min(cluster.run(programs.make_a_group, 0.5, world_size=2)) >= 0.5
+
+
 def test_a_message_that_nobody_received_does_not_reach_the_next_run(cluster):
     cluster.run(programs.stray_send, world_size=2)
     assert cluster.run(programs.send_and_receive, 3.0, world_size=2) == [3.0, 3.0]

@@ -75,6 +75,9 @@ class Worlds:
 
     def __init__(self, driver: int) -> None:
         self._driver = driver
+        # No rank may be done with a group, and close its connections, while another still opens
+        # its own: gloo would fail there, and a right program look wrong.
+        os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
         self._kept: dict[int, _Kept] = {}
         self._leftover: list[ProcessGroup] = []
         self._generation = -1
