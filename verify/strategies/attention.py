@@ -184,14 +184,9 @@ def _unequal_heads(tp: int) -> st.SearchStrategy[Shape]:
 
 
 def _unshared_heads(tp: int) -> st.SearchStrategy[Shape]:
-    """A rank has 1 to 4 more heads than a multiple of its groups, of which it has 2 to 5."""
-    return st.integers(2, 5).flatmap(
-        lambda groups: st.integers(0, 1).flatmap(
-            lambda shared: _rests(groups).map(
-                lambda rest: {"heads": (shared * groups + rest) * tp, "groups": groups * tp}
-            )
-        )
-    )
+    """A rank's 2 to 5 groups do not divide its heads, of which there are fewer than two a group."""
+    unfit = [(n, groups) for groups in range(2, 6) for n in range(1, 2 * groups) if n % groups]
+    return st.sampled_from(unfit).map(lambda own: {"heads": own[0] * tp, "groups": own[1] * tp})
 
 
 def _unfit_groups(tp: int) -> st.SearchStrategy[Shape]:

@@ -207,7 +207,7 @@ def _damage(folder: Path, how: str, seed: int) -> None:
         elif how == "truncated":
             file.write_bytes(content[: len(content) // 2])
         elif how == "altered":
-            content[max(at for at, octet in enumerate(content) if chr(octet).isdigit())] ^= 1
+            content[max(at for at, octet in enumerate(content) if octet in b"0123456789")] ^= 1
             file.write_bytes(content)
         else:
             # Not of the end of a line, which says nothing.

@@ -81,9 +81,8 @@ _DISPATCHERS = {
 
 def _configuration(case: Case, **fixed: Any) -> TransformerConfig:
     options, shape, layout = case.options, case.shape, case.layout
-    activation, drop = (
-        str(options.get(*each)) for each in (("activation", "gelu"), ("drop", "probability"))
-    )
+    activation = str(options.get("activation", "gelu"))
+    drop = str(options.get("drop", "probability"))
     scaling = _number(case, "scaling", 1.0)
     given: dict[str, Any] = {
         "hidden_size": shape["hidden"],
