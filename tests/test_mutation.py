@@ -219,6 +219,16 @@ def test_properties_take_turns_until_one_fails(monkeypatch):
     assert (found.fate, found.reason, len(asked)) == (Fate.UNKNOWN, "a: it broke", 2)
 
 
+def test_a_mutant_that_is_not_caught_in_time_is_unknown():
+    names = ["mlp.output_and_gradients", "linear.row_parallel"]
+    found = examine("impl", names, RunOptions(), shrink=False, within=0.01)
+    assert (found.fate, found.reason) == (Fate.UNKNOWN, "not caught within 0.01 s")
+    # Loading alone may take as long.
+    assert found.examples <= 1
+    soon = examine("impl@row-bias-before-sum", names[1:], RunOptions(), shrink=False, within=60.0)
+    assert soon.fate is Fate.CAUGHT
+
+
 def described(*examined):
     document = describe(
         examined,
@@ -228,6 +238,7 @@ def described(*examined):
         seconds=3.0,
         workers=2,
         shrink=True,
+        within=None,
     )
     validate(document)
     return document
@@ -312,6 +323,7 @@ def test_wrong_options_are_one_line(capsys):
         (("--suite", "none"), "--suite: 'none'"),
         (("-n", "0"), "-n: '0'"),
         (("--sample", "0"), "Invalid value for '--sample'"),
+        (("--within", "0"), "Invalid value for '--within'"),
         (("--profile", "none"), "--profile: 'none'"),
     ):
         code, out, error = in_process(capsys, "mutants", *arguments)

@@ -32,6 +32,12 @@ DEFAULT_PROFILE = "ci"
 @click.option(
     "--shrink/--no-shrink", default=True, help="Whether cases that fail are made smaller."
 )
+@click.option(
+    "--within",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
+    help="Seconds for a mutant; nothing is known of one that is not caught by then.",
+)
 @click.option("-n", "workers", metavar="N|auto", help="Spread the mutants over N processes.")
 @click.option(
     "--json",
@@ -51,6 +57,7 @@ def mutants(
     generated: bool,
     sample: int | None,
     shrink: bool,
+    within: float | None,
     workers: str | None,
     json_path: Path | None,
     report: Path | None,
@@ -73,6 +80,8 @@ def mutants(
     A sample of what can be generated, in two modules, and in all but a package:
         shardproof mutants --generated --module linear,mappings --sample 50 --no-shrink
         shardproof mutants --generated --without pretrain --sample 50 --no-shrink
+    A first look at many, without waiting for what none will catch:
+        shardproof mutants --generated --module moe --no-shrink --within 20
     """
     from verify.mutation.run import Selection, run
 
@@ -88,6 +97,7 @@ def mutants(
         options,
         workers=workers,
         shrink=shrink,
+        within=within,
         json_path=json_path,
         report=report,
     )

@@ -16,7 +16,7 @@ from verify.mutation.outcome import Fate, Outcome
 from verify.provenance import machine, shardproof_version, target_facts, versions
 from verify.runner.options import RunOptions
 
-FORMAT, FORMAT_VERSION = "shardproof mutants", 1
+FORMAT, FORMAT_VERSION = "shardproof mutants", 2
 _SCHEMA = Path(__file__).with_name("schema.json")
 
 Examined = tuple[Mutant | Generated, Outcome, str]
@@ -31,6 +31,7 @@ def describe(
     seconds: float,
     workers: int,
     shrink: bool,
+    within: float | None,
 ) -> dict[str, Any]:
     """The document of mutants, what came of each, and why it is equivalent if it is said to be."""
     rows = [_row(*each) for each in examined]
@@ -47,6 +48,7 @@ def describe(
         "seed": options.seed,
         "suites": list(options.suites),
         "shrunk": shrink,
+        "within": within,
         "workers": workers,
         "started": started,
         "seconds": round(seconds, 3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -50,9 +51,15 @@ class Outcome:
 
 
 def examine(
-    target: str, properties: Sequence[str], options: RunOptions, *, shrink: bool
+    target: str,
+    properties: Sequence[str],
+    options: RunOptions,
+    *,
+    shrink: bool,
+    within: float | None = None,
 ) -> Outcome:
-    """Run the properties on a target that has a mutant in it, up to the first that fails.
+    """Run the properties on a target that has a mutant in it, up to the first that fails, or until
+    so many seconds have passed.
 
     They take turns, in rounds that are longer each time: most mutants show at once, if not in the
     first property, and what takes long for an example must not keep others waiting.
@@ -69,10 +76,19 @@ def examine(
     verdicts: list[Verdict] = []
     reasons: list[str] = []
     ended: set[str] = set()
-    for within in (*_ROUNDS, None):
+    most = math.inf if within is None else within
+    for turn in (*_ROUNDS, math.inf):
         for name in [each for each in properties if each not in ended]:
             so_far, after = time.monotonic() - began, examples.get(name, 0)
-            trial = trials.run(name, target=target, after=after, within=within)
+            if so_far > most:
+                return Outcome(
+                    fate=Fate.UNKNOWN,
+                    properties=tuple(examples),
+                    examples=sum(examples.values()),
+                    seconds=so_far,
+                    reason="\n".join([f"not caught within {most:g} s", *reasons]),
+                )
+            trial = trials.run(name, target=target, after=after, within=min(turn, most - so_far))
             examples[name] = trial.record.examples
             if trial.record.verdict is Verdict.FAILED:
                 others = [each for each in examples if each != name]

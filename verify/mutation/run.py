@@ -51,6 +51,7 @@ def run(
     *,
     workers: str | None,
     shrink: bool,
+    within: float | None,
     json_path: Path | None,
     report: Path | None,
 ) -> int:
@@ -64,7 +65,9 @@ def run(
     console = console_of_stdout()
     progress = Progression(console)
     try:
-        document, outcomes = score(chosen, options, workers=size, shrink=shrink, watcher=progress)
+        document, outcomes = score(
+            chosen, options, workers=size, shrink=shrink, within=within, watcher=progress
+        )
     finally:
         progress.stop()
     validate(document)

@@ -48,6 +48,7 @@ def score(
     *,
     workers: int,
     shrink: bool,
+    within: float | None,
     watcher: Watcher,
 ) -> tuple[dict[str, Any], dict[str, Outcome]]:
     """The document of a run of these mutants of one kind, and what came of each, by name. Raises
@@ -56,7 +57,7 @@ def score(
     with Pool(workers, timeout=_SECONDS_OF_A_MUTANT) as pool:
         known = _surveyed(mutants, options, pool, watcher)
         by_mutant = {each.name: claims(each, known) for each in mutants}
-        outcomes = dict(_outcomes(by_mutant, options, shrink, pool, watcher))
+        outcomes = dict(_outcomes(by_mutant, options, shrink, within, pool, watcher))
     reasons = _equivalent(mutants)
     document = describe(
         [(each, outcomes[each.name], reasons.get(each.name, "")) for each in mutants],
@@ -66,6 +67,7 @@ def score(
         seconds=time.monotonic() - began,
         workers=workers,
         shrink=shrink,
+        within=within,
     )
     return document, outcomes
 
@@ -107,11 +109,14 @@ def _outcomes(
     by_mutant: dict[str, list[str]],
     options: RunOptions,
     shrink: bool,
+    within: float | None,
     pool: Pool,
     watcher: Watcher,
 ) -> Iterator[tuple[str, Outcome]]:
     tasks: dict[str, Callable[[], Outcome]] = {
-        name: partial(examine, f"{TARGET}@{name}", properties, options, shrink=shrink)
+        name: partial(
+            examine, f"{TARGET}@{name}", properties, options, shrink=shrink, within=within
+        )
         for name, properties in by_mutant.items()
     }
     watcher.phase("mutants", len(tasks))

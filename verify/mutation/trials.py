@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import sys
 import time
 from collections import Counter
@@ -95,7 +96,7 @@ class Trials:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def run(self, name: str, *, target: str, after: int = 0, within: float | None = None) -> Trial:
+    def run(self, name: str, *, target: str, after: int = 0, within: float = math.inf) -> Trial:
         """What comes of a property on a target. Its first `after` examples, which ran before, are
         drawn and do not run again; with `within` it stops before the first that would begin later
         than so many seconds after the others, and runs at least one."""
@@ -111,7 +112,7 @@ class Trials:
                 if count < after:
                     recorder.reached(which, case)
                     return
-                if within is not None and count > after and stamps[-1] > stamps[after] + within:
+                if count > after and stamps[-1] > stamps[after] + within:
                     raise _Enough
             check_case(
                 which,
