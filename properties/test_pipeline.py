@@ -5,8 +5,8 @@ device, whatever the schedule, with fewer microbatches than stages, several chun
 rounds, an evaluation before each, and frozen weights; (2) also where microbatches have different
 lengths; (3) memory order, (4) the layout and (5) running twice change nothing; (6) a stage sends
 one activation and one gradient of each microbatch over each border of its chunks, and nothing else;
-(7) what a schedule cannot do is refused. Receives may be late, and sends be done only when they are
-received.
+(7) what a schedule cannot do is refused; (8) activations whose memory is freed when they are sent
+are sent whole. Receives may be late, and sends be done only when they are received.
 """
 
 from __future__ import annotations
@@ -54,11 +54,23 @@ def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
     check("determinism", case)
 
 
-@given(case=pipeline_cases(min_pp=2))
+@given(case=pipeline_cases(min_pp=2, variable=(False,)))
 def test_communication(check: CheckCase, case: Case) -> None:
     """Law 6. Must catch: a shape announced where it is known; an activation sent twice; gradients
     sent from the first chunk."""
     check("communication", case)
+
+
+@given(case=pipeline_cases(min_pp=2, variable=(True,)))
+def test_communication_of_different_lengths(check: CheckCase, case: Case) -> None:
+    """Law 6. Must catch: the shape of a gradient announced, which its receiver knows."""
+    check("communication", case)
+
+
+@given(case=pipeline_cases(min_pp=2, variable=(False,), freed=(True,)))
+def test_memory_is_freed_when_all_is_sent(check: CheckCase, case: Case) -> None:
+    """Law 8. Must catch: an activation that is given up while its send is under way."""
+    check("equivalence", case)
 
 
 @given(case=refusable_pipeline_cases())

@@ -70,6 +70,20 @@ def test_what_was_not_is_told(records, words):
     assert any(words in line for line in told), told
 
 
+def test_a_message_is_told_by_its_ranks_whatever_group_it_names():
+    promised = contract(forward=(Step("send", "dp", 6),))
+
+    def told(*peers):
+        sent = [replace(record("send", group=(0, 1, 2, 3)), settings=f"to {each}") for each in peers]
+        return miscommunicated(promised, LAYOUT, History(dict(enumerate([each] for each in sent))))
+
+    assert told(2, 3, 0, 1) == ()
+    assert told(1, 3, 0, 1) == (
+        "rank 0 in forward: too much: 1 x send of 6 elements over tp_dp;"
+        " missing: 1 x send of 6 elements over dp",
+    )
+
+
 def test_ranks_may_be_promised_different_things():
     """Only the first tp rank of either group communicates."""
 

@@ -35,7 +35,8 @@ def miscommunicated(contract: Contract, layout: Layout, history: History) -> tup
                 continue
             steps = promised(layout.coordinates(rank)) if callable(promised) else promised
             wanted = _promised(steps, layout, rank)
-            found = _found(history.of(rank), phase, layout, rank)
+            sending = [step.kind for step in steps if step.operation == "send"]
+            found = _found(history.of(rank), phase, layout, rank, sending)
             if found != wanted:
                 wrong = _text(found - wanted, "too much") + _text(wanted - found, "missing")
                 lines.setdefault(f"in {phase}: {wrong[:-2]}", []).append(rank)
@@ -64,14 +65,24 @@ def _promised(steps: Sequence[Step], layout: Layout, rank: int) -> Counted:
     return found
 
 
-def _found(records: Sequence[Record], phase: str, layout: Layout, rank: int) -> Counted:
+def _found(
+    records: Sequence[Record], phase: str, layout: Layout, rank: int, sending: Sequence[str]
+) -> Counted:
+    """What a rank communicated in a phase. A message counts for a kind of group in `sending` that
+    both its ranks are in, whatever group they named it by: that only says where it travels."""
     found: Counted = Counter()
     for record in records:
         if record.phase != phase or len(record.group) == 1 or record.operation == "barrier":
             continue
         operation = _FAMILIES.get(record.operation, record.operation)
         if operation != "recv" and record.elements:
-            found[operation, _kind(record.group, layout, rank), record.elements] += 1
+            group = record.group
+            if operation == "send":
+                pair = {rank, int(record.settings.removeprefix("to "))}
+                groups = (layout.group_of(kind, rank) for kind in sending)
+                among = [each for each in groups if each is not None and pair <= {*each}]
+                group = group if group in among else next(iter(among), group)
+            found[operation, _kind(group, layout, rank), record.elements] += 1
     return found
 
 

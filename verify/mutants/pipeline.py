@@ -238,6 +238,17 @@ RUNS = (
         ),
     ),
     _message(
+        name="pipeline-freed-in-flight",
+        wrong="The memory of what is sent is given up before the send is done.",
+        snippet="        return Pending(tuple(received), tuple(sent), _begun(operations))",
+        replacement=(
+            "        pending = Pending(tuple(received), tuple(sent), _begun(operations))\n"
+            "        for tensor in sent:\n"
+            "            tensor.data = torch.empty(1, dtype=tensor.dtype)\n"
+            "        return pending"
+        ),
+    ),
+    _message(
         name="pipeline-announced-too-late",
         wrong="The shape of a tensor is sent after it.",
         snippet="return [self._announcement(tensor), *values]",

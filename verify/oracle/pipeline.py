@@ -23,7 +23,13 @@ from verify.oracle.terms import known_options, one_of, sizes, switches, whole_nu
 from verify.placement import Partial, Placements, Replicate
 
 SCHEDULES = ("default", "gpipe", "1f1b", "interleaved", "zb-h1")
-SWITCHES = {"variable": False, "overlap": True, "evaluated": False, "frozen_weight": False}
+SWITCHES = {
+    "variable": False,
+    "overlap": True,
+    "evaluated": False,
+    "frozen_weight": False,
+    "freed": False,
+}
 OPTIONS = ("schedule", "rounds", *SWITCHES)
 # What announces a shape: a number of dimensions, and up to seven sizes.
 ANNOUNCEMENT = 8
@@ -39,7 +45,8 @@ def pipeline(case: Case) -> Contract:
     i has the first 1 + i % sequence of its tokens only, whose number each sender announces;
     `overlap`: whether stages compute while tensors travel; `evaluated`: each round begins with an
     evaluation, forward only, whose losses are the output `evaluation`; `frozen_weight`: the biases
-    alone are trained; `rounds`.
+    alone are trained; `freed`: no activation stays in memory once it is sent, where a target has
+    the choice; `rounds`.
 
     Raises BadArgument for layers that do not divide by the chunks, for another schedule than
     interleaved with several chunks a stage, and for that one with microbatches of a round that are

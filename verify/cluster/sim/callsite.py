@@ -16,18 +16,23 @@ _BETWEEN = (
     os.path.abspath(contextlib.__file__),
     "<frozen",
 )
+# A mode that sees every call of torch makes none itself.
+_OF_MODES = ("__torch_function__", "__torch_dispatch__")
 _between: dict[CodeType, bool] = {}
 
 CallSite = tuple[CodeType, int]
 
 
 def call_site(frame: FrameType | None) -> CallSite | None:
-    """The innermost frame at or above `frame` that is not torch's, the cluster's or a wrapper's."""
+    """The innermost frame at or above `frame` that is not torch's, the cluster's, a wrapper's or a
+    mode's."""
     while frame is not None:
         code = frame.f_code
         between = _between.get(code)
         if between is None:
-            between = _between[code] = code.co_filename.startswith(_BETWEEN)
+            between = _between[code] = code.co_name in _OF_MODES or code.co_filename.startswith(
+                _BETWEEN
+            )
         if not between:
             return code, frame.f_lineno
         frame = frame.f_back
