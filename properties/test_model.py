@@ -13,14 +13,20 @@ an evaluation between steps is right, and changes nothing; (8) the layout and (9
 change nothing; (10) what cannot be computed is refused; (11) with modules that predict tokens
 further on, their losses are those of one device, and so is all else, in training with them; (12) a
 step whose gradients overflow on one rank is skipped by all, and changes the loss scale only; (13)
-what is frozen stays as it is, and all else is trained as ever.
+what is frozen stays as it is, and all else is trained as ever. Laws 1 to 3, 6 and 13 are asked of
+models with what most implementations have too, so that those are seen whose authors left out the
+rest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from hypothesis import given
 
 from verify.case import Case
+from verify.oracle.gpt.model import FROZEN
 from verify.runner.examiner import CheckCase
 from verify.strategies.cases import Choices
 from verify.strategies.dropouts import telling
@@ -28,6 +34,8 @@ from verify.strategies.gpt import (
     DOUBLE,
     LARGE,
     OPTIMIZING,
+    PLAIN,
+    PLAIN_TRAINING,
     model_cases,
     refusable_model_cases,
 )
@@ -46,6 +54,10 @@ SKIPPED: Choices = {
     "hysteresis": OPTIMIZING["hysteresis"],
     "overflow": (1, 2, 0),
 }
+
+OF_MOST: Mapping[str, Any] = {"model": PLAIN, "plain": True, "dtypes": ("float32", "bfloat16")}
+RECOMPUTED: Choices = {**PLAIN, "recompute": ("full", "full_distributed")}
+AGAIN: Choices = {**PLAIN, "recompute": ("selective",)}
 
 
 @given(case=model_cases(steps=(2, 1, 3), worlds=LARGE))
@@ -151,6 +163,43 @@ def test_skipped_and_frozen(check: CheckCase, case: Case) -> None:
     halves; a skipped step that counts; stages without anything to train; layers that are not
     trained where their input needs no gradient; one copy of an embedding that is frozen."""
     check("equivalence", case)
+
+
+@given(case=model_cases(options=PLAIN_TRAINING, uneven=(False,), steps=(2, 1, 3), **OF_MOST))
+def test_what_most_models_have(check: CheckCase, case: Case) -> None:
+    """Laws 1, 2, 6 and 7. Must catch: what the laws say, where nothing unusual is asked for."""
+    check("equivalence", case)
+
+
+@given(
+    case=model_cases(
+        options=SHARDED, uneven=(True,), chunks=(1, 2, 3), min_pp=2, steps=(1,), **OF_MOST
+    )
+)
+def test_unequal_stages_of_most_models(check: CheckCase, case: Case) -> None:
+    """Law 3. Must catch: layers of another stage where first and last stages have their own."""
+    check("equivalence", case)
+
+
+@given(
+    case=model_cases(options={**PLAIN_TRAINING, "frozen": FROZEN[1:]}, uneven=(False,), **OF_MOST)
+)
+def test_frozen_parts_of_most_models(check: CheckCase, case: Case) -> None:
+    """Law 13. Must catch: layers that are not trained, as the input that they are computed again
+    from needs no gradient."""
+    check("equivalence", case)
+
+
+@given(case=model_cases(options={}, steps=(1,), **{**OF_MOST, "model": RECOMPUTED}))
+def test_recomputation_of_most_models(check: CheckCase, case: Case) -> None:
+    """Law 6. Must catch: a microbatch that is computed again from the input of another."""
+    check("recomputation", case)
+
+
+@given(case=model_cases(options={}, steps=(1,), **{**OF_MOST, "model": AGAIN}))
+def test_recomputed_attention_of_most_models(check: CheckCase, case: Case) -> None:
+    """Law 6. Must catch: gradients that reach what is before it in another memory order."""
+    check("recomputation", case)
 
 
 @given(case=refusable_model_cases())

@@ -74,8 +74,9 @@ def test_a_message_is_told_by_its_ranks_whatever_group_it_names():
     promised = contract(forward=(Step("send", "dp", 6),))
 
     def told(*peers):
-        sent = [replace(record("send", group=(0, 1, 2, 3)), settings=f"to {each}") for each in peers]
-        return miscommunicated(promised, LAYOUT, History(dict(enumerate([each] for each in sent))))
+        one = record("send", group=(0, 1, 2, 3))
+        sent = [[replace(one, settings=f"to {each}")] for each in peers]
+        return miscommunicated(promised, LAYOUT, History(dict(enumerate(sent))))
 
     assert told(2, 3, 0, 1) == ()
     assert told(1, 3, 0, 1) == (

@@ -106,6 +106,12 @@ MUTANTS = (
         caught_by=("random_streams", "recomputed_block", "initialisation"),
     ),
     _stream(
+        name="random-fork-stays",
+        wrong="After a fork everything draws from its stream.",
+        snippet="        finally:\n            self._switch(before)",
+        replacement="        finally:\n            pass",
+    ),
+    _stream(
         name="random-fork-moves-the-default",
         wrong="After a fork the default generator goes on from the fork's stream.",
         snippet="            self._switch(before)",

@@ -38,7 +38,8 @@ from verify.strategies.layouts import (
     sizes_within,
 )
 from verify.strategies.training import OPTIONS as _TRAINING
-from verify.strategies.transformer import grouped_heads, latents
+from verify.strategies.transformer import grouped_heads
+from verify.strategies.transformer import latents as sizes_of_latents
 
 # Few ranks show most of what can be wrong, soon; the largest worlds are those of a long run.
 SMALL, LARGE = (2, 4, 4, 4), (2, 4, 4, 4, 8, 8, 16, 16, 64)
@@ -103,6 +104,28 @@ MODEL: Choices = {
     "pipeline": PIPELINES,
 }
 
+# What most implementations have, whoever wrote them: of training, and of a model.
+PLAIN_TRAINING: Choices = {
+    "optimizer": OPTIMIZING["optimizer"],
+    "weight_decay": (0.0, 0.5),
+    "clip": OPTIMIZING["clip"],
+    "bucket": OPTIMIZING["bucket"],
+    "distributed": _FLAGS,
+    "overlap": _FLAGS,
+    "schedule": ("constant", "linear"),
+    "warmup": (None, 1),
+    "decay": (None, 3),
+}
+PLAIN: Choices = {
+    **{name: values[:1] for name, values in MODEL.items()},
+    **{
+        name: MODEL[name]
+        for name in ("positions", "tied", "evaluated", "mask", "norm", "activation", "qk_norm")
+    },
+    **{name: MODEL[name] for name in ("bias", "interleaved", "recompute")},
+    "activation": ("gelu", "swiglu", "geglu", "squared_relu"),
+}
+
 # Whether attention is multi-latent: a case in six.
 LATENT = (False, False, False, False, False, True)
 ROUTED = ("every", "dispatcher", "balance", "coefficient", "z_loss")
@@ -116,18 +139,18 @@ def model_layouts(
     chunks: Sequence[int] = (1, 1, 2),
     most_chunks: int = MOST_CHUNKS,
     experts: bool = False,
-    shares: bool = False,
+    split: bool = True,
     worlds: Sequence[int] = SMALL,
     algorithms: Sequence[str] = ALGORITHMS,
 ) -> Layout:
     """Layouts of all axes in any order, of at most one of `worlds` ranks, with one of `chunks` a
-    stage; with `shares` of attention none over cp. One of `algorithms` is chosen later, where cp is
-    above one."""
+    stage; none over cp unless sequences may be `split`. One of `algorithms` is chosen later, where
+    cp is above one."""
     fitting = [n for n in worlds if limits().world_size(n) == n]
     left = draw(st.sampled_from(fitting or [limits().world_size(min(worlds))]))
     wanted = dict(WIDE if left > 16 else AXES)
     wanted["pp"] = tuple(n for n in wanted["pp"] if n >= min_pp)
-    if shares:
+    if not split:
         wanted["cp"] = (1,)
     foresee(
         {**row, "vpp": vpp, **more, "algorithm": algorithm}
@@ -166,6 +189,7 @@ def model_cases(
     experts: Sequence[bool] = (False,),
     steps: Sequence[int] = (1, 1, 2),
     one_padding: bool = False,
+    plain: bool = False,
     min_pp: int = 1,
     chunks: Sequence[int] = (1, 1, 2),
     most_chunks: int = MOST_CHUNKS,
@@ -176,7 +200,7 @@ def model_cases(
     """Cases of `gpt_training`, or of a concept with its sizes. `options` names some of training and
     the values to draw, `model` some of the model instead of those of `MODEL`; float64 is seen
     through the lens `double`; with `one_padding` the vocabulary is padded to what it would be on
-    one rank."""
+    one rank. A `plain` one has no context parallelism, no latents, and no padding at all."""
     chosen(draw, CONCEPT, (concept,))
     dtype, lens = _arithmetic(draw, double, dtypes)
     choices = _Choices(draw, {**MODEL, **model})
@@ -188,7 +212,7 @@ def model_cases(
             chunks=chunks,
             most_chunks=most_chunks,
             experts=routed,
-            shares=bool(choices["attention_dropout"]),
+            split=not (plain or choices["attention_dropout"]),
             worlds=worlds,
             algorithms=[str(each) for each in choices.values["algorithm"]],
         )
@@ -202,12 +226,24 @@ def model_cases(
     packed = int(str(choices.choose("packed")))
     placement = str(choices.choose("placement"))
     shape = draw(
-        _sizes(layout, str(algorithm), placement, routed=routed, least=least, packed=packed)
+        _sizes(
+            layout,
+            str(algorithm),
+            placement,
+            routed=routed,
+            least=least,
+            packed=packed,
+            latents=not plain,
+        )
     )
     shape["steps"] = draw(st.sampled_from(list(steps)))
     case = Case(concept=concept, layout=layout, shape=shape)
     case = choices.given_to(case, adam=optimizer == "adam")
-    case = draw(_padded(case, one_padding=one_padding))
+    if plain:
+        vocabulary = layout.tp * draw(st.integers(2, 4))
+        case = dataclasses.replace(case, shape={**case.shape, "vocabulary": vocabulary})
+    else:
+        case = draw(_padded(case, one_padding=one_padding))
     if draw(st.sampled_from(list(uneven))):
         case = draw(_uneven(case))
     case = draw(_trained(case, options, optimizer))
@@ -299,9 +335,10 @@ def _sizes(
     routed: bool,
     least: int,
     packed: int,
+    latents: bool,
 ) -> dict[str, int]:
     """Sizes that divide as the layout asks, and no larger than that by much; rows have `least`
-    tokens or more, and room for so many `packed` sequences."""
+    tokens or more, and room for so many `packed` sequences; some have `latents`."""
     tp, chunks = layout.tp, layout.pp * layout.vpp
     unit = layout.cp * (2 if placement == "zigzag" else 1)
     # Without sequence parallelism, experts share out the tokens of a tp group.
@@ -318,8 +355,8 @@ def _sizes(
         "layers": chunks * draw(st.integers(1, 2 if chunks <= 2 else 1)),
         "vocabulary": draw(st.integers(2, 9)),
     }
-    if draw(st.sampled_from(LATENT)):
-        shape |= draw(latents(shape["heads"]))
+    if latents and draw(st.sampled_from(LATENT)):
+        shape |= draw(sizes_of_latents(shape["heads"]))
     if routed:
         shape["ffn"] = lcm(tp, layout.expert_tp) * draw(st.integers(1, 2))
         shape["experts"] = layout.ep * draw(st.integers(1, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -45,11 +46,11 @@ def tracker_of(layout: Layout, *, seed: int = SEED) -> RandomTracker:
 
 
 def streams(layout: Layout) -> Mapping[str, Draw]:
-    """How to draw from the stream of every region."""
+    """How to draw from the stream of every region; of the default one outside of forks."""
     tracker = tracker_of(layout)
 
     def draw(name: str, count: int) -> Tensor:
-        with tracker.fork(name):
+        with nullcontext() if name == DEFAULT else tracker.fork(name):
             return torch.rand(count, dtype=torch.float64)
 
     return {region: partial(draw, name) for region, name in _REGIONS.items()}

@@ -22,7 +22,7 @@ from impl.context_parallel.zigzag import PackedSequences
 from impl.data_parallel import DataParallel
 from impl.groups import Groups
 from impl.model import build_model, model_parameters, tie_embeddings
-from impl.model_config import ModelConfig
+from impl.model_config import ModelConfig, layers_of
 from impl.moe.layer import ExpertsConfig
 from impl.moe.router import Choice, Losses
 from impl.optimizer.mixed import Optimizer, ParameterGroup
@@ -31,7 +31,6 @@ from verify.case import Case
 from verify.oracle.gpt.model import OPTIONS as _OPTIONS
 from verify.placement import Placements
 from verify.targets.impl.dropout import tracker_of
-from verify.targets.impl.stacks import Stacks
 from verify.targets.impl.subject import Builder, Tensors, switches
 from verify.targets.impl.training import (
     FACTORS,
@@ -42,6 +41,7 @@ from verify.targets.impl.training import (
     shards_only,
 )
 from verify.targets.impl.transformer import layer_config
+from verify.targets.stacks import Stacks
 
 OPTIONS: Mapping[str, tuple[str, ...]] = {"gpt_training": _OPTIONS}
 
@@ -102,7 +102,12 @@ class GPTSubject:
         )
         self.own = model_parameters(self.chunks)
         self.schedule, self.loss_scale = schedule_of(case), loss_scale_of(case)
-        self.stacks = Stacks(case, self.config, self.own)
+        self.stacks = Stacks(
+            case,
+            self.own,
+            layers=[self._layers(stage) for stage in range(case.layout.pp)],
+            copied=self.config.tied or self.config.multi_token_layers > 0,
+        )
         for name in filter(self._is_frozen, self.stacks.names):
             for parameter in self.stacks.members(name):
                 parameter.requires_grad_(False)
@@ -260,6 +265,15 @@ class GPTSubject:
             for name in self.stacks.names
             if not self._is_frozen(name)
         }
+
+    def _layers(self, stage: int) -> list[int]:
+        """The layers of all chunks of a stage."""
+        layout = self.case.layout
+        return [
+            layer
+            for chunk in range(layout.vpp)
+            for layer in layers_of(self.config, layout=layout, stage=stage, chunk=chunk)
+        ]
 
     def _is_frozen(self, name: str) -> bool:
         word = str(self.case.options.get("frozen", ""))

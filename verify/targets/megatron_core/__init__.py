@@ -42,7 +42,7 @@ _NEEDS_CUDA = (
 )
 
 # Each has BUILDERS and OPTIONS by concept, and `lacks`, why a case is not supported.
-_ADAPTERS = ("subjects", "random", "experts", "attention", "training", "layer", "pipeline")
+_ADAPTERS = ("subjects", "random", "experts", "attention", "training", "layer", "pipeline", "gpt")
 
 
 class Session:

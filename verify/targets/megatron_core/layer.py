@@ -59,7 +59,7 @@ OPTIONS: Mapping[str, frozenset[str]] = {
     ),
 }
 _KINDS = {"layer": "LayerNorm", "rms": "RMSNorm"}
-_NAMES = {
+NAMES = {
     "input_layernorm": "input_norm",
     "self_attention.linear_qkv": "attention.qkv",
     "self_attention.linear_proj": "attention.proj",
@@ -78,11 +78,12 @@ def norm(case: Case) -> ModuleSubject:
     return ModuleSubject(module, config, lambda inputs: {"y": module(inputs["x"])})
 
 
-class _Norm:
+class Norm:
     """torch's norm, marked as `FusedLayerNorm` is. A class, because a specification calls no
     functions."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float) -> Module:  # type: ignore[misc]
+        """The norm that the configuration asks for."""
         kind = LayerNorm if config.normalization == "LayerNorm" else RMSNorm
         module = kind(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in module.parameters():
@@ -99,8 +100,8 @@ class _LayerSubject(ModuleSubject):
 def transformer_layer(case: Case) -> _LayerSubject:
     """`TransformerLayer` of Megatron's own linear layers and `DotProductAttention`."""
     options, shape = case.options, case.shape
-    config = _layer_config(case)
-    layer = TransformerLayer(config, _parts(case)).train(in_training(case))
+    config = layer_config(case)
+    layer = TransformerLayer(config, parts_of(case)).train(in_training(case))
     dim, turning = options.get("rotary_dim"), None
     if dim is not None:
         interleaved = bool(options.get("interleaved", False))
@@ -117,10 +118,11 @@ def transformer_layer(case: Case) -> _LayerSubject:
                 return {"y": run(inputs["x"])}
             return {"y": tensor_parallel.checkpoint(run, False, inputs["x"])}
 
-    return _LayerSubject(layer, config, call, names=_NAMES)
+    return _LayerSubject(layer, config, call, names=NAMES)
 
 
-def _layer_config(case: Case) -> TransformerConfig:
+def layer_config(case: Case, **given: Any) -> TransformerConfig:
+    """The configuration of the layer of a case, and what is `given` besides."""
     options, shape = case.options, case.shape
     selective = options.get("recompute") == "selective"
     window = options.get("window")
@@ -142,6 +144,7 @@ def _layer_config(case: Case) -> TransformerConfig:
         bf16=case.dtype == "bfloat16",
         **({"recompute_granularity": "selective"} if selective else {}),
         **ACTIVATIONS[str(options.get("activation", "gelu"))],
+        **given,
     )
 
 
@@ -149,13 +152,13 @@ def _config(case: Case, kind: str, **given: Any) -> TransformerConfig:
     return config_of(case, normalization=_KINDS[str(case.options.get(kind, "layer"))], **given)
 
 
-def _parts(case: Case) -> TransformerLayerSubmodules:
+def parts_of(case: Case) -> TransformerLayerSubmodules:
     """The local specification but for its norm."""
     column, row = tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear
-    of_heads = _Norm if case.options.get("qk_norm", False) else None
+    of_heads = Norm if case.options.get("qk_norm", False) else None
     causal = case.options.get("mask") != "full"
     return TransformerLayerSubmodules(
-        input_layernorm=_Norm,
+        input_layernorm=Norm,
         self_attention=ModuleSpec(
             module=SelfAttention,
             params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
@@ -168,7 +171,7 @@ def _parts(case: Case) -> TransformerLayerSubmodules:
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=_Norm,
+        pre_mlp_layernorm=Norm,
         mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
         mlp_bda=get_bias_dropout_add,
     )
@@ -183,10 +186,11 @@ def lacks(case: Case) -> str | None:
     if case.concept == "norm":
         parallel = case.layout.sequence_parallel and case.layout.tp > 1
         return "WrappedTorchNorm refuses sequence parallelism" if parallel else None
-    return _layer_lacks(case)
+    return layer_lacks(case)
 
 
-def _layer_lacks(case: Case) -> str | None:
+def layer_lacks(case: Case) -> str | None:
+    """Why there is no adapter for the layer of a case."""
     options = case.options
     # On one rank of cp a sequence is whole, however it would be cut and attended to on several.
     allowed = {"activation": ACTIVATIONS, "norm": _KINDS, "algorithm": ALGORITHMS}

@@ -6,7 +6,7 @@ What is around them is this adapter's: the loop, a norm and the loss, as a train
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -119,12 +119,12 @@ class TrainingSubject:
             self.model,
         )
         optimizer = get_megatron_optimizer(
-            _optimizer_config(self.case, **on),
+            optimizer_config(self.case, **on),
             [model],
             config_overrides={},
             use_gloo_process_groups=False,
         )
-        schedule = _schedule(self.case, optimizer)
+        schedule = schedule_of(self.case, optimizer)
         told: dict[str, list[Tensor]] = {}
         after: list[dict[str, Tensor]] = []
         for step in range(self.case.shape["steps"]):
@@ -175,7 +175,10 @@ class TrainingSubject:
         told = torch.stack([torch.stack(losses).sum(), tokens.double()])
         dist.all_reduce(told, group=parallel_state.get_data_parallel_group(True))
         finalize_model_grads([model], tokens.clone())
-        found = self._gradients(model)
+        gradients = main_gradients(
+            [model], dict(self._named()), distributed=bool(self.case.options.get("distributed"))
+        )
+        found = {f"gradient {name}": gradient for name, gradient in gradients.items()}
         rate = optimizer.param_groups[0]["lr"]
         _, norm, _ = optimizer.step()
         schedule.step(1)
@@ -184,23 +187,30 @@ class TrainingSubject:
         wide = torch.promote_types(self.config.params_dtype, torch.float32)
         return found | {"loss": told[0] / told[1].clamp_min(1), "norm": torch.tensor(norm).to(wide)}
 
-    def _gradients(self, model: DistributedDataParallel) -> dict[str, Tensor]:
-        """Main gradients; of a distributed optimizer's shards, zeros around them."""
-        if not self.case.options.get("distributed", False):
-            trained = {n: _main(p) for n, p in self._named() if p.requires_grad}
-            return {f"gradient {name}": gradient for name, gradient in trained.items()}
-        found, group = {}, parallel_state.get_data_parallel_group(True)
-        for buffer in model.buffers:
-            kept = torch.zeros_like(buffer.grad_data)
-            for bucket in buffer.buckets:
-                length = bucket.grad_data.numel() // group.size()
-                start = bucket.offset + group.rank() * length
-                kept[start : start + length] = buffer.grad_data[start : start + length]
-            for name, parameter in self._named():
-                if parameter in buffer.param_index_map:
-                    start, stop, _ = buffer.param_index_map[parameter]
-                    found[f"gradient {name}"] = kept[start:stop].view(parameter.shape)
-        return found
+
+def main_gradients(
+    models: Sequence[DistributedDataParallel],
+    named: Mapping[str, Parameter],
+    *,
+    distributed: bool,
+) -> dict[str, Tensor]:
+    """The main gradients of what is trained, by name; of a distributed optimizer's shards, zeros
+    around them."""
+    if not distributed:
+        trained = {name: each for name, each in named.items() if each.requires_grad}
+        return {name: _main(each) for name, each in trained.items()}
+    found, group = {}, parallel_state.get_data_parallel_group(True)
+    for buffer in [each for model in models for each in model.buffers]:
+        kept = torch.zeros_like(buffer.grad_data)
+        for bucket in buffer.buckets:
+            length = bucket.grad_data.numel() // group.size()
+            start = bucket.offset + group.rank() * length
+            kept[start : start + length] = buffer.grad_data[start : start + length]
+        for name, parameter in named.items():
+            if parameter in buffer.param_index_map:
+                start, stop, _ = buffer.param_index_map[parameter]
+                found[name] = kept[start:stop].view(parameter.shape)
+    return found
 
 
 def _main(parameter: Parameter) -> Tensor:
@@ -208,7 +218,8 @@ def _main(parameter: Parameter) -> Tensor:
     return gradient.detach().clone()
 
 
-def _optimizer_config(case: Case, *, distributed: bool, overlap: bool) -> OptimizerConfig:
+def optimizer_config(case: Case, *, distributed: bool, overlap: bool) -> OptimizerConfig:
+    """The optimizer that a case asks for."""
     options = case.options
     return OptimizerConfig(
         optimizer=str(options.get("optimizer", "sgd")),
@@ -231,7 +242,8 @@ class _Groups:
         self.param_groups: list[dict[str, Any]] = [{}]
 
 
-def _schedule(case: Case, optimizer: Any) -> OptimizerParamScheduler:
+def schedule_of(case: Case, optimizer: Any) -> OptimizerParamScheduler:
+    """The schedule of learning rates that a case asks for."""
     style, decay = str(case.options.get("schedule", "constant")), _number(case, "weight_decay")
     end = NO_END if style == "constant" else int(_number(case, "decay"))
     return OptimizerParamScheduler(
@@ -259,7 +271,7 @@ def _number(case: Case, name: str) -> float:
 def learning_rates(case: Case) -> OperationSubject:
     """`OptimizerParamScheduler`, of an optimizer without parameters."""
     groups = _Groups()
-    schedule, rates = _schedule(case, groups), []
+    schedule, rates = schedule_of(case, groups), []
     for _ in range(case.shape["steps"]):
         rates.append(groups.param_groups[0]["lr"])
         schedule.step(1)
@@ -274,8 +286,11 @@ BUILDERS: dict[str, Callable[[Case], Any]] = {
 
 def lacks(case: Case) -> str | None:
     """Why megatron-core or this adapter cannot do a case; None where it can."""
-    if case.concept not in BUILDERS:
-        return None
+    return training_lacks(case) if case.concept in BUILDERS else None
+
+
+def training_lacks(case: Case) -> str | None:
+    """Why there is no adapter for how a case trains."""
     style, warm = case.options.get("schedule", "constant"), _number(case, "warmup")
     if style != "constant" and warm >= _number(case, "decay"):
         return "a schedule has to decay after its warm-up"

@@ -1,21 +1,18 @@
-"""The parameters of a stage of impl's model as parts of the contract's stacks over the layers."""
+"""The parameters of a stage of a model as parts of the contract's stacks over the layers."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from impl.data_parallel import of_expert
-from impl.model_config import ModelConfig, layers_of
 from verify.case import Case
-from verify.layout import Layout
 from verify.oracle.gpt.model import Model
 from verify.oracle.gpt.parameters import stacks_of
 from verify.placement import Listed, Placements, Shard
@@ -23,11 +20,24 @@ from verify.targets.megatron_attributes import placements_of
 
 
 class Stacks:
-    """The parameters of this stage as parts of the contract's stacks."""
+    """The parameters of this stage, `own`, as parts of the contract's stacks.
 
-    def __init__(self, case: Case, config: ModelConfig, own: Mapping[str, Parameter]) -> None:
+    They are named as the stacks, with the number of the layer in the model behind `layers.`; the
+    embedding that the last stage has a copy of, or looks tokens up in, is `lookup.weight` there, or
+    `output.weight`. `layers` are those of every stage, in the order in which it has them, `copied`
+    says whether there is such a copy. Sharding is what the attributes of a parameter say.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        own: Mapping[str, Parameter],
+        *,
+        layers: Sequence[Sequence[int]],
+        copied: bool,
+    ) -> None:
         self.case, self.dtype = case, getattr(torch, case.dtype)
-        self.copied = config.tied or config.multi_token_layers > 0
+        self.layers, self.copied = layers, copied
         # What the schedule runs is its business: it may refuse it, later.
         of_any = dataclasses.replace(
             case,
@@ -36,7 +46,6 @@ class Stacks:
         )
         self.promised = stacks_of(Model.of(of_any))
         self.names = tuple(self.promised)
-        self.layers = [_layers(case.layout, config, stage) for stage in range(case.layout.pp)]
         self._members: dict[str, list[Parameter]] = {name: [] for name in self.names}
         for name, parameter in own.items():
             self._members[self._stack_of(name)].append(parameter)
@@ -69,7 +78,7 @@ class Stacks:
         if not members:
             within = {a: p for a, p in self.promised[name].placements.items() if a != "pp"}
             return {"pp": Listed(0, held), **within}
-        expert = of_expert(members[0])
+        expert = not getattr(members[0], "allreduce", True)
         within = placements_of(members[0], axis="etp" if expert else "tp")  # type: ignore[assignment]
         later: dict[str, Any] = {"pp": Listed(0, held)}
         later |= {"ep": Shard(1)} if expert else {}
@@ -105,11 +114,3 @@ class Stacks:
             if isinstance(placement, Shard):
                 shape[placement.dim] //= sizes[axis]
         return tuple(shape[1:])
-
-
-def _layers(layout: Layout, config: ModelConfig, stage: int) -> list[int]:
-    """The layers of all chunks of a stage."""
-    chunks = [
-        layers_of(config, layout=layout, stage=stage, chunk=chunk) for chunk in range(layout.vpp)
-    ]
-    return [layer for chunk in chunks for layer in chunk]

@@ -1,0 +1,415 @@
+"""megatron-core's `GPTModel` and its training as a subject: its schedules, data parallelism,
+finalisation of gradients and optimizers.
+
+What is around them is this adapter's, as a training script has it: the loop, the loss of the tokens
+that count, and which hooks a schedule is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.utils import is_vp_first_stage, is_vp_last_stage
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    get_transformer_layer_offset,
+)
+from torch import Tensor
+from torch.nn import Parameter
+
+from verify.case import Case
+from verify.placement import Placements
+from verify.targets.megatron_core import stand_ins
+from verify.targets.megatron_core.layer import (
+    NAMES,
+    Norm,
+    layer_config,
+    layer_lacks,
+    parts_of,
+)
+from verify.targets.megatron_core.subjects import Tensors
+from verify.targets.megatron_core.training import (
+    OPTIONS as _TRAINING,
+)
+from verify.targets.megatron_core.training import (
+    main_gradients,
+    optimizer_config,
+    schedule_of,
+    training_lacks,
+)
+from verify.targets.stacks import Stacks
+
+_LAYER = ("norm", "qk_norm", "bias", "activation", "rotary_dim", "interleaved", "mask", "window")
+OPTIONS: Mapping[str, frozenset[str]] = {
+    "gpt_training": (_TRAINING["training_steps"] - {"spare"})
+    | frozenset(_LAYER)
+    | {
+        "algorithm",
+        "placement",
+        "recompute",
+        "positions",
+        "max_sequence",
+        "tied",
+        "multiple",
+        "first",
+        "last",
+        "split",
+        "pipeline",
+        "evaluated",
+        "hidden_dropout",
+        "attention_dropout",
+    }
+}
+_POSITIONS = {"none": "none", "rotary": "rope", "learned": "learned_absolute"}
+_OUTSIDE = {
+    "embedding.word_embeddings.weight": "embedding.tokens.weight",
+    "embedding.position_embeddings.weight": "embedding.positions.weight",
+    "output_layer.weight": "output.weight",
+}
+
+
+class GPTSubject:
+    """Trains in its forward pass."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.config = case, _config(case)
+        self.vpp = case.layout.vpp
+        self.chunks = [self._chunk(index) for index in range(self.vpp)]
+        own = [
+            (i, n, p) for i, chunk in enumerate(self.chunks) for n, p in chunk.named_parameters()
+        ]
+        self.own = {self._name(index, name): parameter for index, name, parameter in own}
+        layers: list[list[int]] = [[] for _ in range(case.layout.pp)]
+        dist.all_gather_object(
+            layers, self._layers(), group=parallel_state.get_pipeline_model_parallel_group()
+        )
+        self.stacks = Stacks(case, self.own, layers=layers, copied=self._tied)
+        for name in filter(self._is_frozen, self.stacks.names):
+            for parameter in self.stacks.members(name):
+                parameter.requires_grad_(False)
+        self.given = {name: self.stacks.empty(name) for name in self.stacks.names}
+
+    def parameters(self) -> Mapping[str, tuple[Parameter, Placements]]:
+        """This stage's part of every stack."""
+        return {name: (each, self.stacks.placements(name)) for name, each in self.given.items()}
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        """All steps; what is told of each, stacked."""
+        with torch.no_grad():
+            for name, stack in self.given.items():
+                for value, parameter in zip(stack, self.stacks.members(name), strict=True):
+                    parameter.copy_(value)
+        training = _Training(self.case, self.config, self.chunks)
+        told: dict[str, list[Tensor]] = {}
+        after: list[dict[str, Tensor]] = []
+        for step in range(self.case.shape["steps"]):
+            mine = {name: tensor[step] for name, tensor in inputs.items()}
+            for name, value in self._step(training, mine, after).items():
+                told.setdefault(name, []).append(value)
+        training.complete_parameters()
+        self._look(after)
+        for name in after[0]:
+            told[name] = [each[name] for each in after[1:]]
+        return {name: torch.stack(values) for name, values in told.items()}
+
+    def finish_gradients(self) -> None:
+        """Nothing: every step does."""
+
+    @property
+    def _tied(self) -> bool:
+        return bool(self.case.options.get("tied", True))
+
+    def _chunk(self, index: int) -> GPTModel:
+        case, vp_stage = self.case, index if self.vpp > 1 else None
+        shape, options = case.shape, case.options
+        dim = options.get("rotary_dim")
+        layer = ModuleSpec(module=TransformerLayer, submodules=parts_of(case))
+        count = get_num_layers_to_build(self.config, vp_stage=vp_stage)
+        vp_size = self.config.virtual_pipeline_model_parallel_size
+        first = parallel_state.is_pipeline_first_stage() and is_vp_first_stage(vp_stage, vp_size)
+        last = parallel_state.is_pipeline_last_stage() and is_vp_last_stage(vp_stage, vp_size)
+        return GPTModel(
+            self.config,
+            TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=Norm),
+            vocab_size=shape["vocabulary"],
+            max_sequence_length=int(options.get("max_sequence", shape["sequence"]) or 0),
+            pre_process=first,
+            post_process=last,
+            share_embeddings_and_output_weights=self._tied,
+            position_embedding_type=_POSITIONS[str(options.get("positions", "none"))],
+            rotary_percent=1.0 if dim is None else int(dim) / shape["head_size"],
+            vp_stage=vp_stage,
+        )
+
+    def _offset(self, chunk: int) -> int:
+        offset: int = get_transformer_layer_offset(self.config, chunk if self.vpp > 1 else None)
+        return offset
+
+    def _layers(self) -> list[int]:
+        """The layers of this stage, by their numbers in the model."""
+        counts = [len(chunk.decoder.layers) for chunk in self.chunks]
+        return [self._offset(i) + each for i, count in enumerate(counts) for each in range(count)]
+
+    def _name(self, chunk: int, name: str) -> str:
+        """The contract's name of a parameter of a chunk."""
+        name = name.replace("decoder.final_layernorm", "final_norm")
+        if found := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.(\w+)", name):
+            index, module, last = found.groups()
+            return f"layers.{self._offset(chunk) + int(index)}.{NAMES[module]}.{last}"
+        return _OUTSIDE.get(name, name)
+
+    def _is_frozen(self, name: str) -> bool:
+        word = str(self.case.options.get("frozen") or "")
+        return bool(word) and word in name
+
+    def _look(self, after: list[dict[str, Tensor]]) -> None:
+        after.append(
+            {
+                f"new {n}": self.stacks.stacked(n, Parameter.detach, dtype=self.stacks.dtype)
+                for n in self.stacks.names
+            }
+        )
+
+    def _step(
+        self, training: _Training, inputs: Tensors, after: list[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        wide = torch.promote_types(self.stacks.dtype, torch.float32)
+
+        def finalised() -> None:
+            # What the forward passes of a step have seen is what the step before has left.
+            self._look(after)
+            gradients = training.gradients(self.own)
+            by_parameter = {self.own[name]: each for name, each in gradients.items()}
+            for name in self.stacks.names:
+                if not self._is_frozen(name):
+                    found[f"gradient {name}"] = self.stacks.stacked(
+                        name, by_parameter.__getitem__, dtype=wide
+                    )
+
+        rate = training.rate
+        loss = training.gradients_of_step(inputs, finalised)
+        norm = training.update()
+        report = {"scale": 1.0, "skipped": 0.0, "rates": [rate]}
+        found |= {name: torch.tensor(v, dtype=torch.float64) for name, v in report.items()}
+        found |= {"loss": loss, "norm": torch.tensor(norm).to(wide)}
+        if self.case.options.get("evaluated", False):
+            found["evaluation"] = training.evaluation(inputs)
+        return found
+
+
+class _Training:
+    """The chunks in their data parallelism, an optimizer, and a schedule of its rates."""
+
+    def __init__(self, case: Case, config: TransformerConfig, chunks: Sequence[GPTModel]) -> None:
+        self.case, self.config = case, config
+        on = {n: bool(case.options.get(n, False)) for n in ("distributed", "overlap")}
+        self.distributed, self.overlap = on["distributed"], on["overlap"]
+        self.models = [
+            DistributedDataParallel(
+                config,
+                DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=config.bf16,
+                    overlap_grad_reduce=self.overlap,
+                    overlap_param_gather=self.overlap and self.distributed,
+                    use_distributed_optimizer=self.distributed,
+                    bucket_size=case.options.get("bucket"),
+                ),
+                Float16Module(config, chunk) if config.bf16 else chunk,
+                disable_bucketing=index > 0,
+            )
+            for index, chunk in enumerate(chunks)
+        ]
+        self.optimizer = get_megatron_optimizer(
+            optimizer_config(case, **on),
+            self.models,
+            config_overrides={},
+            use_gloo_process_groups=False,
+        )
+        self.schedule = schedule_of(case, self.optimizer)
+        self._hook()
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next update."""
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
+
+    def gradients(self, named: Mapping[str, Parameter]) -> dict[str, Tensor]:
+        """Main gradients by name."""
+        return main_gradients(self.models, named, distributed=self.distributed)
+
+    def gradients_of_step(self, inputs: Tensors, finalised: Callable[[], None]) -> Tensor:
+        """The mean loss of a step, whose gradients are finalised; `finalised` is called then."""
+        for model in self.models:
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def finalise(*args: Any, **kwargs: Any) -> None:
+            finalize_model_grads(*args, **kwargs)
+            finalised()
+
+        self.config.finalize_model_grads_func = finalise
+        return self._mean_loss(inputs, forward_only=False)
+
+    def update(self) -> float:
+        """The optimizer's step. The norm of all gradients."""
+        _, norm, _ = self.optimizer.step()
+        self.schedule.step(1)
+        return float(norm)
+
+    def evaluation(self, inputs: Tensors) -> Tensor:
+        """The mean loss without dropout and without gradients."""
+        gathering = self.overlap and self.distributed
+        for model in self.models:
+            if gathering:
+                model.disable_forward_pre_hook()
+            model.eval()
+        with torch.no_grad():
+            loss = self._mean_loss(inputs, forward_only=True)
+        for model in self.models:
+            model.train()
+            if gathering:
+                model.enable_forward_pre_hook()
+        return loss
+
+    def complete_parameters(self) -> None:
+        """Parameters that are on their way to other ranks arrive."""
+        if self.overlap and self.distributed:
+            for model in self.models:
+                model.start_param_sync(force_sync=True)
+
+    def _hook(self) -> None:
+        """What a training script gives the schedules."""
+        config, models = self.config, self.models
+        config.grad_scale_func = self.optimizer.scale_loss
+        if self.overlap:
+            # Of one model it is that, not a list of one.
+            syncs = [model.no_sync for model in models], [m.start_grad_sync for m in models]
+            config.no_sync_func, config.grad_sync_func = (
+                each if len(models) > 1 else each[0] for each in syncs
+            )
+        if self.overlap and self.distributed:
+            gathers = [model.start_param_sync for model in models]
+            config.param_sync_func = gathers if len(models) > 1 else gathers[0]
+
+    def _mean_loss(self, inputs: Tensors, *, forward_only: bool) -> Tensor:
+        """The mean loss over all tokens that count, on every rank."""
+        count, batch, sequence = inputs["tokens"].shape
+        sums = get_forward_backward_func()(
+            forward_step_func=partial(self._forward, inputs),
+            data_iterator=[iter(range(count)) for _ in self.models],
+            model=self.models,
+            num_microbatches=count,
+            seq_length=sequence,
+            micro_batch_size=batch,
+            forward_only=forward_only,
+        )
+        total = torch.stack([torch.zeros((), dtype=torch.float64), *sums]).sum()
+        told = torch.stack([total, inputs["mask"].sum().double()])
+        dist.all_reduce(told, group=parallel_state.get_data_parallel_group(True))
+        dist.all_reduce(told[0], group=parallel_state.get_pipeline_model_parallel_group())
+        return told[0] / told[1].clamp_min(1)
+
+    def _forward(
+        self, inputs: Tensors, microbatches: Iterator[int], model: DistributedDataParallel
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+        at = next(microbatches)
+        tokens, mask = inputs["tokens"][at], inputs["mask"][at]
+        places = torch.arange(tokens.shape[1])
+        ahead = (places[None] > places[:, None])[None, None]
+        output = model(
+            tokens,
+            places.expand_as(tokens),
+            ahead if self.case.options.get("mask") != "full" else None,
+            labels=inputs["targets"][at],
+        )
+
+        def loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            total = (losses * mask).sum()
+            return total, mask.sum().to(torch.int), total.detach().double()
+
+        return output, loss
+
+
+def _config(case: Case) -> TransformerConfig:
+    """That of the layer, and where layers are."""
+    layout, options = case.layout, case.options
+    several, recompute = layout.vpp > 1, str(options.get("recompute") or "")
+    given: dict[str, Any] = {}
+    if text := options.get("split"):
+        stages = [["decoder"] * int(count) for count in str(text).split(",")]
+        stages[0].insert(0, "embedding")
+        stages[-1].append("loss")
+        given["pipeline_model_parallel_layout"] = stages
+    elif several:
+        given["virtual_pipeline_model_parallel_size"] = layout.vpp
+    if recompute.startswith("full"):
+        given |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+            "distribute_saved_activations": recompute == "full_distributed",
+        }
+    return layer_config(
+        case,
+        num_layers=case.shape["layers"],
+        pipeline_model_parallel_size=layout.pp,
+        pipeline_dtype=getattr(torch, case.dtype),
+        num_layers_in_first_pipeline_stage=options.get("first"),
+        num_layers_in_last_pipeline_stage=options.get("last"),
+        overlap_p2p_comm=several,
+        batch_p2p_comm=not several,
+        calculate_per_token_loss=True,
+        **given,
+    )
+
+
+def lacks(case: Case) -> str | None:
+    """Why megatron-core or this adapter cannot do a case; None where it can."""
+    if case.concept not in BUILDERS:
+        return None
+    options, layout, shape = case.options, case.layout, case.shape
+    if "experts" in shape:
+        return "no adapter for the training of experts"
+    if foreign := sorted(set(shape) & {"latent", "query_latent", "rope_size", "value_size"}):
+        return f"no adapter for {', '.join(foreign)}"
+    if layout.cp > 1:
+        return "its local attention, and so the model, has no context parallelism"
+    if any(options.get(name) for name in ("hidden_dropout", "attention_dropout")):
+        return "no adapter for the dropout of a whole model"
+    unit = layout.tp * int(options.get("multiple", 1) or 1)
+    if shape["vocabulary"] % unit:
+        return "vocab_parallel_cross_entropy does not mask the padding of the vocabulary"
+    if options.get("pipeline", "default") not in ("default", "1f1b"):
+        return f"it has no schedule {options['pipeline']}"
+    if options.get("recompute") and options.get("mask") == "sliding_window" and stand_ins.needed():
+        return "its mask of a window is made on CUDA, again in backward, where no stand-in is"
+    # It is given masks, where the layer alone makes its own.
+    plain = dataclasses.replace(case, options={**options, "recompute": ""})
+    return training_lacks(case) or layer_lacks(plain)
+
+
+BUILDERS: Mapping[str, Callable[[Case], GPTSubject]] = {"gpt_training": GPTSubject}
