@@ -348,6 +348,31 @@ def test_what_is_not_supported_is_declared(concept, options, dtype, reason) -> N
     assert (answer is None) if reason is None else (answer is not None and reason in answer)
 
 
+@needs_megatron
+@pytest.mark.parametrize(
+    ("concept", "layout", "options", "reason"),
+    [
+        ("pipeline", Layout(pp=2), {}, None),
+        ("pipeline", Layout(pp=2), {"schedule": "zb-h1"}, "no schedule zb-h1"),
+        ("pipeline", Layout(pp=2), {"schedule": "interleaved"}, "several chunks"),
+        ("pipeline", Layout(pp=2), {"strides": "transposed"}, "contiguous"),
+        ("pipeline", Layout(pp=2, vpp=2), {"overlap": False}, "without overlap"),
+        ("pipeline", Layout(pp=4, vpp=2), {"overlap": False}, None),
+        ("gpt_training", Layout(tp=2, pp=2), {}, None),
+        ("gpt_training", Layout(tp=3, pp=2), {}, "padding of the vocabulary"),
+        ("gpt_training", Layout(cp=2), {}, "no context parallelism"),
+        ("gpt_training", Layout(pp=2), {"pipeline": "gpipe"}, "no schedule gpipe"),
+        ("gpt_training", Layout(pp=2), {"hidden_dropout": 0.5}, "the dropout of a whole model"),
+        ("gpt_training", Layout(), {"multi_token": 1, "packed": 2}, "has no option multi_token"),
+    ],
+)
+def test_what_is_not_supported_of_stages_is_declared(concept, layout, options, reason) -> None:
+    shape = {"vocabulary": 4}
+    case = Case(concept=concept, layout=layout, shape=shape, options=options, dtype="float32")
+    answer = Target().supports(case)
+    assert (answer is None) if reason is None else (answer is not None and reason in answer)
+
+
 _DEFECTS = {
     "a sum of a tensor that is not contiguous is dropped": "_reduce_of_transposed",
     "a gradient that is not contiguous is not summed": "_copy_of_transposed",

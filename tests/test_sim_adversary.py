@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from verify.adversary import FAULTS, NONE, Adversary, Fault
 from verify.cluster import CollectiveMismatch, Deadlock, RankFailures, open_cluster
@@ -274,6 +275,24 @@ def test_history(cluster, tmp_path):
     cluster.run(three_sums, world_size=3, history=shorter)
     rank, one, two = history.first_difference(shorter)
     assert (rank, one.operation, two.operation) == (0, "all_gather_into_tensor", "all_reduce")
+
+
+class _Seeing(TorchFunctionMode):
+    """Sees every call, and makes it."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def under_a_mode():
+    with _Seeing():
+        dist.all_reduce(torch.ones(2))
+
+
+def test_a_call_is_told_by_its_place_and_not_by_a_mode_that_sees_it(cluster):
+    history = History()
+    cluster.run(under_a_mode, world_size=2, history=history)
+    assert history.of(1)[0].site.endswith("in under_a_mode")
 
 
 def test_bad_settings(tmp_path):
