@@ -178,6 +178,13 @@ def test_the_same_step_can_be_saved_again(cluster, tmp_path):
     assert not torch.equal(older[0][1]["layers.0.mlp.fc1.weight"], found["layers.0.mlp.fc1.weight"])
 
 
+def test_a_folder_is_made_with_those_above_it(cluster, tmp_path):
+    folder = tmp_path / "runs" / "one"
+    ((_, expected),) = _save(cluster, Setting(ONE), folder)
+    ((_, found),) = _load(cluster, Setting(ONE, seed=3), folder)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_a_folder_that_cannot_be_written_is_one_line_on_every_rank(cluster, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RankFailures) as caught:

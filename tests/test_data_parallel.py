@@ -209,6 +209,14 @@ def _too_late() -> None:
         model(torch.ones(1, WIDTH)).sum().backward()
 
 
+def _twice() -> None:
+    """A gradient of one parameter comes again, while its bucket waits for the others."""
+    model = _model()
+    DataParallel(model, groups=build_groups(Layout(dp=2)), overlap=True)
+    for _ in range(2):
+        next(model.parameters()).sum().backward()
+
+
 def _frozen() -> tuple[float, bool]:
     groups, model = build_groups(Layout(dp=2)), _model()
     model.requires_grad_(False)
@@ -223,9 +231,10 @@ def test_a_rank_may_have_nothing_to_train(cluster):
     assert cluster.run(_frozen, world_size=2) == [(0.0, False)] * 2
 
 
-def test_a_gradient_that_comes_after_its_reduction_is_an_error(cluster):
+@pytest.mark.parametrize("program", [_too_late, _twice])
+def test_a_gradient_that_comes_after_its_last_is_an_error(cluster, program):
     with pytest.raises(RankFailures) as caught:
-        cluster.run(_too_late, world_size=2)
+        cluster.run(program, world_size=2)
     assert [each.kind for each in caught.value.failures] == ["RuntimeError"] * 2
     assert "no_sync" in caught.value.failures[0].message
 

@@ -17,7 +17,7 @@ from impl.gradients import finish_sequence_parallel_gradients
 from impl.linear import ColumnParallelLinear, RowParallelLinear
 from impl.linear_cross_entropy import linear_cross_entropy
 from impl.mlp import MLP
-from impl.norm import LayerNorm
+from impl.norm import LayerNorm, RMSNorm
 from impl.parameters import defer, replicated_parameter, sharded_parameter
 from verify.cluster import Cluster, RankFailures, open_cluster
 from verify.cluster.history import History
@@ -322,6 +322,20 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "label_smoothing: 0.1 needs a second class",
     ),
 }
+
+
+def _norms() -> list[list[float]]:
+    norms = [LayerNorm(H), RMSNorm(H), LayerNorm(H, zero_centered=True)]
+    tokens = torch.arange(float(2 * H)).view(2, H)
+    # A norm may be given tokens without a batch.
+    same = torch.equal(norms[0](tokens), norms[2](tokens[:, None])[:, 0])
+    return [each.tolist() for norm in norms for each in norm.parameters()] + [[float(same)]]
+
+
+def test_a_norm_begins_with_weights_that_change_nothing(cluster):
+    ones, zeros = [1.0] * H, [0.0] * H
+    wanted = [ones, zeros, ones, zeros, zeros, [1.0]]
+    assert cluster.run(_norms, world_size=1) == [wanted]
 
 
 def _refused(name: str) -> None:

@@ -196,6 +196,7 @@ def test_a_checkpoint_keeps_the_bias_itself():
         ({"top_k": 2, "groups": 3}, "groups: 3 does not divide the 8 experts"),
         ({"top_k": 3, "groups": 4, "group_top_k": 2}, "group_top_k: 2 must be .* divide top_k=3"),
         ({"top_k": 3, "groups": 4}, "1 groups of 2 experts do not have the top_k=3"),
+        ({"top_k": 2, "capacity": 0.0}, "capacity: 0.0 is not above 0"),
         ({"top_k": 1, "capacity": 1.0}, "capacity: the probability of an only choice is 1"),
     ],
 )

@@ -66,10 +66,10 @@ def pieces_of(
     parameter: Parameter,
     *,
     groups: Groups,
+    rows: int | None,
+    saved: bool,
     values: Tensor | None = None,
     start: int = 0,
-    rows: int | None = None,
-    saved: bool = True,
 ) -> Pieces:
     """This rank's pieces of a parameter; or, with flat `values`, of something that is laid out like
     it, of which this rank has the elements from `start` on.

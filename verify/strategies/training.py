@@ -67,13 +67,13 @@ OPTIONS: Mapping[str, Choices] = {
     },
 }
 _FAULTS: Mapping[str, tuple[Option, ...]] = {
-    "bucket": (-1, -7),
-    "clip": (-0.25, -1.0),
+    "bucket": (0, -1, -7),
+    "clip": (0.0, -0.25, -1.0),
     "norm": (0.0, -1.0, -2.0),
     "groups": ("twice", "incomplete"),
     "schedule": ("exponential",),
     "minimum": (-0.5, 2.0),
-    "hysteresis": (-1,),
+    "hysteresis": (0, -1),
     "decay": (None, -3),
     "warmup": (4, -1),
 }
