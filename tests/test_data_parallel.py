@@ -260,6 +260,7 @@ def test_a_parameter_in_two_groups_is_refused(cluster):
     [
         (lambda: lay_out([1], bucket_size=0, parts=1), "bucket_size: 0"),
         (lambda: DynamicLossScale(value=1.0, minimum=2.0), "minimum: 2.0"),
+        (lambda: DynamicLossScale(value=1.0, minimum=0.0), "minimum: 0.0"),
         (lambda: DynamicLossScale(growth_interval=0), "growth_interval: 0"),
         (lambda: DynamicLossScale(hysteresis=0), "hysteresis: 0"),
         (lambda: Schedule(maximum=1.0, minimum=2.0), "minimum: 2.0"),
@@ -288,6 +289,12 @@ def _scales(overflows: Sequence[bool]) -> list[float]:
         scale.update(overflow=overflow)
         found.append(scale.value)
     return found
+
+
+def test_a_loss_scale_may_begin_with_its_smallest_value():
+    scale = DynamicLossScale(value=4.0, minimum=4.0)
+    scale.update(overflow=True)
+    assert scale.value == 4.0
 
 
 def test_a_loss_scale_forgives_one_overflow_until_it_grows():

@@ -108,7 +108,7 @@ def refusable_position_cases(draw: st.DrawFn) -> Case:
     size = case.shape["head_size"] + case.shape["head_size"] % 2
     wrong = draw(
         st.sampled_from(
-            (("rotary_dim", 2 * size + 2), ("rotary_dim", 3), ("base", -1.0), ("base", -1e4))
+            (("rotary_dim", 2 * size + 2), ("rotary_dim", 3), ("base", 0.0), ("base", -1e4))
         )
     )
     shape = {**case.shape, "head_size": size}

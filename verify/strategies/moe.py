@@ -256,7 +256,8 @@ FAULTS: Mapping[str, Mapping[str, Fault]] = {
         "a loss of no level": lambda case: ({}, {"balance": "token"}),
         "a bias of softmax": lambda case: ({}, {"score": None, "expert_bias": True}),
         "a softmax of sigmoids": lambda case: ({}, {"score": "sigmoid", "pre_softmax": True}),
-        "no room": lambda case: ({}, {"capacity": -0.5}),
+        "no room": lambda case: ({}, {"capacity": 0.0}),
+        "less than no room": lambda case: ({}, {"capacity": -0.5}),
         "equal probabilities": lambda case: ({"top_k": 1}, {"score": None, "capacity": 0.5}),
     },
     "moe_layer": {
