@@ -219,12 +219,17 @@ def test_properties_take_turns_until_one_fails(monkeypatch):
     assert (found.fate, found.reason, len(asked)) == (Fate.UNKNOWN, "a: it broke", 2)
 
 
-def test_a_mutant_that_is_not_caught_in_time_is_unknown():
+def test_a_mutant_that_is_not_caught_in_time_is_unknown(monkeypatch):
     names = ["mlp.output_and_gradients", "linear.row_parallel"]
     found = examine("impl", names, RunOptions(), shrink=False, within=0.01)
     assert (found.fate, found.reason) == (Fate.UNKNOWN, "not caught within 0.01 s")
     # Loading alone may take as long.
     assert found.examples <= 1
+    told = _Told(a=[_trial(Verdict.PASSED, number) for number in (1, 2, 3, 4, 5)])
+    monkeypatch.setattr(_Present, "trials", lambda *options, **more: told)
+    found = examine("impl", ["a"], RunOptions(), shrink=False, within=60.0)
+    assert (found.fate, found.reason) == (Fate.UNKNOWN, "not caught within 60 s")
+    monkeypatch.undo()
     soon = examine("impl@row-bias-before-sum", names[1:], RunOptions(), shrink=False, within=60.0)
     assert soon.fate is Fate.CAUGHT
 

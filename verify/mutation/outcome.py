@@ -81,13 +81,7 @@ def examine(
         for name in [each for each in properties if each not in ended]:
             so_far, after = time.monotonic() - began, examples.get(name, 0)
             if so_far > most:
-                return Outcome(
-                    fate=Fate.UNKNOWN,
-                    properties=tuple(examples),
-                    examples=sum(examples.values()),
-                    seconds=so_far,
-                    reason="\n".join([f"not caught within {most:g} s", *reasons]),
-                )
+                break
             trial = trials.run(name, target=target, after=after, within=min(turn, most - so_far))
             examples[name] = trial.record.examples
             if trial.record.verdict is Verdict.FAILED:
@@ -104,10 +98,12 @@ def examine(
                 reasons.append(f"{name}: {trial.record.reason}")
             if trial.ended:
                 ended.add(name)
-    survived = worst(verdicts) is Verdict.PASSED
+    if ended != set(properties):
+        reasons.insert(0, f"not caught within {most:g} s")
+    survived = not reasons and worst(verdicts) is Verdict.PASSED
     return Outcome(
         fate=Fate.SURVIVED if survived else Fate.UNKNOWN,
-        properties=tuple(properties),
+        properties=tuple(examples),
         examples=sum(examples.values()),
         seconds=time.monotonic() - began,
         reason="\n".join(reasons) or ("" if survived else "no property supports it"),

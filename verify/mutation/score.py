@@ -24,7 +24,7 @@ from verify.runner.suites import suites
 TARGET = "impl"
 # A mutant that takes longer is not known to be caught.
 _SECONDS_OF_A_MUTANT = 900.0
-# One that never ends in a rank is ended by the cluster, but not if the rank computes for ever.
+# An example that never ends is ended by the cluster, unless a rank computes for ever.
 _SECONDS_OF_AN_EXAMPLE = 120.0
 _DRAWN, _TRACED = 20, 12
 # Of so many hand-made ones it is soon made up for to see which lines every property reaches.
@@ -56,9 +56,10 @@ def score(
     """The document of a run of these mutants of one kind, and what came of each, by name. Raises
     HarnessError where properties cannot be surveyed, because then nothing can be said."""
     began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
-    most = _SECONDS_OF_A_MUTANT if within is None else within + _SECONDS_OF_AN_EXAMPLE
-    with Pool(workers, timeout=min(most, _SECONDS_OF_A_MUTANT)) as pool:
+    with Pool(workers, timeout=_SECONDS_OF_A_MUTANT) as pool:
         known = _surveyed(mutants, options, pool, watcher)
+        if within is not None and not shrink:
+            pool.timeout = min(within + _SECONDS_OF_AN_EXAMPLE, _SECONDS_OF_A_MUTANT)
         by_mutant = {each.name: claims(each, known) for each in mutants}
         outcomes = dict(_outcomes(by_mutant, options, shrink, within, pool, watcher))
     reasons = _equivalent(mutants)

@@ -16,9 +16,6 @@ from hypothesis import strategies as st
 from verify.case import Case, Lens, Option
 from verify.coverage.steering import CONCEPT, chosen, foresee
 from verify.layout import Layout
-from verify.oracle.gpt.model import FROZEN, POSITIONS
-from verify.oracle.mlp import ACTIVATIONS
-from verify.oracle.norm import KINDS
 from verify.runner.limits import limits
 from verify.strategies.cases import (
     MAX_SEED,
@@ -27,7 +24,17 @@ from verify.strategies.cases import (
     contract_or_none,
     with_option,
 )
-from verify.strategies.context import ALGORITHMS, MASKS, SCORED
+from verify.strategies.context import ALGORITHMS
+from verify.strategies.gpt_choices import (
+    DOUBLE,
+    DTYPES,
+    LATENT,
+    MODEL,
+    OPTIMIZING,
+    PIPELINES,
+    ROUTED,
+    SCALINGS,
+)
 from verify.strategies.layouts import (
     chosen_experts,
     chosen_sizes,
@@ -37,7 +44,6 @@ from verify.strategies.layouts import (
     ranks_of_stage,
     sizes_within,
 )
-from verify.strategies.training import OPTIONS as _TRAINING
 from verify.strategies.transformer import grouped_heads
 from verify.strategies.transformer import latents as sizes_of_latents
 
@@ -46,89 +52,7 @@ SMALL, LARGE = (2, 4, 4, 4), (2, 4, 4, 4, 8, 8, 16, 16, 64)
 AXES = {"pp": (1, 2, 2, 3, 4), "dp": (1, 2, 2, 3), "tp": (1, 1, 2, 2, 3), "cp": (1, 1, 2, 3)}
 WIDE = {"pp": (2, 3, 4), "dp": (2, 3, 4), "tp": (2, 3, 4), "cp": (1, 2, 4)}
 MOST_CHUNKS = 12
-DTYPES = ("float64", "float32", "bfloat16", "float16")
-DOUBLE = DTYPES[:1]
-PLACEMENTS = ("zigzag", "contiguous")
-PIPELINES = ("default", "gpipe", "1f1b", "zb-h1")
-SCALINGS = (0.1, 1.0)
 _FLAGS = (False, True)
-_STEPS = _TRAINING["training_steps"]
-# The default of an option comes first.
-OPTIMIZING: Choices = {
-    "optimizer": _STEPS["optimizer"],
-    "momentum": _STEPS["momentum"],
-    "weight_decay": (0.0, 0.5),
-    "clip": (None, 2.0**-4, 2.0**-4, 2.0**10),
-    "order": (2.0, 2.0, 1.0, "inf"),
-    "groups": _STEPS["groups"],
-    "loss_scale": _STEPS["loss_scale"],
-    "frozen": FROZEN,
-    "hysteresis": _STEPS["hysteresis"],
-    "overflow": (0, 0, 1, 2),
-    "bucket": (None, 1, 50, 400),
-    "distributed": _FLAGS,
-    "overlap": _FLAGS,
-    "schedule": ("constant", "linear"),
-    "warmup": (None, 1),
-    "decay": (None, 3),
-}
-
-MODEL: Choices = {
-    "algorithm": ALGORITHMS,
-    "placement": PLACEMENTS,
-    "positions": POSITIONS,
-    "tied": (True, False),
-    "hidden_dropout": (0.0,),
-    "attention_dropout": (0.0,),
-    "recompute": ("", "", "full", "selective", "full_distributed"),
-    "evaluated": _FLAGS,
-    "mask": MASKS,
-    "packed": (0, 0, 0, 1, 2, 3),
-    "norm": KINDS,
-    "activation": ACTIVATIONS,
-    "qk_norm": _FLAGS,
-    "zero_centered": _FLAGS,
-    "bias": (True, False),
-    "interleaved": _FLAGS,
-    "alibi": (False, *SCORED["alibi"]),
-    "sink": (False, *SCORED["sink"]),
-    "scale": (None, *SCORED["scale"]),
-    "layer_scaling": (False, *_FLAGS),
-    "every": (1, 2),
-    "dispatcher": ("all_to_all", "all_gather"),
-    "balance": ("none", "sequence", "batch", "global"),
-    "coefficient": (1.0, 16.0),
-    "z_loss": (0.0, 0.25),
-    "multi_token": (0, 0, 0, 1, 2),
-    "multi_token_scaling": SCALINGS,
-    "pipeline": PIPELINES,
-}
-
-# What most implementations have, whoever wrote them: of training, and of a model.
-PLAIN_TRAINING: Choices = {
-    "optimizer": OPTIMIZING["optimizer"],
-    "weight_decay": (0.0, 0.5),
-    "clip": OPTIMIZING["clip"],
-    "bucket": OPTIMIZING["bucket"],
-    "distributed": _FLAGS,
-    "overlap": _FLAGS,
-    "schedule": ("constant", "linear"),
-    "warmup": (None, 1),
-    "decay": (None, 3),
-}
-PLAIN: Choices = {
-    **{name: values[:1] for name, values in MODEL.items()},
-    **{
-        name: MODEL[name]
-        for name in ("positions", "tied", "evaluated", "mask", "norm", "activation", "qk_norm")
-    },
-    **{name: MODEL[name] for name in ("bias", "interleaved", "recompute")},
-    "activation": ("gelu", "swiglu", "geglu", "squared_relu"),
-}
-
-# Whether attention is multi-latent: a case in six.
-LATENT = (False, False, False, False, False, True)
-ROUTED = ("every", "dispatcher", "balance", "coefficient", "z_loss")
 
 
 @st.composite

@@ -1,6 +1,7 @@
 """megatron-core's pipeline schedules as a subject: a stack of layers that they train.
 
-How many layers each chunk has is what megatron-core says; the layers are the contract's.
+The layers are the contract's, and so is how many a chunk has; megatron-core is asked to refuse what
+does not divide.
 """
 
 from __future__ import annotations
@@ -54,14 +55,12 @@ class _Subject(PipelineSubject):
             variable_seq_lengths=bool(case.options.get("variable", False)),
             overlap_p2p_comm=overlap,
             batch_p2p_comm=not overlap,
-            # The other dispatcher of tokens refuses that, though there are no experts.
+            # The default refuses variable lengths, though there are no experts.
             moe_token_dispatcher_type="alltoall",
             deallocate_pipeline_outputs=bool(case.options.get("freed", False)),
         )
-        self.counts = [
+        for chunk in range(layout.vpp):
             get_num_layers_to_build(self.config, vp_stage=chunk if several else None)
-            for chunk in range(layout.vpp)
-        ]
         super().__init__(case)
 
     def run(self, round_: Round, *, forward_only: bool) -> tuple[ByMicrobatch, ByMicrobatch]:
@@ -105,17 +104,27 @@ class _Subject(PipelineSubject):
 BUILDERS: Mapping[str, Callable[[Case], PipelineSubject]] = {"pipeline": _Subject}
 
 
+def schedule_lacks(case: Case, option: str) -> str | None:
+    """Why there is no schedule of the kind that an option of a case says."""
+    kind, several = str(case.options.get(option, "default")), case.layout.vpp > 1
+    if kind not in ("default", "1f1b", "interleaved"):
+        return f"it has no schedule {kind}"
+    if kind == "interleaved" and not several:
+        return "its interleaved schedule is for several chunks a stage"
+    if kind == "1f1b" and several:
+        return "with several chunks a stage it takes the interleaved schedule"
+    return None
+
+
 def lacks(case: Case) -> str | None:
     """Why megatron-core or this adapter cannot do a case; None where it can."""
     if case.concept not in BUILDERS:
         return None
-    kind, layout = str(case.options.get("schedule", "default")), case.layout
-    if kind not in ("default", "1f1b", "interleaved"):
-        return f"it has no schedule {kind}"
-    if kind == "interleaved" and layout.vpp == 1:
-        return "its interleaved schedule is for several chunks a stage"
-    if kind == "1f1b" and layout.vpp > 1:
-        return "with several chunks a stage it takes the interleaved schedule"
+    layout = case.layout
+    if reason := schedule_lacks(case, "schedule"):
+        return reason
+    if case.shape and case.shape["microbatches"] % int(case.options.get("rounds", 1) or 1):
+        return "rounds are this adapter's"
     if case.options.get("strides", "contiguous") != "contiguous":
         return "what a stage computes has to be contiguous, and these layers keep strides"
     if layout.vpp > 1 and layout.pp == 2 and not case.options.get("overlap", True):

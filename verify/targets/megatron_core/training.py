@@ -108,22 +108,9 @@ class TrainingSubject:
         """All steps; what is told of each, stacked."""
         on = {n: bool(self.case.options.get(n, False)) for n in ("distributed", "overlap")}
         model = DistributedDataParallel(
-            self.config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=self.config.bf16,
-                overlap_grad_reduce=on["overlap"],
-                overlap_param_gather=on["overlap"] and on["distributed"],
-                use_distributed_optimizer=on["distributed"],
-                bucket_size=self.case.options.get("bucket"),
-            ),
-            self.model,
+            self.config, data_parallel_config(self.case, self.config), self.model
         )
-        optimizer = get_megatron_optimizer(
-            optimizer_config(self.case, **on),
-            [model],
-            config_overrides={},
-            use_gloo_process_groups=False,
-        )
+        optimizer = optimizer_of(self.case, [model])
         schedule = schedule_of(self.case, optimizer)
         told: dict[str, list[Tensor]] = {}
         after: list[dict[str, Tensor]] = []
@@ -218,10 +205,26 @@ def _main(parameter: Parameter) -> Tensor:
     return gradient.detach().clone()
 
 
-def optimizer_config(case: Case, *, distributed: bool, overlap: bool) -> OptimizerConfig:
-    """The optimizer that a case asks for."""
+def data_parallel_config(
+    case: Case, config: TransformerConfig, **given: Any
+) -> DistributedDataParallelConfig:
+    """The data parallelism that a case asks for, and what is `given` besides."""
+    on = {n: bool(case.options.get(n, False)) for n in ("distributed", "overlap")}
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.bf16,
+        overlap_grad_reduce=on["overlap"],
+        overlap_param_gather=on["overlap"] and on["distributed"],
+        use_distributed_optimizer=on["distributed"],
+        bucket_size=case.options.get("bucket"),
+        **given,
+    )
+
+
+def optimizer_of(case: Case, models: list[DistributedDataParallel]) -> Any:
+    """The optimizer that a case asks for, of these models."""
     options = case.options
-    return OptimizerConfig(
+    distributed = bool(options.get("distributed", False))
+    config = OptimizerConfig(
         optimizer=str(options.get("optimizer", "sgd")),
         lr=MAXIMUM,
         min_lr=MAXIMUM * _number(case, "minimum"),
@@ -231,7 +234,10 @@ def optimizer_config(case: Case, *, distributed: bool, overlap: bool) -> Optimiz
         bf16=case.dtype == "bfloat16",
         params_dtype=getattr(torch, case.dtype),
         use_distributed_optimizer=distributed,
-        overlap_param_gather=distributed and overlap,
+        overlap_param_gather=distributed and bool(options.get("overlap", False)),
+    )
+    return get_megatron_optimizer(
+        config, models, config_overrides={}, use_gloo_process_groups=False
     )
 
 
