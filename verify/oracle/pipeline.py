@@ -45,8 +45,8 @@ def pipeline(case: Case) -> Contract:
     i has the first 1 + i % sequence of its tokens only, whose number each sender announces;
     `overlap`: whether stages compute while tensors travel; `evaluated`: each round begins with an
     evaluation, forward only, whose losses are the output `evaluation`; `frozen_weight`: the biases
-    alone are trained; `freed`: no activation stays in memory once it is sent, where a target has
-    the choice; `rounds`.
+    alone are trained; `freed`: no activation stays in memory once it is sent, which some targets
+    do always, as impl, and others if asked; `rounds`.
 
     Raises BadArgument for layers that do not divide by the chunks, for another schedule than
     interleaved with several chunks a stage, and for that one with microbatches of a round that are

@@ -30,7 +30,7 @@ _SCORING: Choices = {
     "padding": (False, True),
     "alibi": (False, True),
     "sink": (False, True),
-    "layer_number": (None, 1, 5),
+    "layer_number": (None, 1, 2, 5),
     "scale": (None, 0.25),
     "dropout": (0.0, 0.1, 0.5),
 }

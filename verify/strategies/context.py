@@ -30,7 +30,7 @@ SCORED: Choices = {
     "padding": (False, True),
     "alibi": (False, True),
     "sink": (False, True),
-    "layer_number": (None, 1, 5),
+    "layer_number": (None, 1, 2, 5),
     "scale": (None, 0.25, 1.0),
 }
 _ORDERS = (DEFAULT_ORDER, "cp-tp-ep-dp-pp", "dp-cp-tp-ep-pp", "tp-dp-cp-ep-pp", "dp-tp-ep-cp-pp")

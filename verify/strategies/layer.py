@@ -83,7 +83,7 @@ def position_cases(
         rest = draw(st.integers(0, 2))
         shape |= {"heads": layout.tp * draw(st.integers(1, 2)), "head_size": 2 * pairs + rest}
         case = with_option(case, "rotary_dim", 2 * pairs if rest else None, default=None)
-        bases = (10000.0, 2.0, 500000.0)
+        bases = (10000.0, 2.0, 0.5, 500000.0)
         case = with_option(case, "base", chosen(draw, "base", bases), default=bases[0])
         case = with_option(case, "interleaved", chosen(draw, "interleaved", _FLAGS), default=False)
     else:
