@@ -376,6 +376,9 @@ def refusable_model_cases(draw: st.DrawFn) -> Case:
         faults.append(({}, {"split": ",".join(map(str, [layers, *[0] * (chunks - 1)]))}))
     if case.layout.pp == 2:
         faults.append(({}, {"first": layers, "last": chunks}))
+        # Layers that neither of the two stages has.
+        ends = {"first": case.layout.vpp, "last": case.layout.vpp}
+        faults.append(({"layers": layers + chunks}, {**ends}))
     if case.layout.vpp > 1:
         faults.append(({"microbatches": case.layout.pp * 2 + 1}, {}))
         faults.append(({}, {"pipeline": "1f1b"}))
