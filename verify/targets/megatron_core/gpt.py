@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from verify.case import Case
+from verify.oracle.layer import LATENT
 from verify.placement import Placements
 from verify.targets.megatron_core import stand_ins
 from verify.targets.megatron_core.layer import (
@@ -79,10 +80,11 @@ class GPTSubject:
         self.case, self.config = case, _config(case)
         self.vpp = case.layout.vpp
         self.chunks = [self._chunk(index) for index in range(self.vpp)]
-        own = [
-            (i, n, p) for i, chunk in enumerate(self.chunks) for n, p in chunk.named_parameters()
-        ]
-        self.own = {self._name(index, name): parameter for index, name, parameter in own}
+        self.own = {
+            self._name(index, name): parameter
+            for index, chunk in enumerate(self.chunks)
+            for name, parameter in chunk.named_parameters()
+        }
         layers: list[list[int]] = [[] for _ in range(case.layout.pp)]
         dist.all_gather_object(
             layers, self._layers(), group=parallel_state.get_pipeline_model_parallel_group()
@@ -249,7 +251,7 @@ def lacks(case: Case) -> str | None:
     options, layout, shape = case.options, case.layout, case.shape
     if "experts" in shape:
         return "no adapter for the training of experts"
-    if foreign := sorted(set(shape) & {"latent", "query_latent", "rope_size", "value_size"}):
+    if foreign := sorted(set(shape) & set(LATENT)):
         return f"no adapter for {', '.join(foreign)}"
     if layout.cp > 1:
         return "its local attention, and so the model, has no context parallelism"

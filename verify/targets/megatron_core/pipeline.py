@@ -123,7 +123,7 @@ def lacks(case: Case) -> str | None:
     layout = case.layout
     if reason := schedule_lacks(case, "schedule"):
         return reason
-    if case.shape and case.shape["microbatches"] % int(case.options.get("rounds", 1) or 1):
+    if case.shape.get("microbatches", 0) % int(case.options.get("rounds", 1) or 1):
         return "rounds are this adapter's"
     if case.options.get("strides", "contiguous") != "contiguous":
         return "what a stage computes has to be contiguous, and these layers keep strides"

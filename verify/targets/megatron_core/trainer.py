@@ -39,7 +39,8 @@ class Trainer:
         self.distributed, self.overlap = (
             bool(case.options.get(name, False)) for name in ("distributed", "overlap")
         )
-        # With several chunks their parameters are gathered when the schedule says.
+        # With several chunks their parameters are gathered when the schedule says. A configuration
+        # is for one: it is changed.
         ddp = partial(data_parallel_config, case, config, align_param_gather=len(chunks) > 1)
         self.models = [
             DistributedDataParallel(
@@ -110,10 +111,11 @@ class Trainer:
         config.grad_scale_func = self.optimizer.scale_loss
         several = len(models) > 1
         if self.overlap:
-            no_syncs = [model.no_sync for model in models]
-            config.no_sync_func = no_syncs if several else no_syncs[0]
-            if several:
-                config.grad_sync_func = [model.start_grad_sync for model in models]
+            # Of one model it is that, not a list of one.
+            syncs = [model.no_sync for model in models], [m.start_grad_sync for m in models]
+            config.no_sync_func, config.grad_sync_func = (
+                each if several else each[0] for each in syncs
+            )
             if several and self.distributed:
                 config.param_sync_func = [model.start_param_sync for model in models]
 
