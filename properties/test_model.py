@@ -47,7 +47,12 @@ SKIPPED: Choices = {
     "overflow": (1, 2, 0),
 }
 
-OF_MOST: Mapping[str, Any] = {"model": PLAIN, "plain": True, "dtypes": ("float32", "bfloat16")}
+OF_MOST: Mapping[str, Any] = {
+    "model": PLAIN,
+    "plain": True,
+    "uneven": (False,),
+    "dtypes": ("float32", "bfloat16"),
+}
 RECOMPUTED: Choices = {**PLAIN, "recompute": ("full", "full_distributed")}
 AGAIN: Choices = {**PLAIN, "recompute": ("selective",)}
 
@@ -157,7 +162,7 @@ def test_skipped_and_frozen(check: CheckCase, case: Case) -> None:
     check("equivalence", case)
 
 
-@given(case=model_cases(options=PLAIN_TRAINING, uneven=(False,), steps=(2, 1, 3), **OF_MOST))
+@given(case=model_cases(options=PLAIN_TRAINING, steps=(2, 1, 3), **OF_MOST))
 def test_what_most_models_have(check: CheckCase, case: Case) -> None:
     """Laws 1, 2, 6 and 7. Must catch: what the laws say, where nothing unusual is asked for."""
     check("equivalence", case)
@@ -166,11 +171,10 @@ def test_what_most_models_have(check: CheckCase, case: Case) -> None:
 @given(
     case=model_cases(
         options={**SHARDED, "optimizer": ("adam", "sgd")},
-        uneven=(True,),
         chunks=(1, 2, 3),
         min_pp=2,
         steps=(1,),
-        **OF_MOST,
+        **{**OF_MOST, "uneven": (True,)},
     )
 )
 def test_unequal_stages_of_most_models(check: CheckCase, case: Case) -> None:
@@ -178,9 +182,7 @@ def test_unequal_stages_of_most_models(check: CheckCase, case: Case) -> None:
     check("equivalence", case)
 
 
-@given(
-    case=model_cases(options={**PLAIN_TRAINING, "frozen": FROZEN[1:]}, uneven=(False,), **OF_MOST)
-)
+@given(case=model_cases(options={**PLAIN_TRAINING, "frozen": FROZEN[1:]}, **OF_MOST))
 def test_frozen_parts_of_most_models(check: CheckCase, case: Case) -> None:
     """Law 13. Must catch: layers that are not trained, as the input that they are computed again
     from needs no gradient."""
