@@ -49,6 +49,44 @@ class Stacks:
         self._members: dict[str, list[Parameter]] = {name: [] for name in self.names}
         for name, parameter in own.items():
             self._members[self._stack_of(name)].append(parameter)
+        for name in filter(self.is_frozen, self.names):
+            for parameter in self._members[name]:
+                parameter.requires_grad_(False)
+        self.given = {name: self.empty(name) for name in self.names}
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether the case trains nothing of a stack."""
+        word = str(self.case.options.get("frozen") or "")
+        return bool(word) and word in name
+
+    def parameters(self) -> Mapping[str, tuple[Parameter, Placements]]:
+        """This stage's part of every stack, `given`, into which the harness writes."""
+        return {name: (each, self.placements(name)) for name, each in self.given.items()}
+
+    def fill(self) -> None:
+        """Write what was given into the parameters, but not into copies that are `shared`."""
+        with torch.no_grad():
+            for name, stack in self.given.items():
+                for value, parameter in zip(stack, self._members[name], strict=True):
+                    if not getattr(parameter, "shared", False):
+                        parameter.copy_(value)
+
+    def values(self) -> dict[str, Tensor]:
+        """`new NAME`: what every stack has now."""
+        return {
+            f"new {name}": self.stacked(name, Parameter.detach, dtype=self.dtype)
+            for name in self.names
+        }
+
+    def gradients(
+        self, value: Callable[[Parameter], Tensor], *, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """`gradient NAME` of every stack that is trained, of the gradient of each member."""
+        return {
+            f"gradient {name}": self.stacked(name, value, dtype=dtype)
+            for name in self.names
+            if not self.is_frozen(name)
+        }
 
     def members(self, name: str) -> list[Parameter]:
         """What this stage has of a stack, in the order of the model."""

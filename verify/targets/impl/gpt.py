@@ -108,14 +108,10 @@ class GPTSubject:
             layers=[self._layers(stage) for stage in range(case.layout.pp)],
             copied=self.config.tied or self.config.multi_token_layers > 0,
         )
-        for name in filter(self._is_frozen, self.stacks.names):
-            for parameter in self.stacks.members(name):
-                parameter.requires_grad_(False)
-        self.given = {name: self.stacks.empty(name) for name in self.stacks.names}
 
     def parameters(self) -> Mapping[str, tuple[Parameter, Placements]]:
         """This stage's part of every stack."""
-        return {name: (each, self.stacks.placements(name)) for name, each in self.given.items()}
+        return self.stacks.parameters()
 
     def forward(self, inputs: Tensors) -> Tensors:
         """All steps; what is told of each, stacked."""
@@ -146,7 +142,7 @@ class GPTSubject:
             for name, value in self._step(trainer, step, data, after).items():
                 told.setdefault(name, []).append(value)
         trainer.data_parallel.finish_parameters()
-        self._look(after)
+        after.append(self.stacks.values())
         for name in after[0]:
             told[name] = [each[name] for each in after[1:]]
         return {name: torch.stack(values) for name, values in told.items()}
@@ -160,11 +156,7 @@ class GPTSubject:
 
     def _fill(self) -> None:
         """Write what was loaded into the modules. A tied copy gets its values from the original."""
-        with torch.no_grad():
-            for name, stack in self.given.items():
-                for value, parameter in zip(stack, self.stacks.members(name), strict=True):
-                    if not getattr(parameter, "shared", False):
-                        parameter.copy_(value)
+        self.stacks.fill()
         tie_embeddings(self.chunks, groups=self.groups)
 
     def trainer(self) -> Trainer:
@@ -225,7 +217,7 @@ class GPTSubject:
 
         def finalised() -> None:
             # What the forward passes of a step have seen is what the step before has left.
-            self._look(after)
+            after.append(self.stacks.values())
             gradients.update(self._gradients(trainer.data_parallel, scale))
 
         with self.overflowing(step):
@@ -242,14 +234,6 @@ class GPTSubject:
             found["evaluation"] = trainer.evaluate(data)
         return found
 
-    def _look(self, after: list[dict[str, Tensor]]) -> None:
-        after.append(
-            {
-                f"new {n}": self.stacks.stacked(n, Parameter.detach, dtype=self.stacks.dtype)
-                for n in self.stacks.names
-            }
-        )
-
     def _gradients(self, parallel: DataParallel, scale: float) -> dict[str, Tensor]:
         """Main gradients without the scale; of shards, zeros around them."""
 
@@ -259,12 +243,7 @@ class GPTSubject:
             whole: Tensor = parameter.main_grad  # type: ignore[attr-defined]
             return whole.detach() / scale
 
-        wide = parallel.zero.dtype
-        return {
-            f"gradient {name}": self.stacks.stacked(name, gradient, dtype=wide)
-            for name in self.stacks.names
-            if not self._is_frozen(name)
-        }
+        return self.stacks.gradients(gradient, dtype=parallel.zero.dtype)
 
     def _layers(self, stage: int) -> list[int]:
         """The layers of all chunks of a stage."""
@@ -274,10 +253,6 @@ class GPTSubject:
             for chunk in range(layout.vpp)
             for layer in layers_of(self.config, layout=layout, stage=stage, chunk=chunk)
         ]
-
-    def _is_frozen(self, name: str) -> bool:
-        word = str(self.case.options.get("frozen", ""))
-        return bool(word) and word in name
 
 
 class _Overflow(torch.autograd.Function):

@@ -90,26 +90,18 @@ class GPTSubject:
             layers, self._layers(), group=parallel_state.get_pipeline_model_parallel_group()
         )
         self.stacks = Stacks(case, self.own, layers=layers, copied=self._tied)
-        for name in filter(self._is_frozen, self.stacks.names):
-            for parameter in self.stacks.members(name):
-                parameter.requires_grad_(False)
-        self.given = {name: self.stacks.empty(name) for name in self.stacks.names}
 
     def parameters(self) -> Mapping[str, tuple[Parameter, Placements]]:
         """This stage's part of every stack."""
-        return {name: (each, self.stacks.placements(name)) for name, each in self.given.items()}
+        return self.stacks.parameters()
 
     def forward(self, inputs: Tensors) -> Tensors:
         """All steps; what is told of each, stacked."""
-        with torch.no_grad():
-            for name, stack in self.given.items():
-                for value, parameter in zip(stack, self.stacks.members(name), strict=True):
-                    if not getattr(parameter, "shared", False):
-                        parameter.copy_(value)
-            if self._tied:
-                # A copy on the last stage gets its values from the first.
-                for chunk in self.chunks:
-                    chunk.setup_embeddings_and_output_layer()
+        self.stacks.fill()
+        if self._tied:
+            # A copy on the last stage gets its values from the first.
+            for chunk in self.chunks:
+                chunk.setup_embeddings_and_output_layer()
         training = Trainer(self.case, self.config, self.chunks)
         told: dict[str, list[Tensor]] = {}
         after: list[dict[str, Tensor]] = []
@@ -118,7 +110,7 @@ class GPTSubject:
             for name, value in self._step(training, mine, after).items():
                 told.setdefault(name, []).append(value)
         training.complete_parameters()
-        self._look(after)
+        after.append(self.stacks.values())
         for name in after[0]:
             told[name] = [each[name] for each in after[1:]]
         return {name: torch.stack(values) for name, values in told.items()}
@@ -169,18 +161,6 @@ class GPTSubject:
             return f"layers.{self._offset(chunk) + int(index)}.{NAMES[module]}.{last}"
         return _OUTSIDE.get(name, name)
 
-    def _is_frozen(self, name: str) -> bool:
-        word = str(self.case.options.get("frozen") or "")
-        return bool(word) and word in name
-
-    def _look(self, after: list[dict[str, Tensor]]) -> None:
-        after.append(
-            {
-                f"new {n}": self.stacks.stacked(n, Parameter.detach, dtype=self.stacks.dtype)
-                for n in self.stacks.names
-            }
-        )
-
     def _step(
         self, training: Trainer, inputs: Tensors, after: list[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
@@ -189,14 +169,10 @@ class GPTSubject:
 
         def finalised() -> None:
             # What the forward passes of a step have seen is what the step before has left.
-            self._look(after)
+            after.append(self.stacks.values())
             gradients = training.gradients(self.own)
             by_parameter = {self.own[name]: each for name, each in gradients.items()}
-            for name in self.stacks.names:
-                if not self._is_frozen(name):
-                    found[f"gradient {name}"] = self.stacks.stacked(
-                        name, by_parameter.__getitem__, dtype=wide
-                    )
+            found.update(self.stacks.gradients(by_parameter.__getitem__, dtype=wide))
 
         rate = training.rate
         loss = training.gradients_of_step(inputs, finalised)
