@@ -116,7 +116,7 @@ def _walked(stage: Module, x: Tensor, gradient: Tensor) -> dict[str, int]:
 
 def span(kind: str, pp: int, microbatches: int, durations: dict[str, int]) -> int:
     """How long an iteration takes."""
-    table = build_schedule(kind, pp=pp, microbatches=microbatches).to_plain()
+    table = build_schedule(kind, pp=pp, vpp=1, microbatches=microbatches).to_plain()
     return Times(table_of(table), 1, durations).span
 
 

@@ -44,8 +44,8 @@ def attention(
     allowed: Tensor | None = None,
     bias: Tensor | None = None,
     sink: Tensor | None = None,
-    layer_number: int = 1,
-    dropout: float = 0.0,
+    layer_number: int,
+    dropout: float,
     dropout_stream: Stream = nullcontext,
 ) -> Tensor:
     """softmax(scale q k^T + bias) v over the keys, [queries, batch, heads, e], in q's dtype.
@@ -273,9 +273,8 @@ class SelfAttention(Module):
         by_group = qkv.unflatten(-1, (self.groups, self.queries + 2, self.head_size))
         q, k, v = by_group.split((self.queries, 1, 1), dim=-2)
         q, k, v = q.flatten(2, 3), k.squeeze(-2), v.squeeze(-2)
-        if self.copies > 1:
-            q = q.narrow(2, dist.get_rank(self.group) % self.copies * self.heads, self.heads)
-        return q, k, v
+        own = dist.get_rank(self.group) % self.copies * self.heads
+        return q.narrow(2, own, self.heads), k, v
 
 
 def _copies(groups: int, *, heads: int, group: ProcessGroup) -> int:

@@ -78,8 +78,8 @@ def token_losses(
         terms.append(x[..., : classes.real].sum(-1))
     of_target, total, *sums = all_reduce(torch.stack(terms), group=group)
     loss = total.log() - classes.extra * of_target
-    if classes.share:
-        loss -= classes.share * sums[0]
+    for of_all in sums:
+        loss -= classes.share * of_all
     if classes.z_loss:
         loss += classes.z_loss * (maximum + total.log()).square()
     loss = loss.masked_fill(targets == classes.ignore_index, 0.0)

@@ -32,6 +32,7 @@ from impl.collectives import (
 )
 from impl.groups import Groups
 from impl.optimizer.distributed import ParameterBuffer
+from impl.parameters import of_expert
 
 
 @dataclass(frozen=True)
@@ -244,11 +245,6 @@ class DataParallel:
             for buffer in self.buffers:
                 if buffer.values is not None:
                     buffer.values.wait_for(parameter)
-
-
-def of_expert(parameter: Parameter) -> bool:
-    """Whether a parameter is an expert's, whose copies are on the ranks of `edp`."""
-    return not getattr(parameter, "allreduce", True)
 
 
 def of_tied_embedding(parameter: Parameter) -> bool:

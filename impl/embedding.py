@@ -14,7 +14,7 @@ from impl.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from impl.parameters import Initialiser, replicated_parameter, sharded_parameter
-from impl.partition import divide, part_of
+from impl.partition import part_of
 from impl.weight_pass import embedding
 
 
@@ -61,8 +61,6 @@ class VocabParallelEmbedding(Module):
         """The embeddings of tokens [batch, sequence]."""
         if tokens.dim() != 2:
             raise ValueError(f"tokens: {list(tokens.shape)} is not [batch, sequence]")
-        if self.scatter_to_sequence:
-            divide(tokens.shape[1], group=self.group, name="scatter_to_sequence: the sequence")
         elsewhere = (tokens < self.rows.start) | (tokens >= self.rows.stop)
         row = (tokens - self.rows.start).masked_fill(elsewhere, 0)
         partial = embedding(row, self.weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)

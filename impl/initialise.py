@@ -15,7 +15,6 @@ over ep, and their shards are over etp.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,7 +27,8 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module, Parameter
 
 from impl.groups import Groups
-from impl.random import DEFAULT, EXPERT_PARALLEL, TENSOR_PARALLEL, RandomTracker
+from impl.parameters import is_shard, of_expert
+from impl.random import DEFAULT, EXPERT_PARALLEL, TENSOR_PARALLEL, RandomTracker, seed_of
 
 # How many normal numbers torch draws at once.
 _BLOCK = 16
@@ -83,10 +83,11 @@ def transformer_rule(std: float, *, num_layers: int) -> Rule:
     inside, output = normal(std), scaled_normal(std, num_layers=num_layers)
 
     def rule(name: str, parameter: Parameter) -> Distribution | None:
-        if parameter.dim() - _of_expert(parameter) < 2:
+        if parameter.dim() - of_expert(parameter) < 2:
             return None
-        row = getattr(parameter, "partition_dim", 0) == parameter.dim() - 1
-        return output if row and _is_shard(parameter) else inside
+        if is_shard(parameter) and parameter.partition_dim == parameter.dim() - 1:  # type: ignore[attr-defined]
+            return output
+        return inside
 
     return rule
 
@@ -104,6 +105,7 @@ def initialise_whole(
     The values depend on `seed` and on the parameter's name in the model only: `name_of` makes it
     from the name in `module`, where a pipeline stage numbers its layers from zero.
     """
+    generator = Generator("cpu")
     for name, parameter in module.named_parameters():
         distribution = rule(name, parameter)
         if distribution is None:
@@ -112,7 +114,9 @@ def initialise_whole(
         # torch draws whole blocks, and those at the end otherwise: with rows of padding, whose
         # number depends on tp, the last rows before them would be others.
         drawn = torch.empty(-(-shape.numel() // _BLOCK) * _BLOCK, dtype=torch.float32, device="cpu")
-        distribution(drawn, shape=shape, generator=_generator(seed, name_of(name)))
+        distribution(
+            drawn, shape=shape, generator=generator.manual_seed(seed_of(seed, name_of(name)))
+        )
         full = drawn[: shape.numel()].view(shape)
         for each in _splits(parameter, groups):
             full = each.part(full)
@@ -132,7 +136,7 @@ def initialise_local(module: Module, *, tracker: RandomTracker, rule: Rule, grou
         distribution = rule(name, parameter)
         if distribution is None:
             continue
-        if _of_expert(parameter) and not _is_shard(parameter) and groups.size("etp") > 1:
+        if of_expert(parameter) and not is_shard(parameter) and groups.size("etp") > 1:
             raise ValueError(
                 f"rule: {name} of experts is replicated over etp={groups.size('etp')} and cannot be"
                 " drawn locally; leave it as it is, or use initialise_whole"
@@ -142,17 +146,9 @@ def initialise_local(module: Module, *, tracker: RandomTracker, rule: Rule, grou
 
 
 def _stream(parameter: Parameter) -> str:
-    if _of_expert(parameter):
+    if of_expert(parameter):
         return EXPERT_PARALLEL
-    return TENSOR_PARALLEL if _is_shard(parameter) else DEFAULT
-
-
-def _of_expert(parameter: Parameter) -> bool:
-    return not getattr(parameter, "allreduce", True)
-
-
-def _is_shard(parameter: Parameter) -> bool:
-    return getattr(parameter, "tensor_model_parallel", False)
+    return TENSOR_PARALLEL if is_shard(parameter) else DEFAULT
 
 
 @dataclass(frozen=True)
@@ -171,11 +167,11 @@ class _Split:
 
 
 def _splits(parameter: Parameter, groups: Groups) -> Iterator[_Split]:
-    if _of_expert(parameter):
+    if of_expert(parameter):
         yield _Split(0, 1, groups.ep)
-    if _is_shard(parameter):
+    if is_shard(parameter):
         dim, blocks = parameter.partition_dim, parameter.partition_stride  # type: ignore[attr-defined]
-        yield _Split(dim, blocks, groups.etp if _of_expert(parameter) else groups.tp)
+        yield _Split(dim, blocks, groups.etp if of_expert(parameter) else groups.tp)
 
 
 def _full_shape(parameter: Parameter, groups: Groups) -> torch.Size:
@@ -183,8 +179,3 @@ def _full_shape(parameter: Parameter, groups: Groups) -> torch.Size:
     for each in _splits(parameter, groups):
         shape[each.dim] *= dist.get_world_size(each.group)
     return torch.Size(shape)
-
-
-def _generator(seed: int, name: str) -> Generator:
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7]))

@@ -61,7 +61,7 @@ class DownProjection(Module):
         *,
         out_features: int,
         init: Initialiser,
-        sequence_parallel: bool = False,
+        sequence_parallel: bool,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:

@@ -31,7 +31,6 @@ from impl.mappings import (
     scatter_to_tensor_parallel_region,
 )
 from impl.parameters import Initialiser, replicated_parameter, sharded_parameter
-from impl.partition import divide
 from impl.weight_pass import as_autocast, linear, parameter_of, weight_pass_of, weight_product
 
 Output = tuple[Tensor, Tensor | None]
@@ -127,8 +126,7 @@ class ColumnParallelLinear(Module):
                 f"gather_output: True is not allowed with {stride} blocks of output features;"
                 " leave the output sharded"
             )
-        divide(out_features, group=group, name="out_features")
-        self.in_features, self.group = in_features, group
+        self.group = group
         self.gather_output, self.skip_bias_add = gather_output, skip_bias_add
         self.sequence_parallel = sequence_parallel
         common: dict[str, Any] = {
@@ -142,7 +140,6 @@ class ColumnParallelLinear(Module):
 
     def forward(self, x: Tensor) -> Output:
         """`y`, and with `skip_bias_add` the bias (this rank's part) for the caller to add."""
-        _check_width(x, self.in_features)
         x, weight = as_autocast(x, self.weight)
         y = _ColumnMatmul.apply(x, weight, self.group, self.sequence_parallel)
         if self.bias is not None and not self.skip_bias_add:
@@ -188,8 +185,6 @@ class RowParallelLinear(Module):
                 "input_is_parallel: False is not allowed with sequence_parallel=True;"
                 " give the layer sharded features, or set sequence_parallel=False"
             )
-        width = divide(in_features, group=group, name="in_features")
-        self.in_features = width if input_is_parallel else in_features
         self.group, self.input_is_parallel = group, input_is_parallel
         self.skip_bias_add, self.sequence_parallel = skip_bias_add, sequence_parallel
         self.weight = sharded_parameter(
@@ -209,9 +204,6 @@ class RowParallelLinear(Module):
 
     def forward(self, x: Tensor) -> Output:
         """`y`, and with `skip_bias_add` the bias for the caller to add."""
-        _check_width(x, self.in_features)
-        if self.sequence_parallel:
-            divide(x.shape[0], group=self.group, name="sequence_parallel: the sequence")
         if not self.input_is_parallel:
             x = scatter_to_tensor_parallel_region(x, group=self.group)
         partial = linear(x, self.weight)
@@ -222,11 +214,3 @@ class RowParallelLinear(Module):
         if self.bias is not None and not self.skip_bias_add:
             y = y + self.bias
         return y, self.bias if self.skip_bias_add else None
-
-
-def _check_width(x: Tensor, features: int) -> None:
-    if x.dim() < 2 or x.shape[-1] != features:
-        raise ValueError(
-            f"x: {list(x.shape)} is not [sequence, ..., {features}];"
-            f" this rank takes {features} input features"
-        )

@@ -89,11 +89,11 @@ def linear_cross_entropy(
     group: ProcessGroup,
     chunk: int,
     loss_mask: Tensor | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: float,
     real_vocabulary: int | None = None,
-    z_loss: float = 0.0,
+    z_loss: float,
     ignore_index: int = -100,
-    sequence_parallel: bool = False,
+    sequence_parallel: bool,
 ) -> Tensor:
     """`vocab_parallel_cross_entropy` of hidden weight^T, its logits for `chunk` rows at a time.
 

@@ -13,7 +13,6 @@ from torch.nn.functional import gelu, relu, silu
 
 from impl.linear import ColumnParallelLinear, RowParallelLinear
 from impl.parameters import Initialiser
-from impl.partition import divide
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -63,7 +62,6 @@ class MLP(Module):
                 f"packed: False is not allowed with activation={activation}, which has no gate;"
                 f" leave it out, or take one of {', '.join(GATES)}"
             )
-        divide(ffn, group=group, name="ffn")
         self.gated = activation in GATES
         self.activation = GATES[activation] if self.gated else ACTIVATIONS[activation]
         common: dict[str, Any] = {

@@ -104,7 +104,7 @@ class GPTModel(Module):
         groups: Groups,
         tracker: RandomTracker,
         init: Initialiser,
-        chunk: int = 0,
+        chunk: int,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:

@@ -156,5 +156,5 @@ def _places(whole: PackedSequences, chunks: Chunks) -> Tensor:
 
 def _ends(whole: PackedSequences, chunks: Chunks) -> Tensor:
     """For each place of a rank, the one after the last token of its sequence."""
-    ends = [start + length for start, length in zip(whole.starts, whole.lengths, strict=True)]
+    ends = [sum(each) for each in zip(whole.starts, whole.lengths, strict=True)]
     return torch.cat([torch.full((c.length,), ends[c.sequence]) for c in chunks])

@@ -98,7 +98,7 @@ class _Norm(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` normalised."""
-        if x.dim() < 2 or x.shape[-1] != self.features:
+        if x.shape[-1] != self.features:
             raise ValueError(
                 f"x: {list(x.shape)} is not [..., {self.features}], the features of this norm"
             )

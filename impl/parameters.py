@@ -66,7 +66,7 @@ def sharded_parameter(
 def replicated_parameter(
     *shape: int,
     init: Initialiser,
-    sequence_parallel: bool = False,
+    sequence_parallel: bool,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> Parameter:
@@ -75,6 +75,16 @@ def replicated_parameter(
     with torch.no_grad():
         init(full)
     return _marked(full, tensor_model_parallel=False, sequence_parallel=sequence_parallel)
+
+
+def is_shard(parameter: Parameter) -> bool:
+    """Whether it is split over a tensor-parallel group."""
+    return getattr(parameter, "tensor_model_parallel", False)
+
+
+def of_expert(parameter: Parameter) -> bool:
+    """Whether it is an expert's, whose copies are on the ranks of `edp`."""
+    return not getattr(parameter, "allreduce", True)
 
 
 def _marked(values: Tensor, **attributes: bool | int) -> Parameter:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -201,6 +202,11 @@ def stream_seeds(seed: int, *, layout: Layout, rank: int) -> dict[str, int]:
             index = index * sizes[axis] + coordinates[axis]
         found[name] = seed + block * _SEEDS_A_STREAM + index
     return found
+
+
+def seed_of(*parts: object) -> int:
+    """A seed that depends on all parts, which are told apart by how they are written."""
+    return int.from_bytes(sha256("/".join(map(str, parts)).encode()).digest()[:7])
 
 
 def axes_of(stream: str) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed import ProcessGroup
 
 from impl.collectives import all_gather
-from impl.partition import divide, split
+from impl.partition import split
 from impl.random import RandomTracker
 
 Method = Literal["uniform", "block"]
@@ -34,32 +34,29 @@ Layer = Callable[..., Tensor]
 
 def checkpoint(
     function: Callable[..., Any],
+    x: Tensor,
     *args: Any,
     tracker: RandomTracker,
     group: ProcessGroup | None = None,
 ) -> Any:
-    """`function(*args)`, of which autograd keeps the tensors among `args` and nothing inside.
+    """`function(x, *args)`: autograd keeps x, the tensors among `args` and nothing inside.
 
-    Bits, gradients and random states are those of `function(*args)`. In backward it runs once more,
-    collectives included, with the streams of `tracker`, the CPU's generator and autocast as they
-    were in forward; afterwards every stream is where it was. Checkpoints may be nested, and results
-    may be several tensors or other things. As without it, torch refuses a second backward, unless
-    the first had `retain_graph`. What the function computes must depend on `args`, parameters and
-    random numbers alone, and it must not change `args`.
+    Bits, gradients and random states are those of the function alone. In backward it runs once
+    more, collectives included, with the streams of `tracker`, the CPU's generator and autocast as
+    they were in forward; afterwards every stream is where it was. Checkpoints may be nested, and
+    results may be several tensors or other things. As without it, torch refuses a second backward,
+    unless the first had `retain_graph`. What the function computes must depend on its arguments,
+    parameters and random numbers alone, and it must not change its arguments.
 
-    With `group`, over which the first argument must be Replicate, each rank keeps its part of it,
-    1/tp, and backward gathers them (one all-gather). Raises ValueError where its elements do not
-    divide, and RuntimeError in backward where the function saves other tensors than in forward.
+    With `group`, over which x must be Replicate, each rank keeps its part of it, 1/tp, and backward
+    gathers them (one all-gather). Raises ValueError where its elements do not divide, and
+    RuntimeError in backward where the function saves other tensors than in forward.
     """
     if not torch.is_grad_enabled():
-        return function(*args)
-    if group is not None:
-        if not args or not isinstance(args[0], Tensor):
-            raise ValueError("group: the first argument is no tensor, so it cannot be distributed")
-        divide(args[0].numel(), group=group, name="recompute: the elements of the first argument")
-    frame = _Frame(function, args, tracker, group)
+        return function(x, *args)
+    frame = _Frame(function, _Inputs(x, args, group), tracker)
     with saved_tensors_hooks(frame.pack, _unpack):
-        return function(*args)
+        return function(x, *args)
 
 
 def recompute_layers(
@@ -70,7 +67,7 @@ def recompute_layers(
     num_layers: int,
     tracker: RandomTracker,
     group: ProcessGroup | None = None,
-    sequence_parallel: bool = False,
+    sequence_parallel: bool,
 ) -> Tensor:
     """`x` through all layers of this rank, with full recomputation of some.
 
@@ -134,12 +131,10 @@ class _Frame:
     def __init__(
         self,
         function: Callable[..., Any],
-        args: tuple[Any, ...],
+        inputs: _Inputs,
         tracker: RandomTracker,
-        group: ProcessGroup | None,
     ) -> None:
-        self._function, self._tracker = function, tracker
-        self._inputs = _Inputs(args, group)
+        self._function, self._inputs, self._tracker = function, inputs, tracker
         self._snapshot = tracker.snapshot()
         self._cpu_state = torch.get_rng_state()
         devices = dict.fromkeys(("cpu", tracker.device.type))
@@ -197,25 +192,26 @@ class _Inputs:
     """The arguments of a function. Autograd keeps the tensors, as it keeps what any node saves, so
     that an outer checkpoint can do without them."""
 
-    def __init__(self, args: tuple[Any, ...], group: ProcessGroup | None) -> None:
-        self._group = group
+    def __init__(self, x: Tensor, args: tuple[Any, ...], group: ProcessGroup | None) -> None:
+        self._group, self._shape, self._strides = group, x.shape, x.stride()
         self._others = [None if isinstance(arg, Tensor) else arg for arg in args]
         self._places = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
-        kept = [args[place] for place in self._places]
-        self._needs = [tensor.requires_grad for tensor in kept]
-        if group is not None:
-            self._shape, self._strides = kept[0].shape, kept[0].stride()
-            kept[0] = split(kept[0].detach().reshape(-1), dim=0, group=group)
+        tensors = [args[place] for place in self._places]
+        self._needs = [tensor.requires_grad for tensor in (x, *tensors)]
+        part = x if group is None else split(x.detach().reshape(-1), dim=0, group=group)
         anchor = torch.empty(0, requires_grad=True)
-        self._node: Any = _Keep.apply(anchor, *kept).grad_fn
+        self._node: Any = _Keep.apply(anchor, part, *tensors).grad_fn
 
     def get(self) -> list[Any]:
         """The arguments, tensors apart from the graph that they came from."""
-        args, kept = list(self._others), [tensor.detach() for tensor in self._node.saved_tensors]
+        x, *tensors = (tensor.detach() for tensor in self._node.saved_tensors)
         if self._group is not None:
-            kept[0] = self._whole(all_gather(kept[0], dim=0, group=self._group))
-        for place, tensor, needs in zip(self._places, kept, self._needs, strict=True):
-            args[place] = tensor.requires_grad_(needs)
+            x = self._whole(all_gather(x, dim=0, group=self._group))
+        args = [x, *self._others]
+        for place, tensor in zip(self._places, tensors, strict=True):
+            args[1 + place] = tensor
+        for tensor, needs in zip((x, *tensors), self._needs, strict=True):
+            tensor.requires_grad_(needs)
         return args
 
     def _whole(self, gathered: Tensor) -> Tensor:

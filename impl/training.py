@@ -64,8 +64,8 @@ class Trainer:
     """Trains the chunks of one stage, which `data_parallel` and `optimizer` were made of.
 
     `schedule` is a kind of `impl.pipeline.schedules.KINDS`, by default interleaved for several
-    chunks a stage, else 1f1b. With `overlap` a stage computes while tensors travel. Where
-    `data_parallel` overlaps, a bucket is reduced from a chunk's last backward pass on.
+    chunks a stage, else 1f1b. A stage computes while tensors travel. Where `data_parallel`
+    overlaps, a bucket is reduced from a chunk's last backward pass on.
     """
 
     def __init__(
@@ -76,12 +76,10 @@ class Trainer:
         data_parallel: DataParallel,
         optimizer: Optimizer,
         schedule: str | None = None,
-        overlap: bool = True,
     ) -> None:
         self.chunks, self.groups = chunks, groups
         self.data_parallel, self.optimizer = data_parallel, optimizer
         self.kind = schedule or ("interleaved" if groups.layout.vpp > 1 else "1f1b")
-        self.overlap = overlap
         self.link = _link(chunks, groups)
         model = chunks[0]
         assert isinstance(model, GPTModel)
@@ -133,7 +131,7 @@ class Trainer:
     def _tokens(self, microbatches: Sequence[Microbatch]) -> Tensor:
         """The number of tokens that count, of the whole step, float64."""
         counted = torch.stack([each.mask.sum() for each in microbatches]).sum()
-        return all_reduce(counted.double().reshape(1), group=self.groups.dp_cp).squeeze(0)
+        return all_reduce(counted.double().reshape(1), group=self.groups.dp_cp).reshape(())
 
     def _run(
         self,
@@ -154,7 +152,7 @@ class Trainer:
             inputs=[each.tokens for each in microbatches],
             scale=scale,
             shape=self._shape(microbatches),
-            overlap=self.overlap,
+            overlap=True,
             completing=completing,
         ).run()
         told = self.data_parallel.zero.double().new_zeros(1 + self.config.multi_token_layers)

@@ -83,13 +83,15 @@ def made(setting: Setting) -> Training:
     named: Any = {"name_of": lambda name: name.partition(".")[2]}
     initialise_whole(chunks, seed=setting.seed, rule=rule, groups=groups, **named)
     tie_embeddings(chunks, groups=groups)
-    parallel = DataParallel(chunks, groups=groups, distributed=setting.distributed)
+    parallel = DataParallel(chunks, groups=groups, overlap=False, distributed=setting.distributed)
     optimizer = Optimizer(
         parallel,
         groups=groups,
         parameter_groups=[ParameterGroup(parameters=parallel.parameters)],
         rule=AdamW() if setting.adam else SGD(momentum=0.5),
         schedule=Schedule(maximum=setting.lr),
+        weight_decay=0.0,
+        norm_order=2.0,
     )
     for slot in optimizer.slots:
         for state in slot.state.values():

@@ -101,7 +101,7 @@ def test_hooks_see_the_whole_sequence_of_local_heads_and_local_latents():
 def test_heads_that_groups_do_not_divide_are_refused():
     q, k = torch.randn(2, 1, 3, 2), torch.randn(2, 1, 2, 2)
     with pytest.raises(ValueError, match="2 heads do not divide the 3 heads"):
-        attention(q, k, k, scale=1.0)
+        attention(q, k, k, scale=1.0, layer_number=1, dropout=0.0)
     shape = {"sequence": 1, "batch": 1, "heads": 3, "groups": 2, "head_size": 1}
     with pytest.raises(BadArgument, match="2 do not divide 3 heads"):
         contract_of(Case(concept="core_attention", layout=Layout(), shape=shape))

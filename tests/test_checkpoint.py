@@ -173,7 +173,7 @@ def test_the_same_step_can_be_saved_again(cluster, tmp_path):
         _, expected = _save(cluster, Setting(ONE, seed=seed), tmp_path)[0]
     ((_, found),) = _load(cluster, Setting(ONE, seed=3), tmp_path)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert (tmp_path / LATEST).read_text() == "step-00000001-2\n"
+    assert (tmp_path / LATEST).read_text() == "step-00000001-again\n"
     older = _load(cluster, Setting(ONE, seed=3), tmp_path / "step-00000001")
     assert not torch.equal(older[0][1]["layers.0.mlp.fc1.weight"], found["layers.0.mlp.fc1.weight"])
 
@@ -195,7 +195,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_on_every_rank(cluster, tmp_
 
 
 OTHERS = {
-    "layers": (Setting(layers=1), "it has .*layers.1.* and .* more, which this model"),
+    "layers": (Setting(layers=1), "it has .*layers.1.*, one of 36 that this model"),
     "more layers": (Setting(layers=3), "it has no .*layers.2.*, which this model"),
     "hidden": (Setting(hidden=6), r"is \[.*4.*\] float32 in it and \[.*6.*\] float32 here"),
     "heads": (Setting(heads=1), "its model has head_size=2 and this run's 4"),
@@ -342,7 +342,9 @@ def _lowest_descriptor() -> int:
 
 
 def test_no_folder_is_one_line(cluster, tmp_path):
-    assert "is no folder" in _refusal(cluster, Setting(ONE), tmp_path / "nowhere")
+    assert "has neither latest nor metadata.json" in _refusal(
+        cluster, Setting(ONE), tmp_path / "nowhere"
+    )
 
 
 def test_what_the_system_says_is_one_line_on_every_rank(cluster, tmp_path):

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from impl.context_parallel.attention import context_attention
-from impl.context_parallel.core import ContextAttention
 from impl.context_parallel.dropout import ShareDropout
 from impl.context_parallel.mask import AttentionMask
 from impl.context_parallel.plan import ContextGroups
@@ -110,19 +109,6 @@ def _unlike(k: tuple[int, ...], v: tuple[int, ...]) -> Tensor:
     return context_attention(*tensors, algorithm="ring", groups=groups)
 
 
-def _core(heads: int) -> ContextAttention:
-    world = dist.group.WORLD
-    return ContextAttention(
-        heads,
-        tp_group=world,
-        algorithm="ring",
-        groups=ContextGroups(cp=world),
-        placement="zigzag",
-        mask=AttentionMask("causal"),
-        dropout=ShareDropout(0.0),
-    )
-
-
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "features": (
         lambda: _unlike((4, B, HEADS, D + 1), (4, B, HEADS, D)),
@@ -133,7 +119,6 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "v [3, 1, 4, 2]: sequence, batch and kv heads",
     ),
     "heads": (lambda: attend(heads=3, kv_heads=2), "kv_heads: 2 do not divide the 3 heads"),
-    "heads of a core": (lambda: _core(3), "heads: 3 does not divide"),
     "dropout": (lambda: ShareDropout(1.0), "dropout: 1.0 is not a probability"),
     "zigzag": (lambda: attend(3), "sequence: 6 does not divide into the 4 chunks of zigzag"),
     "algorithm": (lambda: attend(algorithm="star"), "'star' is not one of all_gather, ring"),

@@ -82,6 +82,8 @@ def _optimizer(
         parameter_groups=[ParameterGroup(parameters=data_parallel.parameters)],
         rule=AdamW() if adam else SGD(),
         schedule=Schedule(maximum=rate),
+        weight_decay=0.0,
+        norm_order=2.0,
     )
 
 
@@ -245,7 +247,13 @@ def _in_two_groups() -> None:
     group = ParameterGroup(parameters=data_parallel.parameters)
     schedule = Schedule(maximum=1.0)
     Optimizer(
-        data_parallel, groups=groups, parameter_groups=[group] * 2, rule=SGD(), schedule=schedule
+        data_parallel,
+        groups=groups,
+        parameter_groups=[group] * 2,
+        rule=SGD(),
+        schedule=schedule,
+        weight_decay=0.0,
+        norm_order=2.0,
     )
 
 

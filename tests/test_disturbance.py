@@ -6,6 +6,7 @@ import pytest
 import torch
 from observed import Scene
 from test_mutants import CASES
+from torch.nn.functional import layer_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from verify.case import Case, Lens
@@ -14,6 +15,7 @@ from verify.errors import BadArgument, BeyondRange
 from verify.layout import Layout
 from verify.lens import generate
 from verify.oracle.contract import Contract, TensorSpec
+from verify.oracle.norm import normalised
 from verify.oracle.positions import rotated
 from verify.placement import Partial
 from verify.rank_program import contract_of
@@ -253,6 +255,38 @@ def test_errors_of_an_output_reach_scores_that_get_no_gradient():
         wanted = (values * upstream).norm(dim=1) * torch.finfo(dtype).eps / 2
         ratios = found.std(0) / wanted
         assert 0.8 < float(ratios.min()) <= float(ratios.max()) < 2
+
+
+def _far_from_zero(seed: int) -> Reference:
+    """A layer norm of two features that lie close to each other, near six."""
+    case = Case(concept="far", layout=Layout(), lens="native", dtype="float32", seed=seed)
+    contract = Contract(
+        inputs={"x": TensorSpec((2, 8, 2))},
+        parameters={"weight": (2,), "bias": (2,)},
+        outputs={"y": TensorSpec((2, 8, 2))},
+        reference=lambda i, p: {
+            "y": normalised(6.0 + i["x"] / 32, p, "", kind="layer", zero_centered=False)
+        },
+    )
+    return Scene(case, contract, {"weight": {}, "bias": {}}).references[""]
+
+
+def test_torchs_own_layer_norm_is_right_where_the_mean_is_large():
+    """And one in whose gradient the mean's is left out is not."""
+    for seed in range(12):
+        reference = _far_from_zero(seed)
+        given = reference.problem
+        x = (6.0 + given.inputs["x"].full.float() / 32).requires_grad_()
+        weight, bias = (given.parameters[name].full.float() for name in ("weight", "bias"))
+        upstream = given.upstream["y"].full.float()
+        layer_norm(x, (2,), weight, bias, 1e-5).backward(upstream)
+        assert x.grad is not None
+        spread = x.detach().std(-1, correction=0, keepdim=True).square().add(1e-5).sqrt()
+        found = (x.grad / 32, (x.grad + (upstream * weight).mean(-1, keepdim=True) / spread) / 32)
+        expected, tolerance = reference.results["grad x"], Tolerance(reference)
+        said = [tolerance.excess("grad x", y.double(), expected, lambda full: full) for y in found]
+        assert said[0] is None
+        assert said[1] is not None
 
 
 @pytest.mark.parametrize(

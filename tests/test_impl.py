@@ -170,7 +170,9 @@ def test_nothing_that_is_given_is_written_to(cluster):
 def _finish() -> list[list[float]]:
     one, other = (replicated_parameter(n, init=zeros_, sequence_parallel=True) for n in (2, 3))
     narrow = replicated_parameter(1, init=zeros_, sequence_parallel=True, dtype=torch.bfloat16)
-    complete, unused = replicated_parameter(1, init=zeros_), replicated_parameter(1, init=zeros_)
+    complete, unused = (
+        replicated_parameter(1, init=zeros_, sequence_parallel=False) for _ in range(2)
+    )
     parameters = [one, complete, unused, narrow, other]
     rank = dist.get_rank()
     for parameter in (one, complete, narrow, other):
@@ -225,7 +227,7 @@ def test_what_is_no_class_has_a_loss_of_nan_and_an_embedding_of_zeros(cluster, s
 
 def _twice() -> None:
     x = torch.ones(S, B, H, requires_grad=True)
-    y, _ = column()(x)
+    y, _ = column(sequence_parallel=False)(x)
     (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     gradient.sum().backward()
 
@@ -246,16 +248,22 @@ def loss(logits: Tensor, **options) -> Tensor:
 
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "features out": (
-        lambda: ColumnParallelLinear(H, out_features=7, group=world(), init=zeros_),
-        "out_features: 7 does not divide by the 2 ranks of its group; give a positive multiple",
+        lambda: ColumnParallelLinear(
+            H, out_features=7, group=world(), init=zeros_, sequence_parallel=False
+        ),
+        "parameter, dimension 0: 7 does not divide by the 2 ranks of its group; give a positive",
     ),
     "features in": (
-        lambda: RowParallelLinear(7, out_features=H, group=world(), init=zeros_),
-        "in_features: 7 does not divide by the 2 ranks",
+        lambda: RowParallelLinear(
+            7, out_features=H, group=world(), init=zeros_, sequence_parallel=False
+        ),
+        "parameter, dimension 1: 7 does not divide by the 2 ranks",
     ),
     "no features": (
-        lambda: ColumnParallelLinear(H, out_features=0, group=world(), init=zeros_),
-        "out_features: 0 does not divide",
+        lambda: ColumnParallelLinear(
+            H, out_features=0, group=world(), init=zeros_, sequence_parallel=False
+        ),
+        "parameter, dimension 0: 0 does not divide",
     ),
     "gather": (
         lambda: column(gather_output=True, sequence_parallel=True),
@@ -270,14 +278,12 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "stride: 8, dimension 0 of a parameter, is not 3 equal blocks",
     ),
     "gathered blocks": (
-        lambda: column(gather_output=True, stride=2),
+        lambda: column(gather_output=True, stride=2, sequence_parallel=False),
         "gather_output: True is not allowed with 2 blocks",
     ),
-    "width": (lambda: column()(torch.ones(S, B, 3)), "x: [6, 2, 3] is not [sequence, ..., 4]"),
-    "part": (lambda: row()(torch.ones(S, B, F)), "this rank takes 4 input features"),
     "sequence": (
         lambda: row(sequence_parallel=True)(torch.ones(5, B, F // 2)),
-        "sequence_parallel: the sequence: 5 does not divide",
+        "x, dimension 0: 5 does not divide",
     ),
     "dimension": (
         lambda: mappings.scatter_to_tensor_parallel_region(torch.ones(S, 3), group=world()),
@@ -302,6 +308,9 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
             targets=torch.zeros(B, S, dtype=torch.int64),
             group=world(),
             chunk=1,
+            label_smoothing=0.0,
+            z_loss=0.0,
+            sequence_parallel=False,
         ),
         "targets: [2, 6] is not [6, 2], the tokens of hidden on all ranks of the group",
     ),

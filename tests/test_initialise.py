@@ -1,5 +1,7 @@
 """impl's initialisation where the properties do not reach: names and orders."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import ModuleDict
@@ -21,8 +23,9 @@ def cluster():
 def _initialised(layout, order):
     """A parameter's values by name, where modules hold them in another order."""
     groups = build_groups(layout)
-    column = ColumnParallelLinear(6, out_features=12, group=groups.tp, init=defer)
-    row = RowParallelLinear(12, out_features=6, group=groups.tp, init=defer)
+    common: dict[str, Any] = {"group": groups.tp, "init": defer, "sequence_parallel": False}
+    column = ColumnParallelLinear(6, out_features=12, **common)
+    row = RowParallelLinear(12, out_features=6, **common)
     assert column.weight.isnan().all()
     layers = {"column": column, "row": row}
     module = ModuleDict({name: layers[name] for name in order})
@@ -46,7 +49,9 @@ def _rows(sizes):
     groups = build_groups(Layout())
     found = []
     for rows in sizes:
-        layer = ColumnParallelLinear(12, out_features=rows, group=groups.tp, init=defer)
+        layer = ColumnParallelLinear(
+            12, out_features=rows, group=groups.tp, init=defer, sequence_parallel=False
+        )
         rule = transformer_rule(1.0, num_layers=2)
         initialise_whole(layer, seed=3, rule=rule, groups=groups)
         found.append(layer.weight.detach())

@@ -132,10 +132,16 @@ def trained(
         parameter_groups=[ParameterGroup(parameters=parallel.parameters)],
         rule=SGD(),
         schedule=Schedule(maximum=0.125),
+        weight_decay=0.0,
         max_norm=1.0,
+        norm_order=2.0,
     )
     trainer = Trainer(
-        chunks, groups=groups, data_parallel=parallel, optimizer=optimizer, schedule=schedule
+        chunks,
+        groups=groups,
+        data_parallel=parallel,
+        optimizer=optimizer,
+        schedule=schedule,
     )
     data = [
         Microbatch(

@@ -338,7 +338,7 @@ def test_wrong_options_are_one_line(capsys):
 
 def test_lines_are_seen_of_ranks_and_of_what_runs_here():
     with Lines("impl") as lines:
-        build_schedule("1f1b", pp=2, microbatches=2).to_plain()
+        build_schedule("1f1b", pp=2, vpp=1, microbatches=2).to_plain()
         here = {module for module, _ in lines.reached}
         lines.clear()
         sizes = {"bucket_size": 2, "parts": 2}
@@ -348,5 +348,5 @@ def test_lines_are_seen_of_ranks_and_of_what_runs_here():
     assert "impl.pipeline.schedules" in here
     assert {module for module, _ in lines.reached} == {"impl.buckets"}
     lines.clear()
-    build_schedule("1f1b", pp=2, microbatches=2)
+    build_schedule("1f1b", pp=2, vpp=1, microbatches=2)
     assert not lines.reached

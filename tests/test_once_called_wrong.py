@@ -96,6 +96,23 @@ ONE_CLASS = Case(
     seed=276,
     **SINGLE,
 )
+# Of a head of two features 5.47 and 5.39 are left 0.04, and the mean has the errors of 5.4.
+OFF_CENTRE = Case(
+    concept="transformer_layer",
+    layout=Layout(tp=2, sequence_parallel=True),
+    shape={
+        "sequence": 4,
+        "batch": 18,
+        "hidden": 4,
+        "heads": 4,
+        "groups": 2,
+        "head_size": 2,
+        "ffn": 2,
+    },
+    options={"hidden_dropout": 0.1, "qk_norm": True},
+    seed=2,
+    **SINGLE,
+)
 # All of two tokens are dropped.
 NOTHING = Case(
     concept="moe_dispatch",
@@ -112,6 +129,7 @@ NOTHING = Case(
         (ADAM, "step-mean-of-means"),
         (ONE_KEY, "step-mean-of-means"),
         (ONE_CLASS, "chunked-loss-last-chunk"),
+        (OFF_CENTRE, "gradients-averaged"),
         (NOTHING, None),
         (HARDLY_ANY, "attention-softmax-in-float32"),
     ],

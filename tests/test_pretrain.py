@@ -165,7 +165,7 @@ REFUSED = {
     "--hiden 4": "No such option",
     "--steps 0": "steps: 0 is below 1",
     "--resume": "no --save to resume from",
-    "--resume --save none": "none is no folder",
+    "--resume --save none": "none has neither latest nor metadata.json",
     "--load .": "neither latest nor metadata.json",
     "--data none.txt": "none.txt: No such file",
     "--seq-length 200000": "give a longer text or shorter samples",

@@ -246,7 +246,14 @@ def test_layers_of_a_stage(tracker):
     ):
         counts[:] = [0] * 5
         x = torch.ones(4, requires_grad=True)
-        y = recompute_layers(layers, x, method=method, num_layers=number, tracker=tracker)
+        y = recompute_layers(
+            layers,
+            x,
+            method=method,
+            num_layers=number,
+            tracker=tracker,
+            sequence_parallel=False,
+        )
         y.sum().backward()
         assert counts == wanted
 
@@ -287,17 +294,12 @@ def test_an_expanded_input_can_be_distributed(cluster):
         assert torch.allclose(gradient, 4 * torch.ones(1).exp())
 
 
-def _refused(arguments):
+def _refused():
     with pytest.raises(ValueError) as caught:
-        checkpoint(torch.exp, *arguments, tracker=RandomTracker(), group=dist.group.WORLD)
+        checkpoint(torch.exp, torch.ones(3), tracker=RandomTracker(), group=dist.group.WORLD)
     return str(caught.value)
 
 
 def test_what_cannot_be_distributed_is_refused(cluster):
-    for arguments, words in (
-        ((), "no tensor"),
-        ((3,), "no tensor"),
-        ((torch.ones(3),), "recompute: the elements of the first argument: 3 does not divide"),
-    ):
-        for message in cluster.run(_refused, arguments, world_size=2):
-            assert words in message
+    for message in cluster.run(_refused, world_size=2):
+        assert "3 does not divide" in message

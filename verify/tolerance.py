@@ -52,9 +52,9 @@ MULTIPLES = {"fp64": 1e3, "native": 8.0}
 SMALLEST = torch.finfo(torch.float64).tiny
 # Disturbed runs behind a bound: few first, because most candidates are nearer than that.
 EFFORTS = (0, 1, 4, 32)
-# So many times its bound no further run would raise a bound that several runs have measured. None
-# has measured zero, whatever is allowed there: what is cut off (by a squared relu) is a little
-# above it in one of many.
+# So many times its bound no further run would raise a bound that several runs have measured, unless
+# results are abrupt. None has measured zero, whatever is allowed there: what is cut off (by a
+# squared relu) is a little above it in one of many.
 HOPELESS = 100.0
 MANY_ROWS = 32
 COHERENT = 3.0
@@ -105,10 +105,13 @@ class Tolerance:
             deviations = [_rows(cut(each)) for each in self._deviations(name, runs)]
             found = self._beyond(name, candidate, expected, difference, deviations)
             found = found or self._scaled(candidate, expected, difference, deviations)
-            hopeless = found and found.bound > SMALLEST and HOPELESS * found.bound < found.error
-            if found is None or (runs >= EFFORTS[-2] and hopeless):
+            if found is None or (runs >= EFFORTS[-2] and self._hopeless(found)):
                 return found
         return found
+
+    def _hopeless(self, found: Excess) -> bool:
+        abrupt = self.reference.contract.abrupt and self.reference.case.lens == "native"
+        return not abrupt and found.bound > SMALLEST and HOPELESS * found.bound < found.error
 
     def overflows(self, name: str) -> bool:
         """Whether the reference of result `name`, computed in the case's dtype, is not finite:

@@ -58,10 +58,9 @@ def begin_draft(root: Path, *, step: int) -> Draft:
     for left in root.glob(".step-*.partial"):
         if left.is_dir():
             shutil.rmtree(left)
-    name, again = f"step-{step:08d}", 1
+    name = f"step-{step:08d}"
     while (root / name).exists():
-        again += 1
-        name = f"step-{step:08d}-{again}"
+        name = f"{name}-again"
     draft = Draft(root, name)
     draft.folder.mkdir()
     return draft
@@ -71,8 +70,6 @@ def find(folder: Path) -> Path:
     """The checkpoint that `folder` is, or the newest one in it. ValueError for none."""
     if (folder / METADATA).is_file():
         return folder
-    if not folder.is_dir():
-        raise ValueError(f"checkpoint: {folder} is no folder; give one that was saved to")
     pointer = folder / LATEST
     if not pointer.is_file():
         raise ValueError(

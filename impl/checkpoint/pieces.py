@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from impl.data_parallel import of_expert
 from impl.groups import Groups
+from impl.parameters import is_shard, of_expert
 
 Offsets = tuple[int, ...]
 
@@ -29,6 +29,11 @@ class Box:
 
     offsets: Offsets
     sizes: tuple[int, ...]
+
+    @property
+    def ends(self) -> Offsets:
+        """Where it ends in each dimension."""
+        return tuple(map(sum, zip(self.offsets, self.sizes, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -116,13 +121,9 @@ def run_of(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
 def overlap(one: Box, other: Box) -> Box | None:
     """What two boxes of a tensor have in common, None for nothing."""
     starts = tuple(map(max, one.offsets, other.offsets))
-    ends = (min(a + n, b + m) for a, n, b, m in zip(*_fields(one), *_fields(other), strict=True))
+    ends = map(min, one.ends, other.ends)
     sizes = tuple(end - start for start, end in zip(starts, ends, strict=True))
     return Box(starts, sizes) if all(size > 0 for size in sizes) else None
-
-
-def _fields(box: Box) -> tuple[Offsets, tuple[int, ...]]:
-    return box.offsets, box.sizes
 
 
 def _in_row(index: int, boxes: Iterator[Box]) -> Iterator[Box]:
@@ -135,7 +136,7 @@ def _splits(parameter: Parameter, groups: Groups) -> list[Split]:
     found, expert = [], of_expert(parameter)
     if expert:
         found.append(Split(0, 1, dist.get_rank(groups.ep), dist.get_world_size(groups.ep)))
-    if getattr(parameter, "tensor_model_parallel", False):
+    if is_shard(parameter):
         group = groups.etp if expert else groups.tp
         dim, blocks = parameter.partition_dim, parameter.partition_stride  # type: ignore[attr-defined]
         found.append(Split(dim, blocks, dist.get_rank(group), dist.get_world_size(group)))

@@ -34,7 +34,7 @@ class SavePieces(DefaultSavePlanner):
     the base class refuses boxes that overlap or do not make up the tensor."""
 
     def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        super().__init__(flatten_state_dict=False)
 
     def create_local_plan(self) -> SavePlan:
         """This rank's boxes."""
@@ -68,7 +68,7 @@ class LoadPieces(DefaultLoadPlanner):
     """
 
     def __init__(self, *, optional: Iterable[str] = ()) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        super().__init__()
         self.optional = frozenset(optional)
 
     def set_up_planner(
@@ -94,8 +94,8 @@ class LoadPieces(DefaultLoadPlanner):
         rest = sorted(set(self.metadata.state_dict_metadata) - read - self.optional)
         if rest:
             raise ValueError(
-                f"it has {rest[0]}{_more(rest)}, which this model and optimizer do not have; build"
-                " what was saved"
+                f"it has {rest[0]}, one of {len(rest)} that this model and optimizer do not have;"
+                " build what was saved"
             )
         return global_plan
 
@@ -112,10 +112,10 @@ class LoadPieces(DefaultLoadPlanner):
             raise ValueError(
                 f"it has no {key}, which this model and optimizer have; build what was saved"
             )
-        saved, wanted = (tuple(found.size), found.properties.dtype), (pieces.size, pieces.dtype)
-        if saved != wanted:
+        if (tuple(found.size), found.properties.dtype) != (pieces.size, pieces.dtype):
             raise ValueError(
-                f"{key} is {_told(*saved)} in it and {_told(*wanted)} here; build what was saved"
+                f"{key} is {_told(found.size, found.properties.dtype)} in it and"
+                f" {_told(pieces.size, pieces.dtype)} here; build what was saved"
             )
         return [
             item
@@ -156,7 +156,3 @@ def _view(state: Mapping[str, Pieces], index: MetadataIndex) -> Tensor:
 
 def _told(size: tuple[int, ...], dtype: torch.dtype) -> str:
     return f"{list(size)} {str(dtype).removeprefix('torch.')}"
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -110,8 +110,8 @@ class Writer(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
-        """The protocol asks; folders are chosen elsewhere."""
-        return True
+        """Nothing asks: folders are chosen elsewhere."""
+        raise NotImplementedError
 
 
 class Contents:
@@ -175,8 +175,8 @@ class Reader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
-        """The protocol asks; folders are chosen elsewhere."""
-        return True
+        """Nothing asks: folders are chosen elsewhere."""
+        raise NotImplementedError
 
     def _read(
         self, file: str, boxes: Mapping[MetadataIndex, list[ReadItem]], planner: LoadPlanner

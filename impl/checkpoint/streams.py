@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
 
-from impl.random import RandomTracker, axes_of, stream_seeds
+from impl.random import RandomTracker, axes_of, seed_of, stream_seeds
 from verify.layout import Layout
 
 
@@ -36,9 +34,7 @@ def reseeded(
 ) -> dict[str, Tensor]:
     """States of all streams of a tracker that no run has used before: their seeds are made from the
     `fingerprint` of a checkpoint and the number of its `step`. Ranks share them as ever."""
-    digest = hashlib.sha256(f"{fingerprint}/{step}".encode()).digest()
-    seed = int.from_bytes(digest[:4])
-    seeds = stream_seeds(seed, layout=layout, rank=rank)
+    seeds = stream_seeds(seed_of(fingerprint, step), layout=layout, rank=rank)
     generator = torch.Generator(tracker.device)
     return {name: generator.manual_seed(seeds[name]).get_state() for name in tracker.names}
 

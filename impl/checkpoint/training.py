@@ -92,7 +92,7 @@ def save_checkpoint(folder: Path, training: Training, progress: Progress) -> Pat
     pieces = _pieces(training) | {
         f"random.{name}": row_of_many(state, row=row, rows=rows) for name, state in states.items()
     }
-    writer = Writer(draft, rank=dist.get_rank(), values=_values(training, progress))
+    writer = Writer(draft, rank=row, values=_values(training, progress))
     try:
         dcp.save(pieces, storage_writer=writer, planner=SavePieces())
     except CheckpointException as error:
@@ -254,18 +254,21 @@ def _read(folder: Path) -> tuple[str, str]:
 def _on_first_rank(work: Callable[[], T], folder: Path) -> T:
     """What `work` returns on rank 0, of Python's own types, on every rank. Raises CheckpointError
     on every rank where it raises there."""
-    told: list[Any] = [None, None]
+    done: T | None = None
+    refused = ""
     if dist.get_rank() == 0:
         try:
-            told[0] = work()
+            done = work()
         except ValueError as error:
-            told[1] = str(error)
+            refused = str(error)
         except OSError as error:
-            told[1] = f"checkpoint: {folder}: {error.strerror or error}"
+            refused = f"checkpoint: {folder}: {error.strerror or error}"
+    told: list[Any] = [done, refused]
     dist.broadcast_object_list(told, src=0)
-    if told[1] is not None:
-        raise CheckpointError(told[1])
-    return cast(T, told[0])
+    done, refused = told
+    if refused:
+        raise CheckpointError(refused)
+    return cast(T, done)
 
 
 def _first(error: CheckpointException, folder: Path, doing: str) -> CheckpointError:

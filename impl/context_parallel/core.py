@@ -18,7 +18,6 @@ from impl.context_parallel.plan import ContextGroups
 from impl.context_parallel.zigzag import PackedSequences, Placement
 from impl.masking import alibi_slopes
 from impl.parameters import sharded_parameter
-from impl.partition import divide
 from impl.random import RandomTracker
 from impl.recompute import checkpoint
 
@@ -50,14 +49,13 @@ class ContextAttention(Module):
         dropout: ShareDropout,
         scale: float | None = None,
         layer_number: int | None = None,
-        alibi: bool = False,
-        sink: bool = False,
+        alibi: bool,
+        sink: bool,
         recomputed_by: RandomTracker | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        divide(heads, group=tp_group, name="heads")
         self.given: dict[str, Any] = {
             "algorithm": algorithm,
             "groups": groups,

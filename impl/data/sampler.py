@@ -7,12 +7,13 @@ number of samples it has consumed; that number is all that there is to save.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from impl.random import seed_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,7 @@ class Sampler:
         return int(self._orders[epoch][index])
 
     def _order(self, epoch: int) -> Tensor:
-        digest = hashlib.sha256(f"{self.seed}/{epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
         return torch.randperm(self.count, generator=generator, device="cpu")
 
     def batch(

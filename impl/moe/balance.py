@@ -115,7 +115,7 @@ class ExpertBias(torch.nn.Module):
         runs without, so that its tokens count once.
         """
         if self.training and torch.is_grad_enabled():
-            self.counts.add_(chosen.detach().flatten(0, -2).sum(0))
+            self.counts.add_(chosen.flatten(0, -2).sum(0))
 
     def update(self) -> None:
         """After a step: raise the bias of experts below the mean load by `rate`, lower the others.

@@ -138,8 +138,6 @@ class Experts(Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-        divide(num_experts, group=ep_group, name="num_experts")
-        divide(ffn, group=etp_group, name="ffn")
         self.activation = activation
         self.fc1 = GroupedLinear(
             hidden,

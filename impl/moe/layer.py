@@ -55,7 +55,7 @@ class MoELayer(Module):
         activation: str = "gelu",
         bias: bool = False,
         shared_ffn: int | None = None,
-        sequence_parallel: bool = False,
+        sequence_parallel: bool,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:

@@ -131,7 +131,7 @@ class TopKRouter(Module):
         global_group: ProcessGroup,
         init: Initialiser,
         losses: Losses | None = None,
-        sequence_parallel: bool = False,
+        sequence_parallel: bool,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
@@ -221,20 +221,20 @@ def within_capacity(probabilities: Tensor, chosen: Tensor, choice: Choice) -> Te
     room = min(tokens, math.ceil(tokens * choice.top_k * (choice.capacity or 0.0) / experts))
     if choice.drop == "position":
         return chosen & (chosen.cumsum(0) <= room)
-    ranked = probabilities.detach().masked_fill(~chosen, -1.0)
+    ranked = probabilities.masked_fill(~chosen, -1.0)
     return chosen & top_k_of(ranked.t(), room).t()
 
 
 def top_k_of(scores: Tensor, top_k: int) -> Tensor:
     """True at the `top_k` largest of the last dimension."""
-    best = scores.detach().topk(top_k, dim=-1).indices
+    best = scores.topk(top_k, dim=-1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
 
 
 def _ranked(scores: Tensor, choice: Choice) -> Tensor:
     if choice.groups == 1:
         return top_k_of(scores, choice.top_k)
-    grouped = scores.detach().unflatten(-1, (choice.groups, -1))
+    grouped = scores.unflatten(-1, (choice.groups, -1))
     best = grouped.topk(choice.top_k // choice.group_top_k, dim=-1).values
     admitted = top_k_of(best.sum(-1), choice.group_top_k).unsqueeze(-1)
     return top_k_of(grouped.masked_fill(~admitted, -torch.inf).flatten(-2), choice.top_k)

@@ -36,7 +36,8 @@ class AdamW:
         weight_decay: float,
     ) -> None:
         """Update `values` and `state` in place, all of one dtype; `step` counts from 1."""
-        mean, square = state["exp_avg"], state["exp_avg_sq"]
+        mean = state["exp_avg"]
+        square = state["exp_avg_sq"]
         mean.lerp_(gradient, 1 - self.beta1)
         square.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
         unbiased = (square / (1 - self.beta2**step)).sqrt_().add_(self.eps)

@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from impl.collectives import all_reduce
-from impl.data_parallel import Share, of_expert
+from impl.data_parallel import Share
 from impl.groups import Groups
+from impl.parameters import is_shard, of_expert
 
 _SMALL = 1e-6
 
 
 def gradient_norm(
-    shares: Sequence[Share], *, zero: Tensor, groups: Groups, distributed: bool, order: float = 2.0
+    shares: Sequence[Share], *, zero: Tensor, groups: Groups, distributed: bool, order: float
 ) -> Tensor:
     """The p-norm of the gradients of the whole model, of no dimension, the same on every rank.
 
@@ -57,7 +58,7 @@ def clip_gradients(gradients: Iterable[Tensor], *, norm: Tensor, max_norm: float
 def _counts(share: Share, groups: Groups) -> bool:
     if getattr(share.parameter, "shared", False):
         return False
-    if getattr(share.parameter, "tensor_model_parallel", False):
+    if is_shard(share.parameter):
         return True
     return groups.rank("etp" if of_expert(share.parameter) else "tp") == 0
 
@@ -70,4 +71,4 @@ def _power(gradients: Sequence[Tensor], order: float, zero: Tensor) -> Tensor:
 
 def _reduce(part: Tensor, order: float, group: ProcessGroup) -> Tensor:
     op = dist.ReduceOp.MAX if math.isinf(order) else dist.ReduceOp.SUM
-    return all_reduce(part.reshape(1), op=op, group=group).squeeze(0)
+    return all_reduce(part.reshape(1), op=op, group=group).reshape(())

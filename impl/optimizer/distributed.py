@@ -57,5 +57,5 @@ class ParameterBuffer:
 
     def finish(self) -> None:
         """Wait for every bucket."""
-        for number in sorted(self._pending, reverse=True):
-            self._pending.pop(number).wait()
+        while self._pending:
+            self._pending.popitem()[1].wait()

@@ -92,9 +92,9 @@ class Optimizer:
         parameter_groups: Sequence[ParameterGroup],
         rule: Rule,
         schedule: Schedule,
-        weight_decay: float = 0.0,
+        weight_decay: float,
         max_norm: float | None = None,
-        norm_order: float = 2.0,
+        norm_order: float,
         loss_scale: LossScale | None = None,
     ) -> None:
         self.data_parallel, self.groups, self.rule = data_parallel, groups, rule
@@ -160,8 +160,8 @@ class Optimizer:
             share.gradient.mul_(1.0 / scale)
             finite = finite and bool(share.gradient.isfinite().all())
         found = self.data_parallel.zero.reshape(1) + (0.0 if finite else 1.0)
-        for group in (self.groups.tp_dp_cp, self.groups.pp):
-            found = all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+        assert dist.group.WORLD is not None
+        found = all_reduce(found, op=dist.ReduceOp.MAX, group=dist.group.WORLD)
         return bool(found.item())
 
 

@@ -32,11 +32,11 @@ from impl.weight_pass import WeightPass
 class Stage:
     """What a stage computes. `chunks[c](x, microbatch)` maps the activation of a microbatch to the
     next, and `parameters[c]` are those of the chunk; `loss(y, microbatch)`, of the last chunk's
-    output, is a scalar, and needed on the last stage only."""
+    output, is a scalar, and is asked for on the last stage only."""
 
     chunks: Sequence[Callable[[Tensor, int], Tensor]]
     parameters: Sequence[Sequence[Parameter]]
-    loss: Callable[[Tensor, int], Tensor] | None = None
+    loss: Callable[[Tensor, int], Tensor]
 
 
 @dataclass
@@ -82,11 +82,22 @@ class Executor:
         inputs: Sequence[Tensor] = (),
         scale: float,
         shape: tuple[int, ...] | None = None,
-        overlap: bool = True,
+        overlap: bool,
         finished: Callable[[int], None] | None = None,
         completing: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        _check(schedule, stage, link, inputs)
+        given = link.stages, len(stage.chunks), len(stage.parameters)
+        if given != (schedule.pp, schedule.vpp, schedule.vpp):
+            raise ValueError(
+                f"schedule: it is for pp={schedule.pp}, vpp={schedule.vpp}, and there are"
+                f" {link.stages} stages, here of {len(stage.chunks)} chunks and the parameters of"
+                f" {len(stage.parameters)}"
+            )
+        if link.stage == 0 and len(inputs) != schedule.microbatches:
+            raise ValueError(
+                f"inputs: {len(inputs)} given; the schedule has"
+                f" microbatches={schedule.microbatches}"
+            )
         self.schedule, self.stage, self.link, self.inputs = schedule, stage, link, inputs
         self.scale, self.shape, self.overlap, self.finished = scale, shape, overlap, finished
         self.completing = completing
@@ -135,7 +146,6 @@ class Executor:
         with torch.set_grad_enabled(training):
             y = self.stage.chunks[chunk](x, m)
             if self._place(chunk) == self._last:
-                assert self.stage.loss is not None
                 y = self.stage.loss(y, m)
         if training:
             edge = get_gradient_edge(y) if y.requires_grad else None
@@ -233,23 +243,3 @@ class Executor:
     @property
     def _last(self) -> int:
         return self.schedule.pp * self.schedule.vpp - 1
-
-
-def _check(schedule: Schedule, stage: Stage, link: Link, inputs: Sequence[Tensor]) -> None:
-    """Raise ValueError where the parts of a run do not fit each other."""
-    if schedule.pp != link.stages:
-        raise ValueError(
-            f"schedule: it is for pp={schedule.pp}, the pipeline group has {link.stages} ranks"
-        )
-    for name, parts in (("chunks", stage.chunks), ("parameters", stage.parameters)):
-        if len(parts) != schedule.vpp:
-            raise ValueError(f"{name}: {len(parts)} given; the schedule has vpp={schedule.vpp}")
-    if link.stage == 0 and len(inputs) != schedule.microbatches:
-        raise ValueError(
-            f"inputs: {len(inputs)} given; the schedule has microbatches={schedule.microbatches}"
-        )
-    if link.stage == schedule.pp - 1 and stage.loss is None:
-        raise ValueError("loss: none given, on the last stage")
-    if any(isinstance(s, Action) and s.work == "weight" for s in schedule.stages[link.stage]):
-        for parameters in stage.parameters:
-            WeightPass(parameters)

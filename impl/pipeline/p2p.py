@@ -97,7 +97,7 @@ class Link:
         tensor = outgoing.tensor
         if tensor.dtype is not self.dtype:
             raise ValueError(f"p2p: a tensor is {tensor.dtype}; the link is {self.dtype}")
-        values = [tensor.detach().contiguous()]
+        values = [tensor.contiguous()]
         return [self._announcement(tensor), *values] if outgoing.announced else values
 
     def _announcement(self, tensor: Tensor) -> Tensor:

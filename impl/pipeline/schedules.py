@@ -53,7 +53,7 @@ class Schedule:
         return [[_plain(step) for step in steps] for steps in self.stages]
 
 
-def build_schedule(kind: str, *, pp: int, vpp: int = 1, microbatches: int) -> Schedule:
+def build_schedule(kind: str, *, pp: int, vpp: int, microbatches: int) -> Schedule:
     """The table of a kind of `KINDS`.
 
     Raises ValueError for an unknown kind, a size below 1, several chunks a stage where the kind has
@@ -86,7 +86,7 @@ def build_schedule(kind: str, *, pp: int, vpp: int = 1, microbatches: int) -> Sc
     )
 
 
-def forward_only(*, pp: int, vpp: int = 1, microbatches: int) -> Schedule:
+def forward_only(*, pp: int, vpp: int, microbatches: int) -> Schedule:
     """The table of an evaluation: chunk after chunk, all microbatches of each."""
     orders = [
         tuple(Action("forward", m, chunk) for chunk in range(vpp) for m in range(microbatches))

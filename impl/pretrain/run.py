@@ -17,7 +17,7 @@ from impl.data.batches import Batches
 from impl.data.sampler import Sampler, Samples
 from impl.data.tokenizer import ByteTokenizer
 from impl.data.tokens import open_tokens, token_file
-from impl.data_parallel import DataParallel, of_expert
+from impl.data_parallel import DataParallel
 from impl.groups import Groups, build_groups
 from impl.initialise import initialise_whole, transformer_rule
 from impl.model import build_model, tie_embeddings
@@ -25,7 +25,7 @@ from impl.model_config import ModelConfig
 from impl.optimizer.adam import AdamW
 from impl.optimizer.loss_scale import DynamicLossScale
 from impl.optimizer.mixed import Optimizer, ParameterGroup
-from impl.parameters import defer
+from impl.parameters import defer, of_expert
 from impl.pretrain.log import Log
 from impl.pretrain.options import Options
 from impl.pretrain.records import Record
@@ -102,6 +102,7 @@ def build(options: Options, groups: Groups) -> Run:
         schedule=options.schedule(),
         weight_decay=options.weight_decay,
         max_norm=options.clip or None,
+        norm_order=2.0,
         loss_scale=DynamicLossScale(value=options.initial_loss_scale) if options.fp16 else None,
     )
     trainer = Trainer(

@@ -239,8 +239,8 @@ MUTANTS = (
     _self(
         name="shared-group-first-queries",
         wrong="Every rank that shares a group takes the first of its queries.",
-        snippet="q = q.narrow(2, dist.get_rank(self.group) % self.copies * self.heads, self.heads)",
-        replacement="q = q.narrow(2, 0, self.heads)",
+        snippet="own = dist.get_rank(self.group) % self.copies * self.heads",
+        replacement="own = 0",
         seen="ATT-03",
     ),
     _self(

@@ -211,8 +211,8 @@ _REFUSALS = (
     _planner(
         name="checkpoint-rows-cut-off",
         wrong="Of a larger tensor is loaded what fits.",
-        snippet="        if saved != wanted:\n",
-        replacement="        if saved[1] != wanted[1]:\n",
+        snippet="if (tuple(found.size), found.properties.dtype) != (pieces.size, pieces.dtype):",
+        replacement="if found.properties.dtype != pieces.dtype:",
     ),
     _run(
         name="checkpoint-none-is-a-beginning",

@@ -160,8 +160,11 @@ _EXPERTS = (
     _expert(
         name="experts-ffn-rounded",
         wrong="An ffn that does not divide loses its rest.",
-        snippet='        divide(ffn, group=etp_group, name="ffn")\n',
-        replacement="        ffn -= ffn % dist.get_world_size(etp_group)\n",
+        snippet="        self.activation = activation\n",
+        replacement="""\
+        self.activation = activation
+        ffn -= ffn % dist.get_world_size(etp_group)
+""",
     ),
     _layer(
         name="layer-copies-dispatched",

@@ -95,7 +95,7 @@ MUTANTS = (
     _mutant(
         name="loss-smoothing-over-own-part",
         wrong="The mean of log p that label smoothing takes is over this rank's classes only.",
-        snippet="loss -= classes.share * sums[0]",
+        snippet="loss -= classes.share * of_all",
         replacement="loss -= classes.share * terms[2]",
         seen="megatron-core 0.16.1, vocab_parallel_cross_entropy",
     ),

@@ -263,8 +263,8 @@ STEP = (
         name="step-overflow-of-a-stage",
         module="impl.optimizer.mixed",
         wrong="The stage whose gradients overflow skips the step alone.",
-        snippet="for group in (self.groups.tp_dp_cp, self.groups.pp):",
-        replacement="for group in (self.groups.tp_dp_cp,):",
+        snippet="group=dist.group.WORLD",
+        replacement="group=self.groups.tp_dp_cp",
         seen="DP-07",
     ),
     _gradients(
@@ -388,7 +388,7 @@ MULTI_TOKEN = (
     _further(
         name="multi-token-across-sequences",
         wrong="Tokens further on are also those of the next of several packed sequences.",
-        snippet="ends = [start + length for",
+        snippet="ends = [sum(each) for",
         replacement="ends = [whole.total for",
         seen="CP-04",
     ),

@@ -196,8 +196,8 @@ MUTANTS = (
     _initial(
         name="initial-layers-alike",
         wrong="All parameters are drawn from the run's seed, whatever their names.",
-        snippet='f"{seed}/{name}".encode()',
-        replacement='f"{seed}".encode()',
+        snippet="seed_of(seed, name_of(name))",
+        replacement="seed_of(seed)",
     ),
     _initial(
         name="initial-inputs-of-a-part",
@@ -214,8 +214,8 @@ MUTANTS = (
     _initial(
         name="initial-output-layers-not-scaled",
         wrong="Layers that end in the residual are drawn like all others.",
-        snippet="return output if row and _is_shard(parameter) else inside",
-        replacement="return inside",
+        snippet="            return output\n",
+        replacement="            return inside\n",
     ),
     _initial(
         name="initial-scaled-by-layers-only",
@@ -226,7 +226,7 @@ MUTANTS = (
     _initial(
         name="initial-shards-from-the-default",
         wrong="Shards are drawn from the default stream, so that all start equal.",
-        snippet="return TENSOR_PARALLEL if _is_shard(parameter) else DEFAULT",
+        snippet="return TENSOR_PARALLEL if is_shard(parameter) else DEFAULT",
         replacement="return DEFAULT",
     ),
     _initial(
@@ -239,8 +239,8 @@ MUTANTS = (
     _initial(
         name="initial-copies-of-experts-apart",
         wrong="Copies of an expert's bias are drawn by every rank from a stream of its own.",
-        snippet='not _is_shard(parameter) and groups.size("etp") > 1:',
-        replacement='not _is_shard(parameter) and groups.size("tp") > 1:',
+        snippet='not is_shard(parameter) and groups.size("etp") > 1:',
+        replacement='not is_shard(parameter) and groups.size("tp") > 1:',
     ),
     _initial(
         name="initial-biases-by-outputs",

@@ -13,9 +13,9 @@ _mutant = partial(
 _REPLAY = "        with self._tracker.replaying(self._snapshot):\n"
 _RUN = """\
     with saved_tensors_hooks(frame.pack, _unpack):
-        return function(*args)
+        return function(x, *args)
 """
-_SPLIT = "kept[0] = split(kept[0].detach().reshape(-1), dim=0, group=group)"
+_SPLIT = "part = x if group is None else split(x.detach().reshape(-1), dim=0, group=group)"
 
 MUTANTS = (
     _mutant(
@@ -86,34 +86,40 @@ MUTANTS = (
         name="recompute-keeps-all",
         wrong="What autograd saves inside is kept, and nothing computed again.",
         snippet=_RUN,
-        replacement="    return function(*args) if frame else None\n",
+        replacement="    return function(x, *args) if frame else None\n",
     ),
     _mutant(
         name="recompute-keeps-the-whole-input",
         wrong="Each rank keeps all of an input that is distributed.",
         snippet=_SPLIT,
-        replacement="kept[0] = kept[0].detach().clone()\n            self._group = None",
+        replacement="part, self._group = x.detach().clone(), None",
     ),
     _mutant(
         name="recompute-keeps-a-view",
         wrong="The part that a rank keeps is a view, which keeps the whole in memory.",
         snippet=_SPLIT,
-        replacement=("kept[0] = kept[0].detach().reshape(-1).chunk(group.size())[group.rank()]"),
+        replacement=(
+            "part = (\n"
+            "            x\n"
+            "            if group is None\n"
+            "            else x.detach().reshape(-1).chunk(group.size())[group.rank()]\n"
+            "        )"
+        ),
     ),
     _mutant(
         name="recompute-gathers-in-another-order",
         wrong="The parts of a distributed input are put together in the reverse order.",
-        snippet="self._whole(all_gather(kept[0], dim=0, group=self._group))",
+        snippet="self._whole(all_gather(x, dim=0, group=self._group))",
         replacement=(
-            "self._whole(torch.cat(all_gather(kept[0], dim=0, group=self._group)"
+            "self._whole(torch.cat(all_gather(x, dim=0, group=self._group)"
             ".chunk(self._group.size())[::-1]))"
         ),
     ),
     _mutant(
         name="recompute-inputs-without-gradient",
         wrong="Nothing that needs the gradient of an input is computed again.",
-        snippet="args[place] = tensor.requires_grad_(needs)",
-        replacement="args[place] = tensor",
+        snippet="tensor.requires_grad_(needs)",
+        replacement="pass",
     ),
     _mutant(
         name="recompute-last-run-left-out",
@@ -150,7 +156,7 @@ MUTANTS = (
         name="recompute-runs-twice",
         wrong="Forward runs the function twice, as if to be sure.",
         snippet=_RUN,
-        replacement=("    with torch.no_grad():\n        function(*args)\n" + _RUN),
+        replacement=("    with torch.no_grad():\n        function(x, *args)\n" + _RUN),
         seen="REC-03",
     ),
     _mutant(

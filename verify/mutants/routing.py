@@ -73,8 +73,8 @@ _ROUTER = (
     _router(
         name="capacity-drops-the-largest",
         wrong="The tokens that weigh an expert least are those it keeps.",
-        snippet="ranked = probabilities.detach().masked_fill(~chosen, -1.0)",
-        replacement="ranked = (1 - probabilities.detach()).masked_fill(~chosen, -1.0)",
+        snippet="ranked = probabilities.masked_fill(~chosen, -1.0)",
+        replacement="ranked = (1 - probabilities).masked_fill(~chosen, -1.0)",
     ),
     _router(
         name="capacity-drops-the-first",

@@ -83,7 +83,9 @@ class Contract:
     `settle`, where a result depends on decisions (which scores are the largest), is given the
     inputs and parameters as drawn, and returns inputs of which no rounding error can turn one:
     otherwise neither a candidate nor the reference's own error could be told from a wrong result.
-    `terms` says of parameters what `TensorSpec.terms` says of inputs.
+    `terms` says of parameters what `TensorSpec.terms` says of inputs. `abrupt` says that rounding
+    may change a result by much, and seldom does, as it is with Adam, which makes a whole step of a
+    gradient that is zero but for rounding.
 
     `masks` are the dropouts of the forward pass, in the order in which each rank applies its own;
     `reference` gets what the candidate kept of each, a bool tensor, among its inputs by the mask's
@@ -103,6 +105,7 @@ class Contract:
     over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     settle: Callable[[Tensors, Tensors], Tensors] | None = None
     terms: Mapping[str, float] = field(default_factory=dict)
+    abrupt: bool = False
     masks: Mapping[str, Mask] = field(default_factory=dict)
     forward: Steps | None = None
     backward: Steps | None = None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from verify.case import Case
+from verify.disturbance import of_mean
 from verify.oracle.contract import Contract, Step, Tensors, TensorSpec
 from verify.oracle.terms import exclude, known_options, one_of, sizes, switches
 from verify.placement import Partial, Placements, Replicate, Shard
@@ -30,9 +31,12 @@ def normalised(
     """`x` [..., features] normalised by `prefix`weight and, where there is one, `prefix`bias."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     weight, bias = parameters[f"{prefix}weight"], parameters.get(f"{prefix}bias")
-    if kind == "layer":
-        wide = wide - wide.mean(-1, keepdim=True)
-    normal = wide / torch.sqrt((wide * wide).mean(-1, keepdim=True) + EPSILON)
+    mean = wide.mean(-1, keepdim=True) if kind == "layer" else None
+    centred = wide if mean is None else wide - mean
+    root = torch.sqrt((centred * centred).mean(-1, keepdim=True) + EPSILON)
+    normal = centred / root
+    if mean is not None:
+        normal = of_mean(normal, wide, mean=mean, root=root)
     y = normal * (weight.to(wide.dtype) + (1.0 if zero_centered else 0.0))
     return (y if bias is None else y + bias.to(wide.dtype)).to(x.dtype)
 

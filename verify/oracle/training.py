@@ -99,6 +99,7 @@ def training_steps(case: Case) -> Contract:
         outputs=_outputs(plan, steps, shapes),
         reference=lambda inputs, parameters: _train(inputs, parameters, plan, rates),
         frozen=frozenset(shapes),
+        abrupt=plan.optimizer == "adam",
     )
 
 

@@ -13,17 +13,18 @@ Node = ast.expr | ast.stmt
 _BOUNDS = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}
 _EQUALITIES = {ast.Eq: "!=", ast.NotEq: "=="}
 _FLAGS = ("sequence_parallel",)
-# Of zip: it asserts what holds.
-_ASSERTIONS = ("strict",)
+# Of zip: it asserts what holds. Of a collective: waited for where it begins, it computes the same.
+_NEUTRAL = ("strict", "async_op")
 
 
-def _is_refusal(node: ast.If) -> bool:
+def is_refusal(node: ast.If) -> bool:
+    """Whether nothing but a refusal depends on a condition."""
     return all(isinstance(each, ast.Raise) for each in node.body) and not node.orelse
 
 
 def accept(node: Node, source: Source) -> Iterator[Edit]:
     """What is wrong is not refused."""
-    if isinstance(node, ast.If) and _is_refusal(node):
+    if isinstance(node, ast.If) and is_refusal(node):
         wrong = f"Accepted: {' '.join(source.of(node.test).split())}."
         yield source.replaced(node.test, "False", wrong)
 
@@ -31,7 +32,7 @@ def accept(node: Node, source: Source) -> Iterator[Edit]:
 def flip(node: Node, source: Source) -> Iterator[Edit]:
     """A condition is turned around."""
     tests = []
-    if isinstance(node, ast.IfExp) or (isinstance(node, ast.If) and not _is_refusal(node)):
+    if isinstance(node, ast.IfExp) or (isinstance(node, ast.If) and not is_refusal(node)):
         tests.append(node.test)
     if isinstance(node, ast.ListComp | ast.GeneratorExp | ast.DictComp | ast.SetComp):
         tests += [test for each in node.generators for test in each.ifs]
@@ -57,7 +58,7 @@ def other_equality(node: Node, source: Source) -> Iterator[Edit]:
         return
     above = source.parents[node]
     turned = isinstance(above, ast.If | ast.IfExp | ast.comprehension) and not (
-        isinstance(above, ast.If) and _is_refusal(above)
+        isinstance(above, ast.If) and is_refusal(above)
     )
     if (sign := _EQUALITIES.get(type(node.ops[0]))) is not None and not turned:
         yield _between(node.left, node.comparators[0], sign, source, "Equality is turned around.")
@@ -91,7 +92,7 @@ def not_negated(node: Node, source: Source) -> Iterator[Edit]:
 def other_flag(node: Node, source: Source) -> Iterator[Edit]:
     """A constant flag, or sequence parallelism that is handed on, is the other way."""
     above = source.parents[node]
-    if isinstance(above, ast.keyword) and above.arg in _ASSERTIONS:
+    if isinstance(above, ast.keyword) and above.arg in _NEUTRAL:
         return
     if isinstance(node, ast.Constant) and isinstance(node.value, bool):
         yield source.replaced(node, str(not node.value), f"A flag is {not node.value}.")

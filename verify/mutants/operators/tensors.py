@@ -7,6 +7,7 @@ import ast
 from collections.abc import Iterator
 from typing import TypeGuard
 
+from verify.mutants.operators.conditions import is_refusal
 from verify.mutants.source import Edit, Source
 
 Node = ast.expr | ast.stmt
@@ -17,7 +18,7 @@ _MASKS = ("masked_fill", "masked_fill_", "where", "clamp", "clamp_")
 _COPIES = ("contiguous", "clone", "detach")
 # The first two arguments of these are not of one kind.
 _UNEQUAL = ("isinstance", "getattr", "setattr", "hasattr", "setdefault", "zip", "enumerate")
-_COMMUTATIVE = ("max", "min", "promote_types")
+_COMMUTATIVE = ("max", "min", "maximum", "minimum", "promote_types")
 
 
 def drop_scale(node: Node, source: Source) -> Iterator[Edit]:
@@ -73,12 +74,13 @@ def swap_arguments(node: Node, source: Source) -> Iterator[Edit]:
 def swap_items(node: Node, source: Source) -> Iterator[Edit]:
     """The first two items of a tuple or list are exchanged, or the names that they are given; not
     of one that has no order: of what is caught, of what something is one of, of names that are
-    given the same."""
+    given the same, of what is looked at one by one to be refused."""
     if isinstance(node, ast.Tuple | ast.List) and len(node.elts) > 1:
         one, other = node.elts[:2]
         above = source.parents[node]
         unordered = (
             isinstance(above, ast.ExceptHandler)
+            or _is_refused(above)
             or (isinstance(above, ast.Compare) and _is_searched(node, above))
             or (isinstance(above, ast.Assign) and _are_alike(above.value))
         )
@@ -86,6 +88,13 @@ def swap_items(node: Node, source: Source) -> Iterator[Edit]:
             _is_plain(one) and _is_plain(other)
         ):
             yield from source.swapped(one, other, "The first two items are exchanged.")
+
+
+def _is_refused(above: ast.AST) -> bool:
+    """Whether it is gone through by a loop that only refuses."""
+    return isinstance(above, ast.For) and all(
+        isinstance(each, ast.If) and is_refusal(each) for each in above.body
+    )
 
 
 def _is_searched(node: Node, above: ast.Compare) -> bool:

@@ -81,6 +81,7 @@ def gpt_training(case: Case) -> Contract:
         outputs=_outputs(model, plan, stacks),
         reference=training.run,
         frozen=frozenset(stacks),
+        abrupt=plan.optimizer == "adam",
         masks=masks_of(model),
         divided=divided,
         over=over,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.functional import one_hot
 
-from impl.data_parallel import DataParallel, of_expert, sum_over_tokens
+from impl.data_parallel import DataParallel, sum_over_tokens
 from impl.gradients import finalise_gradients
 from impl.groups import Groups
 from impl.mappings import (
@@ -27,6 +27,7 @@ from impl.optimizer.loss_scale import DynamicLossScale, LossScale, StaticLossSca
 from impl.optimizer.mixed import Optimizer, ParameterGroup, Rule
 from impl.optimizer.schedule import Schedule
 from impl.optimizer.sgd import SGD
+from impl.parameters import of_expert
 from impl.partition import split
 from verify.case import Case
 from verify.placement import Placements, Shard
