@@ -29,7 +29,7 @@ def dropout(x: Tensor, *, p: float, stream: Stream = nullcontext, training: bool
     it is x, and no number is drawn. Raises ValueError for `p` outside [0, 1).
     """
     check_probability(p)
-    if not training or p == 0.0:
+    if not (training and p):
         return x
     with stream():
         return F.dropout(x, p)

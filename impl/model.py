@@ -275,8 +275,7 @@ def tie_embeddings(chunks: Iterable[Module], *, groups: Groups) -> None:
     for parameter in model_parameters(chunks).values():
         if not getattr(parameter, "shared_embedding", False) or groups.embedding is None:
             continue
-        first = dist.get_rank(groups.embedding) == 0
-        values = parameter.detach() if first else torch.zeros_like(parameter)
-        total = all_reduce(values, group=groups.embedding)
         with torch.no_grad():
-            parameter.copy_(total)
+            if dist.get_rank(groups.embedding) > 0:
+                parameter.zero_()
+            parameter.copy_(all_reduce(parameter, group=groups.embedding))

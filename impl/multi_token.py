@@ -12,6 +12,7 @@ has a last norm of its own, as in their checkpoints and in Megatron-LM.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,15 +55,16 @@ class PredictionModule(Module):
     ) -> None:
         super().__init__()
         parallel = groups.layout.sequence_parallel
-        self.hidden_norm, self.embedding_norm, self.final_norm = (
-            NORMS[config.norm](
-                config.hidden,
-                zero_centered=config.zero_centered,
-                sequence_parallel=parallel,
-                **made,
-            )
-            for _ in range(3)
+        norm = partial(
+            NORMS[config.norm],
+            config.hidden,
+            zero_centered=config.zero_centered,
+            sequence_parallel=parallel,
+            **made,
         )
+        self.hidden_norm = norm()
+        self.embedding_norm = norm()
+        self.final_norm = norm()
         self.weight = replicated_parameter(
             config.hidden, 2 * config.hidden, init=init, sequence_parallel=parallel, **made
         )

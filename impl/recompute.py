@@ -137,7 +137,7 @@ class _Frame:
         self._function, self._inputs, self._tracker = function, inputs, tracker
         self._snapshot = tracker.snapshot()
         self._cpu_state = torch.get_rng_state()
-        devices = dict.fromkeys(("cpu", tracker.device.type))
+        devices = {"cpu", tracker.device.type}
         self._autocasts = tuple(_Autocast.now(device) for device in devices)
         self._saved: list[weakref.ref[_Saved]] = []
 

@@ -31,8 +31,9 @@ class ContextAttention(Module):
     training. With a tracker as `recomputed_by`, backward computes attention again, collectives
     included, and only its inputs are kept.
 
-    Collectives are those of the algorithm. ValueError as `context_attention` raises it, for heads
-    that do not divide by the size of the group, and for a `layer_number` below 1.
+    Collectives are those of the algorithm. ValueError as `context_attention` raises it, for a
+    `layer_number` below 1, and for heads of which it has slopes or sinks and that do not divide by
+    the size of the group.
     """
 
     slopes: Tensor | None

@@ -71,7 +71,7 @@ class Plan:
     ) -> KeptShares | None:
         """What is kept of the shares of `q` [s, b, heads, d] that lie as `queries`; None for all.
         With `state` it is what was kept when the generator was there."""
-        if self.dropout is None or self.dropout.p == 0.0:
+        if self.dropout is None or not self.dropout.p:
             return None
         return KeptShares(
             self.dropout,

@@ -218,7 +218,8 @@ def choose(logits: Tensor, choice: Choice, *, bias: Tensor | None = None) -> tup
 def within_capacity(probabilities: Tensor, chosen: Tensor, choice: Choice) -> Tensor:
     """The choices, of those in `chosen` [tokens, experts], that the experts have room for."""
     tokens, experts = chosen.shape
-    room = min(tokens, math.ceil(tokens * choice.top_k * (choice.capacity or 0.0) / experts))
+    assert choice.capacity is not None
+    room = min(tokens, math.ceil(tokens * choice.top_k * choice.capacity / experts))
     if choice.drop == "position":
         return chosen & (chosen.cumsum(0) <= room)
     ranked = probabilities.masked_fill(~chosen, -1.0)

@@ -159,7 +159,7 @@ class Optimizer:
         for share in self.shares:
             share.gradient.mul_(1.0 / scale)
             finite = finite and bool(share.gradient.isfinite().all())
-        found = self.data_parallel.zero.reshape(1) + (0.0 if finite else 1.0)
+        found = self.data_parallel.zero.new_tensor([not finite])
         assert dist.group.WORLD is not None
         found = all_reduce(found, op=dist.ReduceOp.MAX, group=dist.group.WORLD)
         return bool(found.item())

@@ -47,9 +47,9 @@ MODEL = (
     ),
     _model(
         name="model-tied-copy-starts-apart",
-        wrong="The copy of a tied embedding keeps what it was initialised with.",
-        snippet="parameter.copy_(total)",
-        replacement="parameter.copy_(total if first else values)",
+        wrong="The copy of a tied embedding is not given the values of the first stage.",
+        snippet="parameter.copy_(all_reduce(parameter, group=groups.embedding))",
+        replacement="all_reduce(parameter, group=groups.embedding)",
     ),
     _model(
         name="model-untied-on-one-stage",

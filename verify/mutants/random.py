@@ -139,8 +139,8 @@ MUTANTS = (
     _dropout(
         name="dropout-never-off",
         wrong="Outside of training elements are dropped too.",
-        snippet="if not training or p == 0.0:",
-        replacement="if p == 0.0:",
+        snippet="if not (training and p):",
+        replacement="if not p:",
         seen="RNG-05",
     ),
     _dropout(

@@ -67,8 +67,8 @@ _ROUTER = (
     _router(
         name="capacity-of-one-choice",
         wrong="An expert's capacity is that of tokens with one choice.",
-        snippet="tokens * choice.top_k * (choice.capacity or 0.0)",
-        replacement="tokens * (choice.capacity or 0.0)",
+        snippet="tokens * choice.top_k * choice.capacity",
+        replacement="tokens * choice.capacity",
     ),
     _router(
         name="capacity-drops-the-largest",
