@@ -60,6 +60,7 @@ def attention(
     Communicates nothing. Keeps for backward q, k, v and the shares [batch, heads, queries, keys],
     these twice in 16 bits, and three times with dropout.
     """
+    _check_shapes(q, k, v)
     heads, groups = q.shape[2], k.shape[2]
     if heads % groups:
         raise ValueError(
@@ -77,6 +78,16 @@ def attention(
     if allowed is not None:
         out = out.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
     return out.permute(2, 0, 1, 3)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Products would broadcast a batch of one, or read memory as other heads."""
+    fits = {q.dim(), k.dim(), v.dim()} == {4} and k.shape[:3] == v.shape[:3]
+    if not fits or q.shape[1::2] != k.shape[1::2]:
+        raise ValueError(
+            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: give [sequence, batch,"
+            " heads, d], the batch the same, d of q and k, and all but d of k and v"
+        )
 
 
 def _by_head(x: Tensor) -> Tensor:
@@ -173,6 +184,11 @@ class CoreAttention(Module):
         queries, keys = last_positions(q.shape[0], keys=k.shape[0], device=q.device)
         allowed = allowed_pairs(queries, keys=keys, causal=self.causal, window=self.window)
         if padding is not None:
+            if padding.shape != (q.shape[1], keys.numel()):
+                raise ValueError(
+                    f"padding: {list(padding.shape)} does not mark the keys; give [{q.shape[1]},"
+                    f" {keys.numel()}], the batch first"
+                )
             real = ~padding[:, None, None, :]
             allowed = real if allowed is None else allowed & real
         bias = None

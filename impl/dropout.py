@@ -49,9 +49,12 @@ def bias_dropout_add(
     `x` and `residual` [sequence, ..., features] are placed alike, and so are the result and all
     gradients. `bias` [features] is what a linear layer with `skip_bias_add` returns. Where the
     sequence is split, the gradient of a bias is Partial, of this rank's tokens. Raises ValueError
-    for `p` outside [0, 1), and for a residual of another shape, which addition would broadcast.
+    for `p` outside [0, 1), and for a residual or a bias of another shape, which addition would
+    broadcast.
     """
     if residual.shape != x.shape:
         raise ValueError(f"residual: {list(residual.shape)} is not the shape of x, {list(x.shape)}")
+    if bias is not None and bias.shape != x.shape[-1:]:
+        raise ValueError(f"bias: {list(bias.shape)} is not one for each of {x.shape[-1]} features")
     biased = x if bias is None else x + bias
     return residual.to(x.dtype) + dropout(biased, p=p, stream=stream, training=training)

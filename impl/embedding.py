@@ -79,8 +79,8 @@ class PositionEmbedding(Module):
     `finish_sequence_parallel_gradients`. Positions are those in the whole sequence; in packed ones
     they begin with 0 in each. No collectives.
 
-    Raises ValueError for a sequence longer than there are positions, and one that does not divide
-    as `placement` needs.
+    Raises ValueError for an x of another shape, a sequence longer than there are positions, and one
+    that does not divide as `placement` needs.
     """
 
     def __init__(
@@ -110,6 +110,11 @@ class PositionEmbedding(Module):
 
     def forward(self, x: Tensor, *, packed: PackedSequences | None = None) -> Tensor:
         """`y` of x; `packed` are the sequences of all ranks."""
+        if x.dim() != 3 or x.shape[-1] != self.weight.shape[1]:
+            raise ValueError(
+                f"x: {list(x.shape)} is not [sequence, batch, {self.weight.shape[1]}], the hidden"
+                " size of these positions"
+            )
         return x + embedding(self._positions(x, packed), self.weight).unsqueeze(1)
 
     def _positions(self, x: Tensor, packed: PackedSequences | None) -> Tensor:

@@ -114,9 +114,8 @@ def initialise_whole(
         # torch draws whole blocks, and those at the end otherwise: with rows of padding, whose
         # number depends on tp, the last rows before them would be others.
         drawn = torch.empty(-(-shape.numel() // _BLOCK) * _BLOCK, dtype=torch.float32, device="cpu")
-        distribution(
-            drawn, shape=shape, generator=generator.manual_seed(seed_of(seed, name_of(name)))
-        )
+        generator.manual_seed(seed_of(f"{seed}/{name_of(name)}"))
+        distribution(drawn, shape=shape, generator=generator)
         full = drawn[: shape.numel()].view(shape)
         for each in _splits(parameter, groups):
             full = each.part(full)

@@ -204,9 +204,9 @@ def stream_seeds(seed: int, *, layout: Layout, rank: int) -> dict[str, int]:
     return found
 
 
-def seed_of(*parts: object) -> int:
-    """A seed that depends on all parts, which are told apart by how they are written."""
-    return int.from_bytes(sha256("/".join(map(str, parts)).encode()).digest()[:7])
+def seed_of(text: str) -> int:
+    """A seed that depends on all of the text."""
+    return int.from_bytes(sha256(text.encode()).digest()[:7])
 
 
 def axes_of(stream: str) -> tuple[str, ...]:

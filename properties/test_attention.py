@@ -6,7 +6,8 @@ zeros, and scores of any size give numbers; (4) ranks drop different shares, and
 their masks law 1 holds, and outside of training without any; (5) a block communicates what its two
 linear layers do, and attention nothing; (6) a block keeps for backward what is published; (7)
 memory order, (8) the layout and (9) running twice change nothing; (10) heads, groups and options
-that cannot be computed are refused. Sequence parallelism is on or off.
+that cannot be computed are refused; (11) inputs of which one does not fit the others are not
+computed. Sequence parallelism is on or off.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from verify.runner.examiner import CheckCase
 from verify.strategies.attention import CERTAIN, attention_cases, refusable_attention_cases
 from verify.strategies.cases import STRIDES, Choices
 from verify.strategies.dropouts import telling
+from verify.strategies.misfits import misfit_cases
 
 BOTH = ("core_attention", "self_attention")
 PLAIN: Choices = {
@@ -34,6 +36,8 @@ LARGE: Choices = {**CERTAIN, "magnitude": (16, 256)}
 DROPPED: Choices = {**CERTAIN, "dropout": (0.1, 0.5)}
 SCORED: Choices = {"dropout": (0.0,)}
 ANY: Choices = {"strides": STRIDES[:1]}
+SUNK: Choices = {**CERTAIN, **ANY, "sink": (True,)}
+LONGER = ("longer",)
 PROMISED: Choices = {**ANY, "norm": ("none",), "rotary": (False,)}
 
 
@@ -113,3 +117,18 @@ def test_what_cannot_be_computed(check: CheckCase, case: Case) -> None:
     group; groups of unequal size; a packed weight that loses its last rows; a window, a layer
     number or a dropout that is quietly left out."""
     check("refusal", case)
+
+
+@given(case=misfit_cases(attention_cases(*BOTH, options={**CERTAIN, **ANY})))
+def test_inputs_that_do_not_fit(check: CheckCase, case: Case) -> None:
+    """Law 11. Must catch: keys of one batch or token that are broadcast to the values of several;
+    heads that groups do not divide; a slope or a sink for all heads; marks of other tokens."""
+    check("misfit", case)
+
+
+@given(
+    case=misfit_cases(attention_cases("core_attention", options=SUNK), how=LONGER, tensors=("q",))
+)
+def test_heads_that_have_no_sink(check: CheckCase, case: Case) -> None:
+    """Law 11. Must catch: the sink of one head, or its slope, for all that are given."""
+    check("misfit", case)

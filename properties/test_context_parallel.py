@@ -10,7 +10,8 @@ say, and marks of padding once; (7) large scores overflow nowhere; (8) the layou
 twice change nothing; (10) what cannot be computed is refused; (11) a layer of attention under tp,
 sequence parallelism and cp together has the gradients of one device, and only the collectives of
 its parts; (12) with dropout of shares the output and the gradients are those under the union of the
-masks, which differ on all ranks, and backward moves no random stream.
+masks, which differ on all ranks, and backward moves no random stream; (13) inputs of which one does
+not fit the others are not computed, (14) nor are packed sequences whose lengths do not add up.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from __future__ import annotations
 from hypothesis import given
 
 from verify.case import Case
+from verify.misfit import HOW
 from verify.runner.examiner import CheckCase
 from verify.strategies.cases import STRIDES
 from verify.strategies.context import attention_cases, block_cases, split_cases
 from verify.strategies.context_refusals import refusable_cases
 from verify.strategies.dropouts import telling
+from verify.strategies.misfits import misfit_cases
 
 PACKED = (1, 2, 3)
+LENGTHS = ("cu_seqlens", "cu_seqlens_padded")
 
 
 @given(case=attention_cases(algorithms=("all_gather",), strides=STRIDES))
@@ -152,3 +156,21 @@ def test_communication_of_a_layer(check: CheckCase, case: Case) -> None:
     linears; one over the wrong group."""
     check("communication", case)
     check("memory", case)
+
+
+@given(case=misfit_cases(attention_cases(packed=(0, 0, 1, 2))))
+def test_inputs_that_do_not_fit(check: CheckCase, case: Case) -> None:
+    """Law 13. Must catch: keys of one batch or token that are broadcast to the values of several;
+    heads that kv heads do not divide; a slope or a sink for all heads; marks of other tokens."""
+    check("misfit", case)
+
+
+@given(
+    case=misfit_cases(
+        attention_cases(packed=PACKED) | split_cases(packed=PACKED), how=HOW, tensors=LENGTHS
+    )
+)
+def test_lengths_that_do_not_add_up(check: CheckCase, case: Case) -> None:
+    """Law 14. Must catch: a sequence whose padding is another's; more tokens than places; places
+    that belong to no sequence."""
+    check("misfit", case)

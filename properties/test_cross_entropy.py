@@ -6,8 +6,9 @@ the same loss; (3) it is finite, and right, for logits in the thousands; (4) smo
 the other classes of the whole vocabulary; (5) an ignored target has no loss and no gradient; (6)
 masked padding is no class, even where a rank has nothing else; (7) memory order, (8) the layout and
 (9) running twice change nothing; (10) a rank keeps its part of the logits once, and three numbers a
-token. Targets and padding fall where they may: at edges of shards, all
-on one rank, none on another.
+token; (11) targets and logits that do not fit are not computed; (12) nor is a target that
+is no class: it is refused, or its loss is not a number. Targets and padding fall where they may: at
+edges of shards, all on one rank, none on another.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from __future__ import annotations
 from hypothesis import given
 
 from verify.case import Case
+from verify.misfit import INDEX
 from verify.runner.examiner import CheckCase
 from verify.strategies.cases import Choices, cases
+from verify.strategies.misfits import misfit_cases
 
 CONTIGUOUS: Choices = {"strides": ("contiguous",)}
 PLAIN: Choices = {
@@ -26,6 +29,7 @@ PLAIN: Choices = {
     "mask_padding": (False,),
     "magnitude": (1,),
 }
+MASKED: Choices = {"ignored": (False, True), "mask_padding": (False, True)}
 CONCEPT = "vocab_cross_entropy"
 
 
@@ -90,3 +94,17 @@ def test_what_is_kept(check: CheckCase, case: Case) -> None:
     """Law 10. Must catch: probabilities kept beside logits; a mask of the whole vocabulary; logits
     that are kept gathered."""
     check("memory", case)
+
+
+@given(case=misfit_cases(cases(CONCEPT, options={**CONTIGUOUS, "label_smoothing": (0.0,)})))
+def test_targets_that_do_not_fit(check: CheckCase, case: Case) -> None:
+    """Law 11. Must catch: targets of some tokens that are taken for all, or are a part of what is
+    gathered; a vocabulary of fewer classes than there are."""
+    check("misfit", case)
+
+
+@given(case=misfit_cases(cases(CONCEPT, options={**PLAIN, **MASKED}), how=(INDEX,)))
+def test_targets_that_are_no_class(check: CheckCase, case: Case) -> None:
+    """Law 12. Must catch: a loss of log-sum-exp where no rank has the target; padding for a class;
+    -1 for the last."""
+    check("misfit", case)

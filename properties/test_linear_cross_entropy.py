@@ -5,7 +5,8 @@ of whole logits on one device, whatever the chunk: one row, several, more than t
 rest; with smoothing, z-loss, ignored targets, masked padding, and a mask of the loss; (2) for each
 chunk the ranks exchange three or four numbers a token, and of hidden states what a column linear
 does; (3) hidden states and a few numbers a token are all that is kept; (4) the layout and (5)
-running twice change nothing; (6) what cannot be computed is refused.
+running twice change nothing; (6) what cannot be computed is refused; (7) inputs of which one does
+not fit the others are not computed, (8) nor is a target that is no class.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from __future__ import annotations
 from hypothesis import given
 
 from verify.case import Case
+from verify.misfit import INDEX
 from verify.runner.examiner import CheckCase
 from verify.strategies.cases import STRIDES
 from verify.strategies.layer import fused_loss_cases, refusable_fused_loss_cases
+from verify.strategies.misfits import misfit_cases
 
 
 @given(case=fused_loss_cases(strides=STRIDES))
@@ -56,3 +59,16 @@ def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
 def test_what_cannot_be_computed_is_refused(check: CheckCase, case: Case) -> None:
     """Law 6. Must catch: a chunk of no rows; a vocabulary whose rest belongs to nobody."""
     check("refusal", case)
+
+
+@given(case=misfit_cases(fused_loss_cases()))
+def test_inputs_that_do_not_fit(check: CheckCase, case: Case) -> None:
+    """Law 7. Must catch: targets, or a mask, of more tokens or fewer than hidden states, whose rest
+    is left out or which are broadcast."""
+    check("misfit", case)
+
+
+@given(case=misfit_cases(fused_loss_cases(), how=(INDEX,)))
+def test_targets_that_are_no_class(check: CheckCase, case: Case) -> None:
+    """Law 8. Must catch: a loss of log-sum-exp where no rank has the target; a class of padding."""
+    check("misfit", case)

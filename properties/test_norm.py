@@ -4,7 +4,8 @@ Laws: (1) output and gradients of the input are those of one device; (2) so are 
 weight and bias, which every rank has, of all tokens and all heads: with sequence parallelism and
 without, over tp and over cp; (3) a zero-centred weight stands for 1 + weight; (4) for backward the
 input is kept, and a number or two a row, and (5) only gradients of parameters are communicated; (6)
-memory order, (7) the layout and (8) running twice change nothing.
+memory order, (7) the layout and (8) running twice change nothing; (9) features that do not fit the
+weight are not computed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from verify.case import Case
 from verify.runner.examiner import CheckCase
 from verify.strategies.cases import STRIDES
 from verify.strategies.layer import norm_cases
+from verify.strategies.misfits import misfit_cases
 
 BOTH = ("norm", "qk_norm")
 
@@ -54,3 +56,9 @@ def test_the_layout_does_not_matter(check: CheckCase, case: Case) -> None:
 def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
     """Law 8. Must catch: gradients added to what an earlier run left."""
     check("determinism", case)
+
+
+@given(case=misfit_cases(norm_cases(*BOTH)))
+def test_features_that_do_not_fit(check: CheckCase, case: Case) -> None:
+    """Law 9. Must catch: one feature that is broadcast to all weights."""
+    check("misfit", case)

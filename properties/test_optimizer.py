@@ -18,6 +18,7 @@ from verify.strategies.cases import Choices
 from verify.strategies.training import (
     OPTIONS,
     rate_cases,
+    refusable_rate_cases,
     refusable_training_cases,
     training_cases,
 )
@@ -81,4 +82,10 @@ def test_all_together(check: CheckCase, case: Case) -> None:
 def test_refusals(check: CheckCase, case: Case) -> None:
     """Law 6. Must catch: layers that do not divide; a parameter in two groups or in none; options
     that make no sense and are accepted."""
+    check("refusal", case)
+
+
+@given(case=refusable_rate_cases())
+def test_no_update_is_before_the_first(check: CheckCase, case: Case) -> None:
+    """Law 6. Must catch: a rate below zero; one of the schedule's end."""
     check("refusal", case)

@@ -6,7 +6,7 @@ or of neighbours; (2) in packed sequences positions begin anew in each, and padd
 learned positions are cut once more by sequence parallelism, and their gradients complete; (4)
 nothing is communicated but gradients, and of what is turned nothing is kept; (5) the layout and (6)
 running twice change nothing; (7) features that are no pairs, and positions that are not there, are
-refused.
+refused; (8) tokens of other positions are not computed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from verify.case import Case
 from verify.runner.examiner import CheckCase
 from verify.strategies.cases import STRIDES
 from verify.strategies.layer import position_cases, refusable_position_cases
+from verify.strategies.misfits import misfit_cases
 
 BOTH = ("rotary", "position_embedding")
 
@@ -61,3 +62,9 @@ def test_what_cannot_be_computed_is_refused(check: CheckCase, case: Case) -> Non
     """Law 7. Must catch: the last of an odd number of features left alone; positions that begin
     anew, or are the last one again, where there are too few."""
     check("refusal", case)
+
+
+@given(case=misfit_cases(position_cases(*BOTH)))
+def test_tokens_that_do_not_fit(check: CheckCase, case: Case) -> None:
+    """Law 8. Must catch: one token that is broadcast to all positions."""
+    check("misfit", case)

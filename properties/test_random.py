@@ -8,7 +8,9 @@ outside of training nothing is dropped; (4) dropout communicates nothing; (5) me
 running twice change nothing; (7) a probability that is none is refused, and the local
 initialisation of copies whose ranks have no stream in common; (8) a model that is
 initialised whole is the same on every layout, bit for bit; (9) one that is initialised locally has
-equal copies, and parts, layers and stages that differ; (10) both have the promised spread.
+equal copies, and parts, layers and stages that differ; (10) both have the promised spread;
+(11) what is added and does not fit is not computed; (12) streams refuse what would make two of them
+meet, or lose one, in full in `verify.checks.stream_misuse`.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from hypothesis import given
 from verify.case import Case
 from verify.runner.examiner import CheckCase
 from verify.strategies.cases import STRIDES
+from verify.strategies.misfits import misfit_cases
 from verify.strategies.random import (
     dropout_cases,
     initialisation_cases,
+    misuse_cases,
     refusable_dropout_cases,
     refusable_initialisation_cases,
     stream_cases,
@@ -87,3 +91,17 @@ def test_copies_that_cannot_be_drawn_locally(check: CheckCase, case: Case) -> No
     """Law 7. Must catch: copies of an expert's bias that start apart; a size of another group that
     is asked for."""
     check("refusal", case)
+
+
+@given(case=misfit_cases(dropout_cases()))
+def test_a_residual_or_a_bias_that_does_not_fit(check: CheckCase, case: Case) -> None:
+    """Law 11. Must catch: one token that is broadcast to all that the other has; one feature of a
+    bias for all."""
+    check("misfit", case)
+
+
+@given(case=misuse_cases())
+def test_misuse_of_streams(check: CheckCase, case: Case) -> None:
+    """Law 12. Must catch: a name that is taken, or a seed that another stream has; a stream that
+    there is not; states that lack a stream, or name another."""
+    check("misuse", case)

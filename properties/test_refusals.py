@@ -2,8 +2,8 @@
 
 Laws: (1) a size that does not divide by tp is refused, also where some ranks would have enough; (2)
 options that do not go together are refused; (3) a value out of range is refused; (4) all ranks
-refuse, none waits for another. A case is valid but for one thing. Never is a wrong size or option
-computed silently.
+refuse, none waits for another; (5) an input of another width than the weight's is not computed. A
+case is valid but for one thing. Never is a wrong size or option computed silently.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from hypothesis import given
 
 from verify.case import Case
 from verify.runner.examiner import CheckCase
-from verify.strategies.cases import refusable_cases
+from verify.strategies.cases import STRIDES, Choices, cases, refusable_cases
+from verify.strategies.misfits import misfit_cases
 
+CONTIGUOUS: Choices = {"strides": STRIDES[:1]}
 _EXCHANGES = ("all_to_all_sp_to_hp", "all_to_all_hp_to_sp")
 _SPLITS = ("scatter_to_tp", "scatter_to_sp", "reduce_scatter_to_sp", "reduce_scatter_last_dim")
 
@@ -55,6 +57,12 @@ def test_options_that_do_not_go_together(check: CheckCase, case: Case) -> None:
 
 @given(case=refusable_cases("vocab_cross_entropy"))
 def test_a_smoothing_out_of_range(check: CheckCase, case: Case) -> None:
-    """Laws 3 and 4: one, above one, below zero. Must catch: a smoothing that is quietly left
-    out."""
+    """Laws 3 and 4: one, above one, below zero, or of a single class. Must catch: a smoothing that
+    is quietly left out."""
     check("refusal", case)
+
+
+@given(case=misfit_cases(cases("column_linear", "row_linear", "tp_mlp", options=CONTIGUOUS)))
+def test_features_that_do_not_fit(check: CheckCase, case: Case) -> None:
+    """Law 5. Must catch: a product with a part of the weight."""
+    check("misfit", case)

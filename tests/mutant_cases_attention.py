@@ -44,6 +44,8 @@ def cases() -> Iterator[tuple[str, Case]]:
     for options in REFUSED:
         yield "refusal", _case("core_attention", TP2, CORE, options)
     yield "refusal", _case("core_attention", TP2, {**HEADS, "heads": 5, "groups": 1})
+    shared = {**CORE, "batch": 2, "heads": 4, "groups": 2}
+    yield "misfit", _case("core_attention", TP2, shared, {"misfit": "v 1 one"})
     yield "equivalence", _case("latent_attention", TP2, LATENT)
     yield "equivalence", _case("latent_attention", SP2, LATENT)
     before = {"norm": "layer", "rotary": True}

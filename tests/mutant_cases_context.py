@@ -67,6 +67,7 @@ def cases() -> Iterator[tuple[str, Case]]:
         yield "equivalence", case
     for case in _refused():
         yield "refusal", case
+    yield "misfit", _attention(misfit="k 1 one", sizes={"batch": 2})
     yield "communication", _attention(algorithm="ring")
     yield "memory", _attention(algorithm="all_gather")
     sizes = {"sequence": 8, "batch": 1, "hidden": 3, "heads": 8, "kv_heads": 4, "head_dim": 2}
@@ -77,6 +78,10 @@ def cases() -> Iterator[tuple[str, Case]]:
         "equivalence",
         Case(concept="context_attention_block", layout=LAYER, shape=sizes, adversary=HARD),
     )
+    yield "misfit", _attention(packed=2, misfit="cu_seqlens 25 index", sizes={"sequence": 24})
+    shape = {"sequence": 12, "batch": 1, "hidden": 2}
+    options = {"packed": 2, "misfit": "cu_seqlens 13 index"}
+    yield "misfit", Case(concept="context_split", layout=TWICE, shape=shape, options=options)
     for options in ({}, {"packed": 2}):
         shape = {"sequence": 12, "batch": 1, "hidden": 2}
         yield (

@@ -44,6 +44,8 @@ def _norms() -> Iterator[tuple[str, Case]]:
         large = case_of("norm", TP2, hidden, lens="native", kind=kind, magnitude=1024)
         yield "equivalence", dataclasses.replace(large, dtype="float16")
         yield "memory", case_of("norm", SP2, hidden, kind=kind)
+        yield "misfit", case_of("norm", SP2, hidden, kind=kind, misfit="x 2 one")
+        yield "misfit", case_of("qk_norm", TP2, heads, kind=kind, misfit="k 3 one")
 
 
 def _positions() -> Iterator[tuple[str, Case]]:
@@ -100,6 +102,8 @@ def _losses() -> Iterator[tuple[str, Case]]:
         yield "memory", fused(layout, sizes, chunk=2)
     yield "communication", fused(TP2, sizes, chunk=2)
     yield "refusal", fused(TP2, sizes, z_loss=-0.25)
+    for misfit in ("targets -1 index", "targets 6 index", "targets 0 one"):
+        yield "misfit", fused(SP2, sizes, misfit=misfit)
     logits = {"sequence": 3, "batch": 2, "vocabulary": 6}
     yield "equivalence", case_of("vocab_cross_entropy", TP2, logits, z_loss=0.25)
     yield "memory", case_of("vocab_cross_entropy", TP2, logits)

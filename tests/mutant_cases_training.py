@@ -63,6 +63,9 @@ def cases() -> Iterator[tuple[str, Case]]:
     )
     for refused in ({"groups": "twice"}, {"clip": -1.0}):
         yield "refusal", _case(Layout(dp=2), refused)
+    early = {"schedule": "cosine", "warmup": 2, "decay": 7, "step": -1}
+    course = {"steps": 3}
+    yield "refusal", Case(concept="learning_rates", layout=Layout(), shape=course, options=early)
     for style in STYLES:
         for warm in (0, 2):
             options: dict[str, Any] = {"schedule": style, "warmup": warm, "decay": 7}

@@ -19,6 +19,7 @@ import pytest
 
 from verify.adversary import Adversary
 from verify.case import Case
+from verify.checks.stream_misuse import MISUSES
 from verify.cluster import Cluster, open_cluster
 from verify.errors import BadArgument, HarnessError
 from verify.layout import Layout
@@ -103,6 +104,10 @@ def _others() -> Iterator[tuple[str, Case]]:
     certain = _case("vocab_cross_entropy", TP2, one, "fp64", magnitude=16)
     yield "equivalence", dataclasses.replace(certain, seed=1)
     yield "refusal", _case("vocab_cross_entropy", TP2, LOGITS, "fp64", label_smoothing=1.0)
+    yield "misfit", _case("vocab_cross_entropy", TP2, LOGITS, "fp64", misfit="targets 1 one")
+    for index in (-1, 12):
+        none = {"misfit": f"targets {index} index"}
+        yield "misfit", _case("vocab_cross_entropy", TP2, LOGITS, "fp64", **none)
     for layout in (
         Layout(tp=2, cp=2, dp=2, order="cp-tp-ep-dp-pp"),
         Layout(dp=2, pp=3),
@@ -162,8 +167,11 @@ def _random() -> Iterator[tuple[str, Case]]:
             yield "equivalence", _case("dropout", layout, spread, "fp64", **options)
     yield "equivalence", _case("dropout", TP2, spread, "fp64", strides="transposed")
     yield "refusal", _case("dropout", TP2, spread, "fp64", dropout=1.0)
+    yield "misfit", _case("dropout", TP2, spread, "fp64", misfit="residual 0 one")
     for layout in (Layout(tp=2, dp=2, pp=2), Layout(cp=2, tp=2, pp=2), Layout(dp=4, ep=2, pp=2)):
         yield "streams", Case(concept="random_streams", layout=layout)
+        for how in MISUSES:
+            yield "misuse", Case(concept="random_streams", layout=layout, options={"misuse": how})
         for way in ("whole", "local"):
             shape = {"hidden": 12, "ffn": 24, "layers": 2}
             shape |= {"num_experts": 4} if layout.ep > 1 else {}

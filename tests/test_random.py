@@ -15,6 +15,7 @@ from impl.random import (
 )
 from verify.case import Case
 from verify.cluster import open_cluster
+from verify.errors import BadArgument
 from verify.layout import Layout
 from verify.verdict import Verdict, judge
 
@@ -184,9 +185,35 @@ def test_a_residual_has_the_shape_of_what_is_added_and_its_dtype():
         bias_dropout_add(x, bias=None, residual=torch.ones(1, 3), p=0.5)
 
 
+def _misused(target, how="name"):
+    case = Case(concept="random_streams", layout=Layout(tp=2), options={"misuse": how})
+    with open_cluster("sim", world_size=2) as cluster:
+        return judge("misuse", case, target_name=target, cluster=cluster)
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [
+        ("vacuous_targets:Refuses", "using its random streams: ValueError: name: shardproof-one"),
+        ("vacuous_targets:Spends", "rank 1 refused it, and has other states than before"),
+        ("impl@random-name-taken", "did what it is to refuse: it added a stream by a name that"),
+    ],
+)
+def test_misuse_that_is_not_refused_or_use_that_is(target, text):
+    judged = _misused(target)
+    assert judged.verdict is Verdict.FAILED
+    assert text in " ".join(judged.reason.split())
+
+
+def test_a_misuse_that_is_none():
+    with pytest.raises(BadArgument, match="'rename' is not one of name, seed"):
+        _misused("impl", "rename")
+
+
 def test_a_target_that_does_not_tell_its_streams_is_not_supported():
     with open_cluster("sim", world_size=2) as cluster:
-        case = Case(concept="random_streams", layout=Layout(tp=2))
-        found = judge("streams", case, target_name=target_of(None), cluster=cluster)
-    assert found.verdict is Verdict.NOT_SUPPORTED
-    assert "does not tell its random streams" in found.reason
+        case = Case(concept="random_streams", layout=Layout(tp=2), options={"misuse": "name"})
+        for check in ("streams", "misuse"):
+            found = judge(check, case, target_name=target_of(None), cluster=cluster)
+            assert found.verdict is Verdict.NOT_SUPPORTED
+            assert "does not tell its" in found.reason

@@ -136,9 +136,78 @@ class AskingSubject(Spoilt):
         oracle.CONTRACTS[case.concept](case)
 
 
+class RefusingSubject(Spoilt):
+    """Refuses whatever it is given."""
+
+    def forward(self, inputs):
+        raise ValueError(f"sequence: {self.case.shape['sequence']} is not what I like")
+
+
+class Refusing(_Target):
+    subject = RefusingSubject
+
+
+class PaddingSubject(Spoilt):
+    """Makes inputs fit: it takes the sizes that the case says, and repeats what lacks."""
+
+    def forward(self, inputs):
+        x = inputs["x"]
+        width = self.case.shape["in_features"] // self.case.layout.tp
+        places = torch.arange(width).clamp(max=x.shape[-1] - 1)
+        return super().forward({"x": x.index_select(-1, places)})
+
+
+class Padding(_Target):
+    subject = PaddingSubject
+
+
 class Asking(_Target):
     subject = AskingSubject
 
 
 class Unspoilt(_Target):
     """The same detour and nothing undone."""
+
+
+class RefusingStreams:
+    """Refuses whatever is done with them."""
+
+    def add(self, name, *, seed):
+        raise ValueError(f"name: {name} is not what I like")
+
+
+class SpentStreams:
+    """impl's, of which a number is drawn before anything is refused."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def add(self, name, *, seed):
+        torch.rand(1)
+        self.inner.add(name, seed=seed)
+
+
+class _Streaming(_Session):
+    def tracker(self):
+        return self.subject(self.inner.tracker())
+
+
+class Refuses(_Target):
+    """Has no stream that is added."""
+
+    @contextmanager
+    def session(self, layout):
+        with Right.session(self, layout) as session:
+            yield _Streaming(session, lambda inner: RefusingStreams())
+
+
+class Spends(_Target):
+    """Moves the default stream when it refuses."""
+
+    @contextmanager
+    def session(self, layout):
+        with Right.session(self, layout) as session:
+            yield _Streaming(session, SpentStreams)

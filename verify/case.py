@@ -14,8 +14,8 @@ Lens = Literal["exact", "fp64", "native"]
 LENSES: tuple[Lens, ...] = ("exact", "fp64", "native")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 Option = bool | int | float | str | None
-# Of every concept; verify/lens.py says what they do to the tensors.
-HARNESS_OPTIONS = ("strides", "zeros", "magnitude")
+# Of every concept; verify/lens.py and verify/misfit.py say what they do to the tensors.
+HARNESS_OPTIONS = ("strides", "zeros", "magnitude", "misfit")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ Kind = Literal[
     "deadlock",
     "collective",  # members of a group issued collectives that do not fit
     "refusal",  # a case that must be refused was not, or not clearly
+    "misfit",  # inputs that do not fit were computed
     "groups",
     "initialisation",  # parameters before training that are not as promised
     "schedule",  # a table of a pipeline schedule that breaks a law
@@ -209,6 +210,7 @@ _HEADLINES: Mapping[str, str] = {
     "memory": "more is kept for backward than the concept promises",
     "random state": "random generators do not draw what they have to",
     "refusal": "the case must be refused on every rank with an error that names what is wrong",
+    "misfit": "inputs that do not fit were computed, which one device refuses",
     "groups": "the process groups are not those of the layout",
     "initialisation": "parameters are not initialised as promised",
     "schedule": "the table of the schedule is not well-formed",

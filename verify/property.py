@@ -17,10 +17,12 @@ from verify.checks.blame import Bench
 from verify.checks.group_laws import groups_check
 from verify.checks.initialisation import initialisation_check
 from verify.checks.masks import Masks
+from verify.checks.misfit import misfit
 from verify.checks.promises import kept_too_much, miscommunicated, promises_communication
 from verify.checks.random_states import left_elsewhere, moved_by_backward
 from verify.checks.refusal import refusal
 from verify.checks.stream_laws import streams
+from verify.checks.stream_misuse import misuse
 from verify.checks.vacuity import must_not_vanish, unshown
 from verify.cluster.base import Cluster
 from verify.cluster.history import History
@@ -192,8 +194,10 @@ CHECKS: Mapping[str, Check] = {
     "communication": communication,
     "memory": memory,
     "refusal": refusal,
+    "misfit": misfit,
     "groups": groups,
     "streams": streams,
+    "misuse": misuse,
     "schedule": schedule_check,
     "initialisation": initialisation_check,
 }

@@ -127,7 +127,7 @@ def observe(
             subject = session.build(case)
         with target_code("naming its parameters"):
             parameters = dict(subject.parameters())
-        _load(parameters, given, ranks, rank, case, contract)
+        load_weights(parameters, given, ranks, rank, case, contract)
         watch = Watch(contract, [parameter for parameter, _ in parameters.values()], borrowed)
         for _ in range(times):
             for parameter, _ in parameters.values():
@@ -150,7 +150,7 @@ def _random_states(subject: Subject) -> dict[str, Tensor]:
         return {} if tell is None else {name: state.cpu() for name, state in tell().items()}
 
 
-def _load(
+def load_weights(
     parameters: Mapping[str, tuple[Parameter, Placements]],
     given: Problem,
     ranks: RankMap,

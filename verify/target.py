@@ -44,7 +44,8 @@ class Session(Protocol):
     """A target on one rank, its process groups made for one layout.
 
     It may have `streams()`, how to draw from the rank's random stream of every region that
-    `verify.checks.stream_laws` knows; the check `streams` needs it.
+    `verify.checks.stream_laws` knows; the check `streams` needs it. And `tracker()`, all of them as
+    `verify.checks.stream_misuse` uses them, for the check `misuse`.
     """
 
     def groups(self) -> Mapping[str, tuple[int, ...]]:

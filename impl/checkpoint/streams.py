@@ -34,7 +34,7 @@ def reseeded(
 ) -> dict[str, Tensor]:
     """States of all streams of a tracker that no run has used before: their seeds are made from the
     `fingerprint` of a checkpoint and the number of its `step`. Ranks share them as ever."""
-    seeds = stream_seeds(seed_of(fingerprint, step), layout=layout, rank=rank)
+    seeds = stream_seeds(seed_of(f"{fingerprint}/{step}"), layout=layout, rank=rank)
     generator = torch.Generator(tracker.device)
     return {name: generator.manual_seed(seeds[name]).get_state() for name in tracker.names}
 

@@ -34,7 +34,7 @@ class Sampler:
         return int(self._orders[epoch][index])
 
     def _order(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+        generator = torch.Generator().manual_seed(seed_of(f"{self.seed}/{epoch}"))
         return torch.randperm(self.count, generator=generator, device="cpu")
 
     def batch(

@@ -90,7 +90,7 @@ def answer(target_name: str, case: Case) -> Answer:
     except (NotSupported, HarnessError):
         raise
     except Exception as error:
-        return Answer(stage, type(error).__name__, str(error), _deliberate(error))
+        return Answer(stage, type(error).__name__, str(error), is_deliberate(error))
 
 
 def _lacks(answer: Answer, case: Case) -> str:
@@ -105,7 +105,7 @@ def _lacks(answer: Answer, case: Case) -> str:
     return ""
 
 
-def _deliberate(error: Exception) -> bool:
+def is_deliberate(error: Exception) -> bool:
     """Whether the exception comes out of a `raise` or `assert` of the target with a message."""
     if isinstance(error, _INTERNAL) or not str(error).strip():
         return False

@@ -7,7 +7,7 @@ compare a target with itself or count what it does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
@@ -22,16 +22,21 @@ from verify.tolerance import Tolerance
 
 
 def unshown(
-    case: Case, contract: Contract, ranks: RankMap, observations: Sequence[Observation]
+    case: Case,
+    contract: Contract,
+    ranks: RankMap,
+    observations: Sequence[Observation],
+    names: Collection[str] | None = None,
 ) -> Iterator[str]:
-    """One line for each result that a rank of a replica lacks, or that is zero on all of them where
-    it must not be. The reference runs only where something is zero, under the masks that were."""
+    """One line for each result, of these `names` if given, that a rank of a replica lacks, or that
+    is zero on all of them where it must not be. The reference runs only where something is zero,
+    under the masks that were."""
     masks = Masks(contract, ranks, [each.masks for each in observations])
     if wrong := masks.misshapen():
         yield wrong
         return
     references: dict[str, Reference] = {}
-    for name in result_names(contract):
+    for name in result_names(contract) if names is None else names:
         for replica, members in ranks.replicas.items():
             found = [observations[rank].tensors[name] for rank in members]
             there = [each for each in found if each is not None]

@@ -284,4 +284,11 @@ MUTANTS = (
         snippet="self.core(q, k, v, **arguments).flatten(2)",
         replacement="self.core(q, k, v).flatten(2)",
     ),
+    _core(
+        name="attention-of-any-shapes",
+        wrong="Queries, keys and values of other batches or lengths are broadcast to each other.",
+        snippet="    _check_shapes(q, k, v)\n",
+        replacement="",
+        caught_by=("core_attention",),
+    ),
 )

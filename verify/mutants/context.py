@@ -214,4 +214,17 @@ MUTANTS = (
         replacement="q, k, v = (x for x in (q, k, v))",
         caught_by=("context_attention_block",),
     ),
+    _attention(
+        name="attention-over-cp-of-any-shapes",
+        wrong="Queries, keys and values of other batches are broadcast to each other.",
+        snippet="    _check_shapes(q, k, v)\n",
+        replacement="",
+    ),
+    _zigzag(
+        name="packed-beyond-the-sequence",
+        wrong="Packed sequences may have more tokens than places.",
+        snippet="if not 0 <= length <= padded:",
+        replacement="if length < 0:",
+        caught_by=("context_attention", "context_split"),
+    ),
 )

@@ -148,4 +148,25 @@ MUTANTS = (
         snippet="if not 0.0 <= label_smoothing < 1.0:",
         replacement="if not 0.0 <= label_smoothing:",
     ),
+    _mutant(
+        name="loss-of-any-targets",
+        wrong="The target of one token is taken for all.",
+        snippet="    if targets.shape != logits.shape[:-1]:",
+        replacement="    targets = targets.expand(logits.shape[:-1])\n    if False:",
+    ),
+    _mutant(
+        name="loss-of-no-class",
+        wrong="A target that is no class has a loss, as if its logit were the largest.",
+        snippet="((targets < 0) | (targets >= self.total)) & (targets != self.ignore_index)",
+        replacement="torch.zeros_like(targets, dtype=torch.bool)",
+        caught_by=("vocab_cross_entropy", "linear_cross_entropy"),
+        seen="megatron-core 0.16.1, vocab_parallel_cross_entropy",
+    ),
+    _mutant(
+        name="loss-of-padding",
+        wrong="A target among the padding has a loss, as if its logit were the largest.",
+        snippet="((targets < 0) | (targets >= self.total)) & (targets != self.ignore_index)",
+        replacement="(targets < 0) & (targets != self.ignore_index)",
+        caught_by=("vocab_cross_entropy", "linear_cross_entropy"),
+    ),
 )

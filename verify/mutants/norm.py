@@ -141,4 +141,10 @@ MUTANTS = (
         ),
         caught_by=("norm",),
     ),
+    _mutant(
+        name="norm-of-any-width",
+        wrong="A single feature is normalised, and multiplied by every weight.",
+        snippet="if x.shape[-1] != self.features:",
+        replacement="if not x.shape[-1]:",
+    ),
 )

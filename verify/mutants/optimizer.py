@@ -223,6 +223,12 @@ _RATES = (
             return self.maximum""",
     ),
     _rate(
+        name="rate-before-the-first",
+        wrong="A step before the first has a rate, below zero while it warms up.",
+        snippet="        if step < 0:",
+        replacement="        if step < -self.warmup_steps:",
+    ),
+    _rate(
         name="rate-annealing-at-once",
         wrong="Annealing begins with the end of warm-up.",
         snippet="""            first = self.decay_steps - self.annealing_steps

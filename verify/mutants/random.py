@@ -196,8 +196,8 @@ MUTANTS = (
     _initial(
         name="initial-layers-alike",
         wrong="All parameters are drawn from the run's seed, whatever their names.",
-        snippet="seed_of(seed, name_of(name))",
-        replacement="seed_of(seed)",
+        snippet='seed_of(f"{seed}/{name_of(name)}")',
+        replacement="seed_of(str(seed))",
     ),
     _initial(
         name="initial-inputs-of-a-part",
@@ -263,5 +263,29 @@ MUTANTS = (
             "            continue\n"
             "        shape = _full_shape(parameter, groups)\n"
         ),
+    ),
+    _dropout(
+        name="dropout-residual-of-any-shape",
+        wrong="The residual of one token is added to all.",
+        snippet="if residual.shape != x.shape:",
+        replacement="if residual.dim() != x.dim():",
+    ),
+    _stream(
+        name="random-name-taken",
+        wrong="A stream is lost where another is added by its name.",
+        snippet="        if name in self._states:\n            raise ",
+        replacement="        if False:\n            raise ",
+    ),
+    _stream(
+        name="random-seed-taken",
+        wrong="Two streams of one seed draw the same numbers.",
+        snippet="            if taken == seed:",
+        replacement="            if taken == name:",
+    ),
+    _stream(
+        name="random-states-of-others",
+        wrong="The states of some streams are put back, and the others are lost.",
+        snippet="        self._require_all(states)\n",
+        replacement="        states = {**self._states, **states}\n",
     ),
 )

@@ -158,7 +158,7 @@ class Trials:
         count = sum(found.concepts.values())
         seconds = (time.monotonic() - began) / max(count, 1)
         # One law of groups asks for what there is not.
-        refusals = checks["refusal"] + checks["groups"]
+        refusals = sum(checks[each] for each in ("refusal", "misfit", "misuse", "groups"))
         return Surveyed(name, count, seconds, found.concepts, found.lines, refusals)
 
     def _function(self, name: str) -> Callable[..., Any]:

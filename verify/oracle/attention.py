@@ -18,7 +18,15 @@ from verify.case import Case
 from verify.disturbance import of_output
 from verify.errors import BadArgument
 from verify.oracle.contract import Contract, Mask, Tensors, TensorSpec
-from verify.oracle.terms import in_training, known_options, number, sizes, switches, whole_number
+from verify.oracle.terms import (
+    fit,
+    in_training,
+    known_options,
+    number,
+    sizes,
+    switches,
+    whole_number,
+)
 from verify.placement import Partial, Placements, Replicate, Shard
 
 SCORING = (
@@ -110,6 +118,11 @@ def attend(
     [keys, batch, groups, e]; the queries are the last positions of the keys. `kept` is the dropout
     mask [batch, heads, queries, keys]."""
     queries, keys, heads = q.shape[0], k.shape[0], q.shape[2]
+    fit_heads(q, k, v)
+    if padding is not None:
+        fit("padding", padding, (q.shape[1], keys))
+    if sink is not None:
+        fit("sink", sink, q.shape[2:3])
     k, v = (each.repeat_interleave(heads // each.shape[2], dim=2) for each in (k, v))
     where = (torch.arange(keys - queries, keys), torch.arange(keys))
     allowed, bias = given.allowed(*where, padding), given.bias(heads, *where)
@@ -131,6 +144,15 @@ def attend(
     return of_output(out, scores, every).permute(2, 0, 1, 3)
 
 
+def fit_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError where groups do not fit heads, or keys and values queries and each other."""
+    batch, heads, size = q.shape[1:]
+    fit("k", k, (k.shape[0], batch, k.shape[2], size))
+    fit("v", v, (*k.shape[:3], v.shape[-1]))
+    if heads % k.shape[2]:
+        raise ValueError(f"k: {k.shape[2]} groups do not divide {heads} heads")
+
+
 def core_attention(case: Case) -> Contract:
     """q [sequence, batch, heads, head_size] Shard(2) over tp, and so is y, with value_size for
     head_size. k and v [key_sequence, batch, groups, head_size or value_size] Shard(2), or, of one
@@ -147,6 +169,8 @@ def core_attention(case: Case) -> Contract:
 
     def reference(inputs: Tensors, parameters: Tensors) -> Tensors:
         q, k, v = (inputs[name] for name in ("q", "k", "v"))
+        if given.alibi:
+            fit("q", q, (*q.shape[:2], heads, *q.shape[3:]))
         random = {"padding": inputs.get("padding"), "kept": inputs.get("shares")}
         return {"y": attend(q, k, v, given, sink=parameters.get("sink"), **random)}
 

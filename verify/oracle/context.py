@@ -25,6 +25,7 @@ from verify.oracle.context_shares import SHARED, Shares
 from verify.oracle.contract import Contract, Mask, Tensors, TensorSpec
 from verify.oracle.terms import (
     exclude,
+    fit,
     known_options,
     number,
     one_of,
@@ -68,6 +69,21 @@ class Sequences:
             for name, each in (found.items() if self.packed else ())
         }
 
+    def check(self, inputs: Tensors) -> None:
+        """Raise ValueError for cumulative lengths that are none, or not of so many places."""
+        if not self.packed:
+            return
+        real, padded = (inputs[name] for name in ("cu_seqlens", "cu_seqlens_padded"))
+        for name, given in (("cu_seqlens", real), ("cu_seqlens_padded", padded)):
+            fit(name, given, (given.numel(),))
+            if given[0] != 0 or (given.diff() < 0).any():
+                raise ValueError(f"{name}: {given.tolist()} are no cumulative lengths")
+        fit("cu_seqlens", real, padded.shape)
+        if (real.diff() > padded.diff()).any():
+            raise ValueError(f"cu_seqlens: {real.tolist()} exceed {padded.tolist()}")
+        if padded[-1] != sum(self.padded):
+            raise ValueError(f"cu_seqlens_padded: {padded.tolist()} of {sum(self.padded)} places")
+
     def allowed(self, mask: str, window: int | None) -> Tensor:
         """Which place attends to which, bool [places, places]; padding to and of nothing."""
         sequence = torch.repeat_interleave(torch.tensor(self.padded))
@@ -94,6 +110,7 @@ def context_split(case: Case) -> Contract:
     positions = sequences.positions
 
     def reference(inputs: Tensors, parameters: Tensors) -> Tensors:
+        sequences.check(inputs)
         return {"y": inputs["x"].clone(), "positions": positions}
 
     return Contract(
@@ -148,6 +165,7 @@ def context_attention(case: Case) -> Contract:
     def reference(inputs: Tensors, parameters: Tensors) -> Tensors:
         given: dict[str, Any] = {"allowed": allowed, "positions": sequences.positions}
         q, k, v = (inputs[name] for name in "qkv")
+        sequences.check(inputs)
         out = shares.attention(q, k, v, inputs, **given, sink=inputs.get("sink"))
         if not counted:
             return {"out": out}

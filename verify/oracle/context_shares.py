@@ -13,9 +13,9 @@ from torch import Tensor
 
 from verify.case import Case
 from verify.disturbance import of_output
-from verify.oracle.attention import slopes
+from verify.oracle.attention import fit_heads, slopes
 from verify.oracle.contract import Step, Tensors, TensorSpec
-from verify.oracle.terms import number, switches, whole_number
+from verify.oracle.terms import fit, number, switches, whole_number
 from verify.placement import Cut, Placements
 
 SHARED = ("padding", "alibi", "sink", "layer_number", "scale")
@@ -78,12 +78,16 @@ class Shares:
         """[sequence, batch, heads, e] of q [sequence, batch, heads, d], k and v of some of as many
         heads. `allowed`, bool [queries, keys], is of the mask; `inputs` may have marks of padding,
         and what dropout kept as `shares` [batch, heads, queries, keys]."""
+        fit("q", q, (allowed.shape[-2], *q.shape[1:]))
+        fit("k", k, (allowed.shape[-1], *k.shape[1:]))
         if "padding" in inputs:
+            fit("padding", inputs["padding"], (q.shape[1], k.shape[0]))
             allowed = allowed & (inputs["padding"] == 0)[:, None, None, :]
         bias = None
         if self.alibi:
             distance = (positions[:, None] - positions[None, :]).abs()
-            by_head = torch.tensor(slopes(q.shape[2]), dtype=torch.float64)
+            by_head = torch.tensor(slopes(self.case.shape["heads"]), dtype=torch.float64)
+            fit("q", q, (*q.shape[:2], len(by_head), *q.shape[3:]))
             bias = -by_head.view(-1, 1, 1) * distance
         given = {"kept": inputs.get("shares"), "sink": sink, "bias": bias}
         factor = q.shape[-1] ** -0.5 if self.scale is None else self.scale
@@ -107,6 +111,9 @@ def plain_attention(
     """[sequence, batch, heads, ...] on one device. Zeros for a query without an allowed key.
     `allowed` and `bias` broadcast to [batch, heads, queries, keys], of which `kept` is the mask of
     a dropout of shares; `sink` is [heads]."""
+    fit_heads(q, k, v)
+    if sink is not None:
+        fit("sink", sink, q.shape[2:3])
     repeats = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
     scores = torch.einsum("sbhd,tbhd->bhst", q, k) * factor

@@ -31,7 +31,7 @@ from torch import Tensor
 from verify.case import Case
 from verify.errors import BadArgument
 from verify.oracle.contract import IGNORED, Contract, TensorSpec
-from verify.oracle.terms import known_options, number, sizes, switches
+from verify.oracle.terms import fit, known_options, number, sizes, switches
 from verify.placement import Replicate, Shard
 
 _SWITCHES = {"ignored": False, "mask_padding": False}
@@ -79,15 +79,24 @@ def losses_of(case: Case) -> tuple[int, Callable[[Tensor, Tensor], Tensor]]:
         raise BadArgument(
             f"case.shape.real_vocabulary: {real} exceeds vocabulary={vocabulary}, its padded size"
         )
-    classes = real if switches(case, _SWITCHES)["mask_padding"] else vocabulary
+    masked = switches(case, _SWITCHES)["mask_padding"]
+    classes = real if masked else vocabulary
     smoothing, z_loss = _smoothing(case, classes), number(case, "z_loss", least=0.0) or 0.0
-    return real, partial(loss_of, classes=classes, smoothing=smoothing, z_loss=z_loss)
+    losses = partial(loss_of, classes=classes, smoothing=smoothing, z_loss=z_loss)
+
+    def checked(logits: Tensor, targets: Tensor) -> Tensor:
+        if masked and logits.shape[-1] < case.shape.get("real_vocabulary", 0):
+            raise ValueError(f"logits: {logits.shape[-1]} are fewer than the {real} real classes")
+        return losses(logits, targets)
+
+    return real, checked
 
 
 def loss_of(
     logits: Tensor, targets: Tensor, *, classes: int, smoothing: float, z_loss: float
 ) -> Tensor:
     """The loss of every target over the first `classes` logits, float32 or float64."""
+    fit("targets", targets, logits.shape[:-1])
     wide = logits if logits.dtype is torch.float64 else logits.float()
     log_p = torch.log_softmax(wide[..., :classes], dim=-1)
     counted = targets != IGNORED

@@ -12,7 +12,7 @@ from torch import Tensor
 from verify.case import Case
 from verify.errors import BadArgument
 from verify.oracle.contract import Contract, Mask, Tensors, TensorSpec
-from verify.oracle.terms import in_training, known_options, number, sizes, switches
+from verify.oracle.terms import fit, in_training, known_options, number, sizes, switches
 from verify.placement import Partial, Placements, Shard
 
 REGIONS = ("replicated", "tensor-parallel")
@@ -78,5 +78,9 @@ def dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
 
 
 def _reference(tensors: Tensors, p: float) -> Tensors:
-    x = tensors["x"] + tensors["bias"] if "bias" in tensors else tensors["x"]
-    return {"y": tensors["residual"] + dropped(x, tensors.get("mask"), p)}
+    x, residual, bias = tensors["x"], tensors["residual"], tensors.get("bias")
+    fit("residual", residual, x.shape)
+    if bias is not None:
+        fit("bias", bias, (*bias.shape[:-1], x.shape[-1]))
+        x = x + bias
+    return {"y": residual + dropped(x, tensors.get("mask"), p)}

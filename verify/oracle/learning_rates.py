@@ -32,17 +32,20 @@ MAXIMUM = 2.0**-8
 def learning_rates(case: Case) -> Contract:
     """`rates` [steps], float64: the rate of each update, the same on every rank.
 
-    Options `schedule`, `warmup`, `decay` (T), `annealing` (a, of wsd) and `minimum`, a share of the
-    maximum 1/256. Raises BadArgument where the phases do not come one after the other.
+    Options `step`, the number of updates before the first of them; `schedule`, `warmup`, `decay`
+    (T), `annealing` (a, of wsd) and `minimum`, a share of the maximum 1/256. Raises BadArgument
+    where the phases do not come one after the other.
     """
-    known_options(case, *OPTIONS)
+    known_options(case, *OPTIONS, "step")
     (steps,) = sizes(case, "steps")
-    rates = rates_of(case, steps)
+    before = whole_number(case, "step", least=0) or 0
+    rates = rates_of(case, before + steps)[before:]
     return Contract(
         axes=("tp", "cp", "dp"),
         inputs={},
         parameters={},
-        outputs={"rates": TensorSpec((steps,), grad_placements=None)},
+        # At its end a course is a difference of numbers near the maximum.
+        outputs={"rates": TensorSpec((steps,), grad_placements=None, terms=MAXIMUM)},
         reference=lambda inputs, parameters: {"rates": torch.tensor(rates, dtype=torch.float64)},
     )
 

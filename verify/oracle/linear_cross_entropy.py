@@ -10,7 +10,7 @@ from verify.case import Case
 from verify.oracle.contract import Contract, Step, Tensors, TensorSpec
 from verify.oracle.cross_entropy import OPTIONS as _OF_THE_LOSS
 from verify.oracle.cross_entropy import losses_of
-from verify.oracle.terms import known_options, sizes, switches, whole_number
+from verify.oracle.terms import fit, known_options, sizes, switches, whole_number
 from verify.placement import Placements, Replicate, Shard
 
 OPTIONS = (*_OF_THE_LOSS, "chunk", "loss_mask")
@@ -41,7 +41,10 @@ def linear_cross_entropy(case: Case) -> Contract:
     def reference(inputs: Tensors, parameters: Tensors) -> Tensors:
         logits = F.linear(inputs["hidden"], parameters["weight"])
         loss = losses(logits, inputs["targets"])
-        return {"loss": loss * inputs["loss_mask"] if masked else loss}
+        if not masked:
+            return {"loss": loss}
+        fit("loss_mask", inputs["loss_mask"], loss.shape)
+        return {"loss": loss * inputs["loss_mask"]}
 
     tokens, terms = (sequence, batch), 3 if case.options.get("label_smoothing") else 2
     inputs = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from verify.case import Case
 from verify.disturbance import of_mean
 from verify.oracle.contract import Contract, Step, Tensors, TensorSpec
-from verify.oracle.terms import exclude, known_options, one_of, sizes, switches
+from verify.oracle.terms import exclude, fit, known_options, one_of, sizes, switches
 from verify.placement import Partial, Placements, Replicate, Shard
 
 KINDS = ("layer", "rms")
@@ -31,6 +31,7 @@ def normalised(
     """`x` [..., features] normalised by `prefix`weight and, where there is one, `prefix`bias."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     weight, bias = parameters[f"{prefix}weight"], parameters.get(f"{prefix}bias")
+    fit("x", x, (*x.shape[:-1], *weight.shape))
     mean = wide.mean(-1, keepdim=True) if kind == "layer" else None
     centred = wide if mean is None else wide - mean
     root = torch.sqrt((centred * centred).mean(-1, keepdim=True) + EPSILON)

@@ -13,7 +13,7 @@ from verify.case import Case
 from verify.errors import BadArgument
 from verify.oracle.context import PLACEMENTS, Sequences, sequences_of
 from verify.oracle.contract import Contract, Step, Tensors, TensorSpec
-from verify.oracle.terms import known_options, number, one_of, sizes, switches, whole_number
+from verify.oracle.terms import fit, known_options, number, one_of, sizes, switches, whole_number
 from verify.placement import Placements, Replicate, Shard
 
 BASE = 10000.0
@@ -31,6 +31,7 @@ def rotated(
     complex numbers, are multiplied by exp(i position base^(-2 j / dim)); pair j is of neighbours if
     interleaved, else of the two halves."""
     dim = x.shape[-1] if dim is None else dim
+    fit("x", x, (*positions.shape, *x.shape[1:3], x.shape[-1]))
     wide = x[..., :dim].to(torch.promote_types(x.dtype, torch.float32))
     frequencies = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     turns = torch.polar(torch.ones(()).double(), torch.outer(positions, frequencies))
@@ -71,7 +72,8 @@ def rotary(case: Case) -> Contract:
 
     def reference(inputs: Tensors, parameters: Tensors) -> Tensors:
         x = inputs["x"]
-        return {"y": rotated(x, positions, dim=dim, base=base, interleaved=interleaved)}
+        sequences.check(inputs)
+        return {"y": rotated(x, positions, dim=dim or size, base=base, interleaved=interleaved)}
 
     return Contract(
         axes=("tp", "cp"),
@@ -114,7 +116,12 @@ def position_embedding(case: Case) -> Contract:
                 f"case.shape.max_positions: {most} are fewer than the positions of a sequence of"
                 f" {max(sequences.padded)}"
             )
-        return {"y": inputs["x"] + parameters["weight"][positions][:, None]}
+        x = inputs["x"]
+        sequences.check(inputs)
+        # One sequence may have any length.
+        where = positions if sequences.packed else torch.arange(x.shape[0])
+        fit("x", x, (len(where), *x.shape[1:2], hidden))
+        return {"y": x + parameters["weight"][where][:, None]}
 
     return Contract(
         axes=("tp", "cp"),

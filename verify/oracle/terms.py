@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from verify.case import HARNESS_OPTIONS, Case, Option
 from verify.errors import BadArgument
@@ -55,6 +57,12 @@ def whole_number(case: Case, name: str, *, least: int) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise BadArgument(f"case.options.{name}: {value!r} is no whole number from {least} up")
     return value
+
+
+def fit(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    """Raise ValueError for a tensor of another shape, which torch might broadcast."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name}: {list(tensor.shape)} is not {list(shape)}")
 
 
 def number(case: Case, name: str, *, least: float, below: float | None = None) -> float | None:

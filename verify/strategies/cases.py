@@ -244,12 +244,13 @@ def _arithmetic(draw: st.DrawFn, case: Case, lenses: Sequence[Lens]) -> tuple[Le
 @dataclasses.dataclass(frozen=True)
 class Fault:
     """What makes a valid case one to refuse: a size that does not divide by tp, the values of an
-    option, or sequence parallelism turned the other way. `sequence_parallel` and `given` are what
-    the valid case must have for that."""
+    option, with these `sizes` if any, or sequence parallelism turned the other way.
+    `sequence_parallel` and `given` are what the valid case must have for that."""
 
     size: str = ""
     option: str = ""
     values: tuple[Option, ...] = ()
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     turned: bool = False
     sequence_parallel: tuple[bool, ...] = (False, True)
     given: Choices = dataclasses.field(default_factory=dict)
@@ -282,6 +283,12 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
     "vocab_cross_entropy": (
         Fault(option="label_smoothing", values=(1.0, 1.5, -0.5)),
         Fault(option="z_loss", values=(-0.25,)),
+        Fault(
+            option="label_smoothing",
+            values=(0.1, 0.5),
+            sizes={"real_vocabulary": 1},
+            given={"mask_padding": (True,)},
+        ),
     ),
     "tp_mlp": (
         Fault("ffn"),
@@ -320,4 +327,8 @@ def refusable_cases(draw: st.DrawFn, *concepts: str, faults: str = "") -> Case:
         layout = dataclasses.replace(case.layout, sequence_parallel=flag)
         return dataclasses.replace(case, layout=layout)
     value = draw(st.sampled_from(fault.values))
-    return dataclasses.replace(case, options={**case.options, fault.option: value})
+    return dataclasses.replace(
+        case,
+        shape={**case.shape, **fault.sizes},
+        options={**case.options, fault.option: value},
+    )

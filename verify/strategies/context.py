@@ -145,20 +145,20 @@ def block_cases(
 
 
 @st.composite
-def split_cases(draw: st.DrawFn, *, min_cp: int = 1) -> Case:
-    """Cases of a sequence that is cut into the chunks of the ranks."""
+def split_cases(draw: st.DrawFn, *, min_cp: int = 1, packed: Sequence[int] = (0, 1, 2, 3)) -> Case:
+    """Cases of a sequence, or of as many packed ones, that is cut into the chunks of the ranks."""
     concept = chosen(draw, CONCEPT, ("context_split",))
     layout = draw(layouts(min_cp=min_cp))
-    options = {"placement": chosen(draw, "placement", ("zigzag", "contiguous"))}
-    count = draw(st.integers(0, 3))
+    options: dict[str, Any] = {"placement": chosen(draw, "placement", ("zigzag", "contiguous"))}
+    count = draw(st.sampled_from(packed))
     unit = layout.cp * (2 if options["placement"] == "zigzag" else 1)
     shape = {
         "sequence": unit * draw(st.integers(max(count, 1), count + 2)),
         "batch": draw(st.integers(1, 2)),
         "hidden": draw(st.integers(1, 3)),
     }
-    packed = {"packed": count} if count else {}
-    return draw(_case(concept, layout, shape, {**options, **packed}, LENSES))
+    options |= {"packed": count} if count else {}
+    return draw(_case(concept, layout, shape, options, LENSES))
 
 
 def shared_by(layout: Layout, algorithm: str) -> int:

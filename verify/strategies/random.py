@@ -12,6 +12,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from verify.case import LENSES, Case, Lens, Option
+from verify.checks.stream_misuse import MISUSES
 from verify.coverage.steering import CONCEPT, chosen
 from verify.layout import Layout
 from verify.oracle.dropout import PROBABILITY, REGIONS
@@ -106,6 +107,15 @@ def stream_cases() -> st.SearchStrategy[Case]:
     """Layouts of every kind, for the laws of random streams."""
     return st.deferred(lambda: _layouts(MAX_WORLD_SIZE)).map(
         lambda layout: Case(concept="random_streams", layout=layout)
+    )
+
+
+def misuse_cases() -> st.SearchStrategy[Case]:
+    """Misuses of the random streams of layouts of every kind."""
+    return st.builds(
+        lambda case, how: dataclasses.replace(case, options={"misuse": how}),
+        stream_cases(),
+        st.sampled_from(sorted(MISUSES)),
     )
 
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from verify.case import LENSES, Case, Lens, Option
 from verify.coverage.steering import CONCEPT, chosen, foresee
 from verify.layout import Layout
-from verify.oracle.learning_rates import STYLES
+from verify.oracle.learning_rates import MAXIMUM, STYLES
 from verify.oracle.training_plan import FROZEN, SPARE
+from verify.rank_program import contract_of
 from verify.runner.limits import limits
 from verify.strategies.cases import Choices, completed, contract_or_none, with_options
 from verify.strategies.layouts import (
@@ -40,6 +41,7 @@ _RATES: Choices = {
 # The default of an option comes first, and an option after those that its validity depends on.
 OPTIONS: Mapping[str, Choices] = {
     "learning_rates": {
+        "step": (0, 1, 4),
         **_RATES,
         "warmup": (None, 1, 2, 5),
         "decay": (None, 1, 5, 7),
@@ -134,11 +136,22 @@ def training_cases(
 
 @st.composite
 def rate_cases(draw: st.DrawFn) -> Case:
-    """Cases of `learning_rates`, beyond their end."""
+    """Cases of `learning_rates`, beyond their end, but not with every rate all but zero."""
     concept = chosen(draw, CONCEPT, ("learning_rates",))
     shape = {"steps": draw(st.integers(2, 10))}
     case = Case(concept=concept, layout=Layout(), shape=shape)
-    return draw(completed(_with_options(draw, case, OPTIONS["learning_rates"]), ("fp64",)))
+    case = _with_options(draw, case, OPTIONS["learning_rates"])
+    assume(contract_of(case).reference({}, {})["rates"].max() > MAXIMUM / 1024)
+    return draw(completed(case, ("fp64",)))
+
+
+def refusable_rate_cases() -> st.SearchStrategy[Case]:
+    """Cases of `learning_rates` that begin before the first update."""
+    return st.builds(
+        lambda case, step: dataclasses.replace(case, options={**case.options, "step": step}),
+        rate_cases(),
+        st.integers(-9, -1),
+    )
 
 
 def _with_options(draw: st.DrawFn, case: Case, options: Choices) -> Case:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from impl.groups import Groups, build_groups
 from verify.case import HARNESS_OPTIONS, Case
 from verify.checks.stream_laws import Draw
+from verify.checks.stream_misuse import Tracker
 from verify.errors import BadArgument
 from verify.layout import Layout
 from verify.target import RankState, Subject
@@ -46,6 +47,10 @@ class Session:
     def streams(self) -> Mapping[str, Draw]:
         """How to draw from this rank's random stream of every region."""
         return dropout.streams(self.bundle.layout)
+
+    def tracker(self) -> Tracker:
+        """This rank's random streams."""
+        return dropout.tracker_of(self.bundle.layout)
 
     def build(self, case: Case) -> Subject:
         """The subject of a supported case. Raises ValueError where impl refuses."""

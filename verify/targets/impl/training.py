@@ -37,7 +37,7 @@ from verify.targets.training_steps import new_values, reads_spare
 
 _RATES = ("schedule", "warmup", "decay", "annealing", "minimum")
 OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "learning_rates": _RATES,
+    "learning_rates": (*_RATES, "step"),
     "training_steps": (
         *_RATES,
         "optimizer",
@@ -315,7 +315,8 @@ def number(case: Case, name: str, default: float) -> float:
 def learning_rates(case: Case, groups: Groups) -> OperationSubject:
     """`Schedule`."""
     schedule = schedule_of(case)
-    rates = [schedule.rate(step) for step in range(case.shape["steps"])]
+    before = int(case.options.get("step") or 0)
+    rates = [schedule.rate(before + step) for step in range(case.shape["steps"])]
     return OperationSubject(lambda inputs: {"rates": torch.tensor(rates, dtype=torch.float64)})
 
 

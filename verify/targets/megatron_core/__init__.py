@@ -26,6 +26,7 @@ from verify.targets.megatron_core import stand_ins
 
 if TYPE_CHECKING:
     from verify.checks.stream_laws import Draw
+    from verify.checks.stream_misuse import Tracker
     from verify.target import RankState, Subject
     from verify.targets.megatron_core.rank_state import Found, GlobalState
 
@@ -78,6 +79,12 @@ class Session:
         """The subject of a supported case; raises what megatron-core raises where it refuses."""
         builders = {name: b for each in _adapters() for name, b in each.BUILDERS.items()}
         return builders[case.concept](case)
+
+    def tracker(self) -> Tracker:
+        """This rank's random streams."""
+        from verify.targets.megatron_core import random
+
+        return random.Streams()
 
     def streams(self) -> Mapping[str, Draw]:
         """How to draw from this rank's random stream of every region that Megatron knows."""

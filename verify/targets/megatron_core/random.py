@@ -37,6 +37,7 @@ from verify.targets.megatron_core.subjects import (
 )
 
 OPTIONS: Mapping[str, frozenset[str]] = {
+    "random_streams": frozenset({"misuse"}),
     "dropout": frozenset({"region", "dropout", "bias", "training"}),
     "recomputed_block": frozenset({"dropout", "recompute"}),
     "initialisation": frozenset({"way", "rule", "activation"}),
@@ -61,6 +62,27 @@ def streams() -> Mapping[str, Draw]:
             return torch.rand(count, dtype=torch.float64, device="cuda")
 
     return {region: partial(draw, fork) for region, fork in forks.items()}
+
+
+class Streams:
+    """`CudaRNGStatesTracker` of this rank."""
+
+    def add(self, name: str, *, seed: int) -> None:
+        """Add a stream."""
+        get_cuda_rng_tracker().add(name, seed)
+
+    def fork(self, name: str) -> AbstractContextManager[Any]:
+        """Draw from a stream inside."""
+        forked: AbstractContextManager[Any] = get_cuda_rng_tracker().fork(name)
+        return forked
+
+    def states(self) -> dict[str, Tensor]:
+        """Those of all streams but the default one."""
+        return {name: state.clone() for name, state in get_cuda_rng_tracker().get_states().items()}
+
+    def set_states(self, states: Mapping[str, Tensor]) -> None:
+        """Put them back."""
+        get_cuda_rng_tracker().set_states(dict(states))
 
 
 def _random_states() -> Mapping[str, Tensor]:
@@ -182,6 +204,12 @@ def lacks(case: Case) -> str | None:
     layout, options = case.layout, case.options
     if case.concept == "dropout" and not 0 <= float(options.get("dropout", 0.0) or 0.0) < 1:
         return "bias_dropout_add leaves it to torch what is a probability"
+    if options.get("misuse") == "default":
+        return "CudaRNGStatesTracker is not told the seed of the default generator"
+    if options.get("misuse") in ("lacking", "foreign"):
+        return "set_states says that it does not compare what it is given"
+    if case.concept == "dropout" and "misfit" in options:
+        return "bias_dropout_add leaves it to broadcasting to make inputs fit, as its source says"
     if case.concept == "initialisation":
         if "num_experts" in case.shape:
             return "no adapter for experts"

@@ -34,7 +34,7 @@ from verify.targets.training_steps import new_values, reads_spare
 
 _RATES = frozenset({"schedule", "warmup", "decay", "annealing", "minimum"})
 OPTIONS: Mapping[str, frozenset[str]] = {
-    "learning_rates": _RATES,
+    "learning_rates": _RATES | {"step"},
     "training_steps": _RATES
     | {
         "optimizer",
@@ -278,6 +278,7 @@ def learning_rates(case: Case) -> OperationSubject:
     """`OptimizerParamScheduler`, of an optimizer without parameters."""
     groups = _Groups()
     schedule, rates = schedule_of(case, groups), []
+    schedule.step(int(case.options.get("step") or 0))
     for _ in range(case.shape["steps"]):
         rates.append(groups.param_groups[0]["lr"])
         schedule.step(1)
@@ -297,6 +298,8 @@ def lacks(case: Case) -> str | None:
 
 def training_lacks(case: Case) -> str | None:
     """Why there is no adapter for how a case trains."""
+    if _number(case, "step") < 0:
+        return "a schedule steps by an increment, and is not asked for a step"
     style, warm = case.options.get("schedule", "constant"), _number(case, "warmup")
     if style != "constant" and warm >= _number(case, "decay"):
         return "a schedule has to decay after its warm-up"
