@@ -13,8 +13,8 @@ an evaluation between steps is right, and changes nothing; (8) the layout and (9
 change nothing; (10) what cannot be computed is refused; (11) with modules that predict tokens
 further on, their losses are those of one device, and so is all else, in training with them; (12) a
 step whose gradients overflow on one rank is skipped by all, and changes the loss scale only; (13)
-what is frozen stays as it is, and all else is trained as ever. Laws 1 to 3, 6, 7 and 13 are asked
-of models with what most implementations have too, so that those are seen that have no more.
+what is frozen stays as it is, and all else is trained as ever. Laws 1 to 7 and 13 are asked of
+models with what most implementations have too, so that those are seen that have no more.
 """
 
 from __future__ import annotations
@@ -29,8 +29,15 @@ from verify.oracle.gpt.model import FROZEN
 from verify.runner.examiner import CheckCase
 from verify.strategies.cases import Choices
 from verify.strategies.dropouts import telling
-from verify.strategies.gpt import LARGE, model_cases, refusable_model_cases
-from verify.strategies.gpt_choices import DOUBLE, OPTIMIZING, PLAIN, PLAIN_TRAINING
+from verify.strategies.gpt import model_cases, refusable_model_cases
+from verify.strategies.gpt_choices import (
+    DOUBLE,
+    OPTIMIZING,
+    PLAIN,
+    PLAIN_EXPERTS,
+    PLAIN_TRAINING,
+)
+from verify.strategies.gpt_layouts import LARGE
 
 CLIPPED: Choices = {"clip": (2.0**-4, 2.0**-4, None), "order": OPTIMIZING["order"]}
 SHARDED: Choices = {n: OPTIMIZING[n] for n in ("clip", "bucket", "distributed", "overlap")}
@@ -53,8 +60,30 @@ OF_MOST: Mapping[str, Any] = {
     "uneven": (False,),
     "dtypes": ("float32", "bfloat16"),
 }
-RECOMPUTED: Choices = {**PLAIN, "recompute": ("full", "full_distributed")}
-AGAIN: Choices = {**PLAIN, "recompute": ("selective",)}
+EXPERTS: Mapping[str, Any] = {
+    **OF_MOST,
+    "model": PLAIN_EXPERTS,
+    "experts": (True,),
+    "anywhere": False,
+    "dtypes": ("float32",),
+}
+BALANCED: Choices = {
+    **PLAIN_EXPERTS,
+    "balance": ("sequence", "batch", "none"),
+    "z_loss": (0.0, 0.25),
+    "evaluated": (False,),
+}
+DROPPED: Choices = {
+    **PLAIN,
+    "hidden_dropout": (0.25, 0.1),
+    "attention_dropout": (0.0, 0.25),
+}
+RECOMPUTED: Choices = {
+    **PLAIN,
+    "hidden_dropout": (0.0, 0.25),
+    "recompute": ("full", "full_distributed"),
+}
+AGAIN: Choices = {**PLAIN, "attention_dropout": (0.0, 0.25), "recompute": ("selective",)}
 
 
 @given(case=model_cases(steps=(2, 1, 3), worlds=LARGE))
@@ -199,6 +228,44 @@ def test_recomputation_of_most_models(check: CheckCase, case: Case) -> None:
 def test_recomputed_attention_of_most_models(check: CheckCase, case: Case) -> None:
     """Law 6. Must catch: gradients that reach what is before it in another memory order."""
     check("recomputation", case)
+
+
+@given(
+    case=telling(
+        model_cases(options={"optimizer": OPTIMIZING["optimizer"]}, **{**OF_MOST, "model": DROPPED})
+    )
+)
+def test_dropout_of_most_models(check: CheckCase, case: Case) -> None:
+    """Laws 5 and 7. Must catch: an embedding whose parts on the ranks of tp are dropped alike;
+    copies that are not."""
+    check("equivalence", case)
+
+
+@given(case=model_cases(options=PLAIN_TRAINING, steps=(2, 1), **EXPERTS))
+def test_experts_of_most_models(check: CheckCase, case: Case) -> None:
+    """Law 4. Must catch: gradients of experts that are not summed over edp, or over more than that;
+    experts that count on one rank only, or on all, in the norm; the wrong layers with experts."""
+    check("equivalence", case)
+
+
+@given(case=model_cases(options={}, steps=(1,), **{**EXPERTS, "anywhere": True}))
+def test_experts_anywhere_of_most_models(check: CheckCase, case: Case) -> None:
+    """Law 4. Must catch: experts that are divided otherwise than all else, as if they were not;
+    ranks that are counted in another order."""
+    check("equivalence", case)
+
+
+@given(
+    case=model_cases(
+        options={**SHARDED, "optimizer": ("adam", "sgd")},
+        steps=(1,),
+        **{**EXPERTS, "model": BALANCED},
+    )
+)
+def test_auxiliary_losses_of_most_models(check: CheckCase, case: Case) -> None:
+    """Law 4. Must catch: auxiliary losses that are not averaged over microbatches and ranks, that
+    each rank of tp adds all of, or that recomputation adds twice."""
+    check("equivalence", case)
 
 
 @given(case=refusable_model_cases())

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import logging
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -362,7 +363,7 @@ def test_what_is_not_supported_is_declared(concept, options, dtype, reason) -> N
         ("gpt_training", Layout(tp=3, pp=2), {}, "padding of the vocabulary"),
         ("gpt_training", Layout(cp=2), {}, "no context parallelism"),
         ("gpt_training", Layout(pp=2), {"pipeline": "gpipe"}, "no schedule gpipe"),
-        ("gpt_training", Layout(pp=2), {"hidden_dropout": 0.5}, "the dropout of a whole model"),
+        ("gpt_training", Layout(pp=2), {"hidden_dropout": 0.5}, None),
         ("gpt_training", Layout(), {"multi_token": 1, "packed": 2}, "has no option multi_token"),
     ],
 )
@@ -373,12 +374,33 @@ def test_what_is_not_supported_of_stages_is_declared(concept, layout, options, r
     assert (answer is None) if reason is None else (answer is not None and reason in answer)
 
 
+@needs_megatron
+@pytest.mark.parametrize(
+    ("layout", "options", "reason"),
+    [
+        (Layout(ep=2, dp=2), {"bias": False, "balance": "batch", "every": 2}, None),
+        (Layout(tp=2, sequence_parallel=True), {"bias": False}, None),
+        (Layout(tp=2), {"bias": False}, "without sequence parallelism"),
+        (Layout(ep=2, dp=2), {}, "routers and experts have some"),
+        (Layout(), {"bias": False, "balance": "global"}, "all microbatches before"),
+    ],
+)
+def test_what_is_not_supported_of_models_with_experts_is_declared(layout, options, reason) -> None:
+    shape = {"vocabulary": 4, "microbatches": 2, "experts": 2, "top_k": 2}
+    case = Case(
+        concept="gpt_training", layout=layout, shape=shape, options=options, dtype="float32"
+    )
+    answer = Target().supports(case)
+    assert (answer is None) if reason is None else (answer is not None and reason in answer)
+
+
 _DEFECTS = {
     "a sum of a tensor that is not contiguous is dropped": "_reduce_of_transposed",
     "a gradient that is not contiguous is not summed": "_copy_of_transposed",
     "label smoothing counts the rank's part of the vocabulary as all of it": "_smoothed",
     "a bias beside a frozen weight gets no gradient": "_bias_beside_frozen_weight",
     "a hidden size that does not divide is exchanged all the same": "_odd_exchange",
+    "a loss per token leaves 1 / tp of an auxiliary loss": "_auxiliary_loss_per_token",
 }
 
 
@@ -435,6 +457,34 @@ def _odd_exchange(session, layout: Layout) -> tuple[object, object]:
     except (AssertionError, RuntimeError, ValueError):
         return "refused", "refused"
     return tuple(y.shape), "refused"
+
+
+def _auxiliary_loss_per_token(session, layout: Layout) -> tuple[object, object]:
+    names = ("steps", "microbatches", "batch", "layers", "groups", "ffn", "hidden", "top_k")
+    shape = {**dict.fromkeys(names, 2), "steps": 1, "sequence": 4, "heads": 2, "head_size": 2}
+    case = Case(
+        concept="gpt_training",
+        layout=replace(layout, sequence_parallel=True),
+        shape={**shape, "vocabulary": 4, "experts": 2},
+        options={"bias": False, "z_loss": 1.0},
+        dtype="float32",
+    )
+    tokens = torch.arange(16).view(1, 2, 2, 4) % 4
+    # All tokens count, as many in every microbatch: both ways are to give the same mean.
+    inputs = {"tokens": tokens, "targets": tokens, "mask": torch.ones_like(tokens)}
+    found = []
+    for per_token in (True, False):
+        subject = session.build(case)
+        for each in (subject.config, *subject.chunks[0].modules()):
+            if hasattr(each, "calculate_per_token_loss"):
+                each.calculate_per_token_loss = per_token
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter, _ in subject.parameters().values():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        gradient = subject.forward(inputs)["gradient layers.mlp.router.weight"]
+        found.append(round(float(gradient.square().sum()), 4))
+    return found[0], found[1]
 
 
 def _observe(name: str) -> tuple[object, object]:

@@ -17,6 +17,8 @@ from verify.disturbance import Disturbing, moved
 from verify.errors import BadArgument
 from verify.layout import Layout
 from verify.lens import check_fits, generate
+from verify.oracle.gpt.routers import Routers
+from verify.oracle.gpt.routers import settled as tokens_without_doubt
 from verify.oracle.moe.doubt import settled
 from verify.oracle.moe.routing import logits_of, route
 from verify.oracle.moe.rules import rules
@@ -100,6 +102,26 @@ def test_settled_tokens_are_made_of_those_drawn_and_left_alone_where_they_can_be
     ties = torch.ones(8, 5, dtype=torch.float64)
     with pytest.raises(BadArgument, match="decisions between 8 experts in doubt"):
         settled(x, ties, rule)
+
+
+def test_a_model_gets_other_tokens_until_none_of_its_routers_is_in_doubt():
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    states = torch.tensor([[1.0, 1.0 + 2.0**-22], [1.0, 3.0]])
+    rule = dataclasses.replace(rules(router("float32")), experts=2, top_k=1)
+
+    def in_doubt(inputs, parameters):
+        routers = Routers(asked=True)
+        routers.shares(states[inputs["tokens"]], parameters["weight"], rule)
+        return routers.in_doubt
+
+    tokens = torch.tensor([[0, 1], [1, 1]])
+    found = tokens_without_doubt({"tokens": tokens}, {"weight": weight}, in_doubt)["tokens"]
+    assert found.shape == tokens.shape
+    assert found.eq(1).all()
+    unchanged = tokens_without_doubt({"tokens": found}, {"weight": weight}, in_doubt)["tokens"]
+    assert unchanged is found
+    with pytest.raises(BadArgument, match="what routers decide in doubt"):
+        tokens_without_doubt({"tokens": tokens * 0}, {"weight": weight}, in_doubt)
 
 
 def test_capacity_by_position_and_by_probability():

@@ -31,8 +31,9 @@ from verify.oracle.checkpoint import (
 )
 from verify.strategies.cases import Choices, contract_or_none, with_option
 from verify.strategies.context import ALGORITHMS, SHARING
-from verify.strategies.gpt import few_experts, model_cases
+from verify.strategies.gpt import model_cases
 from verify.strategies.gpt_choices import DOUBLE, MODEL, OPTIMIZING
+from verify.strategies.gpt_layouts import few_experts
 from verify.strategies.layouts import chosen_experts, divisors, orders
 
 WORLDS, FEW = (2, 4, 4, 2, 4, 4, 64), (2, 4, 4, 4, 64)

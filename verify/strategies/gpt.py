@@ -6,15 +6,14 @@ All axes at once, and replicas; models small enough for that, of one layer a chu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import lcm
-from typing import Any
 
 from hypothesis import assume
 from hypothesis import strategies as st
 
 from verify.case import Case, Lens, Option
-from verify.coverage.steering import CONCEPT, chosen, foresee
+from verify.coverage.steering import CONCEPT, chosen
 from verify.layout import Layout
 from verify.runner.limits import limits
 from verify.strategies.cases import (
@@ -35,71 +34,12 @@ from verify.strategies.gpt_choices import (
     ROUTED,
     SCALINGS,
 )
+from verify.strategies.gpt_layouts import MOST_CHUNKS, SMALL, model_layouts
 from verify.strategies.layouts import (
-    chosen_experts,
-    chosen_sizes,
     divisors,
-    expert_sizes,
-    orders,
-    ranks_of_stage,
-    sizes_within,
 )
 from verify.strategies.transformer import grouped_heads
 from verify.strategies.transformer import latents as sizes_of_latents
-
-# Few ranks show most of what can be wrong, soon; the largest worlds are those of a long run.
-SMALL, LARGE = (2, 4, 4, 4), (2, 4, 4, 4, 8, 8, 16, 16, 64)
-AXES = {"pp": (1, 2, 2, 3, 4), "dp": (1, 2, 2, 3), "tp": (1, 1, 2, 2, 3), "cp": (1, 1, 2, 3)}
-WIDE = {"pp": (2, 3, 4), "dp": (2, 3, 4), "tp": (2, 3, 4), "cp": (1, 2, 4)}
-MOST_CHUNKS = 12
-_FLAGS = (False, True)
-
-
-@st.composite
-def model_layouts(
-    draw: st.DrawFn,
-    *,
-    min_pp: int = 1,
-    chunks: Sequence[int] = (1, 1, 2),
-    most_chunks: int = MOST_CHUNKS,
-    experts: bool = False,
-    split: bool = True,
-    worlds: Sequence[int] = SMALL,
-    algorithms: Sequence[str] = ALGORITHMS,
-) -> Layout:
-    """Layouts of all axes in any order, of at most one of `worlds` ranks, with one of `chunks` a
-    stage; none over cp unless sequences may be `split`. One of `algorithms` is chosen later, where
-    cp is above one."""
-    fitting = [n for n in worlds if limits().world_size(n) == n]
-    left = draw(st.sampled_from(fitting or [limits().world_size(min(worlds))]))
-    wanted = dict(WIDE if left > 16 else AXES)
-    wanted["pp"] = tuple(n for n in wanted["pp"] if n >= min_pp)
-    if not split:
-        wanted["cp"] = (1,)
-    foresee(
-        {**row, "vpp": vpp, **more, "algorithm": algorithm}
-        for row in sizes_within(left, wanted)
-        for vpp in dict.fromkeys(_chunks_of(row["pp"], chunks, most_chunks))
-        for more in (few_experts(row) if experts else ({},))
-        for algorithm in (algorithms if row["cp"] > 1 else ALGORITHMS[:1])
-    )
-    axes = ("pp", *draw(st.permutations(("dp", "tp", "cp"))))
-    sizes: dict[str, Any] = {**chosen_sizes(draw, left, wanted, axes)}
-    sizes["vpp"] = chosen(draw, "vpp", _chunks_of(sizes["pp"], chunks, most_chunks))
-    if experts:
-        sizes |= chosen_experts(draw, few_experts(sizes), tp=sizes["tp"])
-    order = draw(orders(pp_last=True))
-    return Layout(**sizes, order=order, sequence_parallel=chosen(draw, "sp", _FLAGS))
-
-
-def _chunks_of(pp: int, chunks: Sequence[int], most: int) -> list[int]:
-    """Those of `chunks` that a stage may have, of which there are at most `most` together."""
-    return [n for n in chunks if pp * n <= most] if pp > 1 else [1]
-
-
-def few_experts(sizes: Mapping[str, int]) -> list[dict[str, int]]:
-    """The sizes that experts have on a stage of these sizes: etp 1 or tp, ep up to 4."""
-    return expert_sizes(ranks_of_stage(sizes), etps=sorted({1, sizes["tp"]}), most=4)
 
 
 @st.composite
@@ -114,6 +54,7 @@ def model_cases(
     steps: Sequence[int] = (1, 1, 2),
     one_padding: bool = False,
     plain: bool = False,
+    anywhere: bool = True,
     min_pp: int = 1,
     chunks: Sequence[int] = (1, 1, 2),
     most_chunks: int = MOST_CHUNKS,
@@ -124,7 +65,9 @@ def model_cases(
     """Cases of `gpt_training`, or of a concept with its sizes. `options` names some of training and
     the values to draw, `model` some of the model instead of those of `MODEL`; float64 is seen
     through the lens `double`; with `one_padding` the vocabulary is padded to what it would be on
-    one rank. A `plain` one has no context parallelism, no latents, and no padding at all."""
+    one rank. A `plain` one has no context parallelism, no latents, and no padding at all; of its
+    experts a token chooses several, as a single share is always 1 and nothing trains it. Where
+    experts are that are not `anywhere`, `model_layouts` says."""
     chosen(draw, CONCEPT, (concept,))
     dtype, lens = _arithmetic(draw, double, dtypes)
     choices = _Choices(draw, {**MODEL, **model})
@@ -137,6 +80,8 @@ def model_cases(
             most_chunks=most_chunks,
             experts=routed,
             split=not (plain or choices["attention_dropout"]),
+            plain=plain,
+            anywhere=anywhere,
             worlds=worlds,
             algorithms=[str(each) for each in choices.values["algorithm"]],
         )
@@ -157,7 +102,7 @@ def model_cases(
             routed=routed,
             least=least,
             packed=packed,
-            latents=not plain,
+            plain=plain,
         )
     )
     shape["steps"] = draw(st.sampled_from(list(steps)))
@@ -259,10 +204,11 @@ def _sizes(
     routed: bool,
     least: int,
     packed: int,
-    latents: bool,
+    plain: bool,
 ) -> dict[str, int]:
     """Sizes that divide as the layout asks, and no larger than that by much; rows have `least`
-    tokens or more, and room for so many `packed` sequences; some have `latents`."""
+    tokens or more, and room for so many `packed` sequences; some that are not `plain` have
+    latents."""
     tp, chunks = layout.tp, layout.pp * layout.vpp
     unit = layout.cp * (2 if placement == "zigzag" else 1)
     # Without sequence parallelism, experts share out the tokens of a tp group.
@@ -279,12 +225,14 @@ def _sizes(
         "layers": chunks * draw(st.integers(1, 2 if chunks <= 2 else 1)),
         "vocabulary": draw(st.integers(2, 9)),
     }
-    if latents and draw(st.sampled_from(LATENT)):
+    if not plain and draw(st.sampled_from(LATENT)):
         shape |= draw(sizes_of_latents(shape["heads"]))
     if routed:
         shape["ffn"] = lcm(tp, layout.expert_tp) * draw(st.integers(1, 2))
-        shape["experts"] = layout.ep * draw(st.integers(1, 2))
-        shape["top_k"] = draw(st.integers(1, min(shape["experts"], 2)))
+        fewest = 2 if plain else 1
+        each = -(-fewest // layout.ep)
+        shape["experts"] = layout.ep * draw(st.integers(each, each + 1))
+        shape["top_k"] = draw(st.integers(fewest, min(shape["experts"], fewest + 1)))
         if draw(st.booleans()):
             shape["shared_ffn"] = tp * draw(st.integers(1, 2))
     return shape

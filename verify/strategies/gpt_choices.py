@@ -97,6 +97,14 @@ PLAIN: Choices = {
     "activation": ("gelu", "swiglu", "geglu", "squared_relu"),
 }
 
+# Most have no biases beside experts.
+PLAIN_EXPERTS: Choices = {
+    **PLAIN,
+    "bias": (False,),
+    "every": MODEL["every"],
+    "dispatcher": MODEL["dispatcher"],
+}
+
 # Whether attention is multi-latent: a case in six.
 LATENT = (False, False, False, False, False, True)
 ROUTED = ("every", "dispatcher", "balance", "coefficient", "z_loss")

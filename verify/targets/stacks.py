@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,9 @@ from verify.oracle.gpt.parameters import stacks_of
 from verify.placement import Listed, Placements, Shard
 from verify.targets.megatron_attributes import placements_of
 
+# A parameter, or those of all experts that a rank has of a layer, which are one.
+Member = Parameter | Sequence[Parameter]
+
 
 class Stacks:
     """The parameters of this stage, `own`, as parts of the contract's stacks.
@@ -25,13 +29,14 @@ class Stacks:
     They are named as the stacks, with the number of the layer in the model behind `layers.`; the
     embedding that the last stage has a copy of, or looks tokens up in, is `lookup.weight` there, or
     `output.weight`. `layers` are those of every stage, in the order in which it has them, `copied`
-    says whether there is such a copy. Sharding is what the attributes of a parameter say.
+    says whether there is such a copy. Sharding is what the attributes of a parameter say, and that
+    experts lie on a mesh of their own.
     """
 
     def __init__(
         self,
         case: Case,
-        own: Mapping[str, Parameter],
+        own: Mapping[str, Member],
         *,
         layers: Sequence[Sequence[int]],
         copied: bool,
@@ -46,11 +51,11 @@ class Stacks:
         )
         self.promised = stacks_of(Model.of(of_any))
         self.names = tuple(self.promised)
-        self._members: dict[str, list[Parameter]] = {name: [] for name in self.names}
-        for name, parameter in own.items():
-            self._members[self._stack_of(name)].append(parameter)
+        self._members: dict[str, list[Member]] = {name: [] for name in self.names}
+        for name, member in own.items():
+            self._members[self._stack_of(name)].append(member)
         for name in filter(self.is_frozen, self.names):
-            for parameter in self._members[name]:
+            for parameter in itertools.chain.from_iterable(map(_parts, self._members[name])):
                 parameter.requires_grad_(False)
         self.given = {name: self.empty(name) for name in self.names}
 
@@ -67,9 +72,11 @@ class Stacks:
         """Write what was given into the parameters, but not into copies that are `shared`."""
         with torch.no_grad():
             for name, stack in self.given.items():
-                for value, parameter in zip(stack, self._members[name], strict=True):
-                    if not getattr(parameter, "shared", False):
-                        parameter.copy_(value)
+                for value, member in zip(stack, self._members[name], strict=True):
+                    values = [value] if isinstance(member, Parameter) else value
+                    for each, parameter in zip(values, _parts(member), strict=True):
+                        if not getattr(parameter, "shared", False):
+                            parameter.copy_(each)
 
     def values(self) -> dict[str, Tensor]:
         """`new NAME`: what every stack has now."""
@@ -89,21 +96,21 @@ class Stacks:
         }
 
     def members(self, name: str) -> list[Parameter]:
-        """What this stage has of a stack, in the order of the model."""
-        return self._members[name]
+        """What this stage has of a stack, in the order of the model, where each is a parameter."""
+        return [each for each in self._members[name] if isinstance(each, Parameter)]
 
     def stacked(
         self, name: str, value: Callable[[Parameter], Tensor], *, dtype: torch.dtype
     ) -> Tensor:
         """A tensor of every member, stacked; of none an empty one of this dtype."""
-        parts = [value(parameter) for parameter in self._members[name]]
+        parts = [_joined(member, value) for member in self._members[name]]
         return torch.stack(parts) if parts else self.empty(name).detach().to(dtype)
 
     def empty(self, name: str) -> Parameter:
         """A part of a stack with values that are not numbers."""
         members = self._members[name]
         if members:
-            shape: tuple[int, ...] = tuple(members[0].shape)
+            shape: tuple[int, ...] = tuple(_joined(members[0], Parameter.detach).shape)
         else:
             shape = self._local(name)
         full = torch.full((len(members), *shape), math.nan, dtype=self.dtype)
@@ -116,13 +123,14 @@ class Stacks:
         if not members:
             within = {a: p for a, p in self.promised[name].placements.items() if a != "pp"}
             return {"pp": Listed(0, held), **within}
-        expert = not getattr(members[0], "allreduce", True)
-        within = placements_of(members[0], axis="etp" if expert else "tp")  # type: ignore[assignment]
+        first, expert = members[0], ".experts." in name
+        within = placements_of(_parts(first)[0], axis="etp" if expert else "tp")  # type: ignore[assignment]
         later: dict[str, Any] = {"pp": Listed(0, held)}
         later |= {"ep": Shard(1)} if expert else {}
+        before = 1 if isinstance(first, Parameter) else 2
         for axis, placement in within.items():
             assert isinstance(placement, Shard)
-            later[axis] = Shard(placement.dim + 1, placement.stride)
+            later[axis] = Shard(placement.dim + before, placement.stride)
         return later
 
     def _held(self, name: str) -> tuple[tuple[int, ...], ...]:
@@ -152,3 +160,14 @@ class Stacks:
             if isinstance(placement, Shard):
                 shape[placement.dim] //= sizes[axis]
         return tuple(shape[1:])
+
+
+def _parts(member: Member) -> Sequence[Parameter]:
+    return [member] if isinstance(member, Parameter) else member
+
+
+def _joined(member: Member, value: Callable[[Parameter], Tensor]) -> Tensor:
+    """A tensor of a member; of several experts theirs, stacked."""
+    if isinstance(member, Parameter):
+        return value(member)
+    return torch.stack([value(each) for each in member])

@@ -6,17 +6,18 @@ microbatches through a pipeline, clipped, and applied by an optimizer, for sever
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from verify.case import Case
 from verify.errors import BadArgument
 from verify.oracle.context import PLACEMENTS
-from verify.oracle.contract import Contract, TensorSpec
+from verify.oracle.contract import Contract, Tensors, TensorSpec
 from verify.oracle.gpt.dropouts import masks_of
 from verify.oracle.gpt.model import FROZEN, OPTIONS, Model, training_case
 from verify.oracle.gpt.parameters import Stack, stacks_of
 from verify.oracle.gpt.reference import ModelPlan, Training
+from verify.oracle.gpt.routers import settled
 from verify.oracle.learning_rates import rates_of
 from verify.oracle.terms import one_of
 from verify.oracle.training_plan import FACTORS, plan_of
@@ -85,7 +86,22 @@ def gpt_training(case: Case) -> Contract:
         masks=masks_of(model),
         divided=divided,
         over=over,
+        settle=_settles(training),
     )
+
+
+def _settles(training: Training) -> Callable[[Tensors, Tensors], Tensors] | None:
+    """In rounded arithmetic, tokens that no router is in doubt about; with dropout nothing is known
+    of what it is given."""
+    model = training.model
+    dropouts = model.layer.hidden_dropout or model.layer.attention_dropout
+    if model.rule is None or model.case.dtype == "float64" or dropouts:
+        return None
+
+    def settle(inputs: Tensors, parameters: Tensors) -> Tensors:
+        return settled(inputs, parameters, training.is_in_doubt)
+
+    return settle
 
 
 def _divided(model: Model) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:

@@ -15,12 +15,11 @@ from verify.oracle.dropout import dropped
 from verify.oracle.gpt.dropouts import kept_of
 from verify.oracle.gpt.model import Model, layer_case
 from verify.oracle.gpt.parameters import Stack
+from verify.oracle.gpt.routers import Routers
 from verify.oracle.layer import attention_of
 from verify.oracle.mlp import mlp_of
 from verify.oracle.moe.layer import experts_of, shared_of
 from verify.oracle.moe.router import sum_of_products
-from verify.oracle.moe.routing import logits_of, route
-from verify.oracle.moe.routing import losses as losses_of
 from verify.oracle.training_plan import FACTORS, Plan, Scale, clipped, optimizer_of
 
 
@@ -53,6 +52,15 @@ class Training:
 
     def run(self, inputs: Tensors, given: Tensors) -> Tensors:
         """All steps: what is told of each, stacked."""
+        return self._run(inputs, given, Routers())
+
+    def is_in_doubt(self, inputs: Tensors, given: Tensors) -> bool:
+        """Whether rounding might turn what a router decides, in any step."""
+        routers = Routers(asked=True)
+        self._run(inputs, given, routers)
+        return routers.in_doubt
+
+    def _run(self, inputs: Tensors, given: Tensors, routers: Routers) -> Tensors:
         wide = torch.promote_types(next(iter(given.values())).dtype, torch.float32)
         frozen = {name: each for name, each in given.items() if self.plan.is_frozen(name)}
         main = {n: each.to(wide, copy=True) for n, each in given.items() if n not in frozen}
@@ -60,7 +68,7 @@ class Training:
         told: dict[str, list[Tensor]] = {}
         for step in range(len(inputs["tokens"])):
             model = {n: main.get(n, each).to(each.dtype, copy=True) for n, each in given.items()}
-            losses, gradients = self._gradients(step, inputs, model, main, scale)
+            losses, gradients = self._gradients(step, inputs, model, main, scale, routers)
             factors = [self.rates[updates] * factor for factor, _ in FACTORS[self.plan.groups]]
             skipped = step + 1 == self.plan.overflow
             if skipped:
@@ -76,7 +84,7 @@ class Training:
             found |= {n: torch.as_tensor(v, dtype=torch.float64) for n, v in report.items()}
             found["norm"] = norm
             if self.model.case.options.get("evaluated", False):
-                found["evaluation"] = self._evaluated(step, inputs, found)
+                found["evaluation"] = self._evaluated(step, inputs, found, routers)
             found["skipped"] = torch.tensor(float(skipped), dtype=torch.float64)
             scale.after(overflow=skipped)
             for name, value in found.items():
@@ -84,7 +92,13 @@ class Training:
         return {name: torch.stack(values) for name, values in told.items()}
 
     def _gradients(
-        self, step: int, inputs: Tensors, model: dict[str, Tensor], main: Tensors, scale: Scale
+        self,
+        step: int,
+        inputs: Tensors,
+        model: dict[str, Tensor],
+        main: Tensors,
+        scale: Scale,
+        routers: Routers,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss and those of further tokens, in float64, and the gradients of what is
         trained, wide and unscaled."""
@@ -93,27 +107,28 @@ class Training:
         losses = torch.zeros(1 + self.model.depths, dtype=torch.float64)
         count, microbatches = _count(inputs, step), inputs["tokens"].shape[1]
         for microbatch in range(microbatches):
-            added: list[Tensor] = []
-            own = self._losses((step, microbatch), inputs, model, added, training=True)
+            own = self._losses((step, microbatch), inputs, model, routers, training=True)
             total = own[0]
             if self.model.depths:
                 total = total + self.model.scaling * own[1:].mean()
             # The mean over microbatches, beside a sum over tokens that is to be divided.
-            total = total + sum(added, torch.zeros(())) * count / microbatches
+            total = total + routers.added_losses() * count / microbatches
             found = torch.autograd.grad(total * scale.value, list(leaves.values()))
             for name, each in zip(leaves, found, strict=True):
                 sums[name] += each
             losses += own.detach().double()
         return losses / count, {name: each / (count * scale.value) for name, each in sums.items()}
 
-    def _evaluated(self, step: int, inputs: Tensors, found: Tensors) -> Tensor:
+    def _evaluated(self, step: int, inputs: Tensors, found: Tensors, routers: Routers) -> Tensor:
         """The mean loss of the same data after the step, without dropout."""
         model = {name: found[f"new {name}"] for name in self.stacks}
         with torch.no_grad():
             losses = [
-                self._losses((step, m), inputs, model, [], training=False)[0].double()
+                self._losses((step, m), inputs, model, routers, training=False)[0].double()
                 for m in range(inputs["tokens"].shape[1])
             ]
+        # Of those nothing is told.
+        routers.added_losses()
         return torch.stack(losses).sum() / _count(inputs, step)
 
     def _losses(
@@ -121,24 +136,24 @@ class Training:
         at: tuple[int, int],
         inputs: Tensors,
         weights: Tensors,
-        added: list[Tensor],
+        routers: Routers,
         *,
         training: bool,
     ) -> Tensor:
         """Sums over the tokens of a microbatch that count: of the loss, and in training of that of
-        the token 1, 2, ... further on. The auxiliary losses of routers are `added`."""
+        the token 1, 2, ... further on. What `routers` add is left with them."""
         kept = kept_of(inputs, at) if training else {}
         tokens, targets, mask = (
             inputs[n][at].transpose(0, 1) for n in ("tokens", "targets", "mask")
         )
         sequences = self.model.sequences_in(at[1])
-        h = self._hidden(tokens, weights, kept, added, sequences)
+        h = self._hidden(tokens, weights, kept, routers, sequences)
         last = {n: each[0] for n, each in weights.items() if n.startswith("final_norm.")}
         states = self.model.layer.normalised(h, last, "final_norm.")
         sums = [self._sum(states, weights, targets, mask)]
         for depth in range(self.model.depths if training else 0):
             own = _members(weights, self.stacks, "multi_token.", depth)
-            h = self._further(h, tokens, depth, own, weights, kept, added, sequences)
+            h = self._further(h, tokens, depth, own, weights, kept, routers, sequences)
             places, inside = _ahead(sequences, depth)
             states = self.model.layer.normalised(h, own, "final_norm.")
             counts = mask[places] * inside[:, None]
@@ -150,7 +165,7 @@ class Training:
         tokens: Tensor,
         weights: Tensors,
         kept: Tensors,
-        added: list[Tensor],
+        routers: Routers,
         sequences: Sequences,
     ) -> Tensor:
         """[sequence, batch, hidden] of tokens [sequence, batch], after the last layer."""
@@ -161,7 +176,7 @@ class Training:
         x = dropped(x, kept.get("embedding"), model.layer.hidden_dropout)
         for layer in range(model.case.shape["layers"]):
             own = _members(weights, self.stacks, "layers.", layer)
-            x = _layer(x, model, own, _masks(kept, layer), added, sequences)
+            x = _layer(x, model, own, _masks(kept, layer), routers, sequences)
         return x
 
     def _further(
@@ -172,7 +187,7 @@ class Training:
         own: Tensors,
         weights: Tensors,
         kept: Tensors,
-        added: list[Tensor],
+        routers: Routers,
         sequences: Sequences,
     ) -> Tensor:
         """The hidden states of a depth, counted from 0, of those before it: arXiv:2412.19437,
@@ -186,7 +201,7 @@ class Training:
         x = F.linear(torch.cat([normal, embedded], dim=-1), own["weight"])
         inner = {n.removeprefix("layer."): w for n, w in own.items() if n.startswith("layer.")}
         masks = _masks(kept, model.case.shape["layers"] + depth)
-        return _layer(x, model, inner, masks, added, sequences)
+        return _layer(x, model, inner, masks, routers, sequences)
 
     def _sum(self, states: Tensor, weights: Tensors, targets: Tensor, mask: Tensor) -> Tensor:
         """The sum of the cross entropies of normalised states, each times its mask."""
@@ -242,7 +257,7 @@ def _layer(
     model: Model,
     weights: Tensors,
     masks: Tensors,
-    added: list[Tensor],
+    routers: Routers,
     sequences: Sequences,
 ) -> Tensor:
     layer, p = model.layer, model.layer.hidden_dropout
@@ -252,18 +267,16 @@ def _layer(
     h = x + dropped(out, masks.get("attended"), p)
     normal = layer.normalised(h, weights, "mlp_norm.")
     if "mlp.router.weight" in weights:
-        fed = _routed(normal, model, weights, added)
+        fed = _routed(normal, model, weights, routers)
     else:
         fed = mlp_of(normal, weights, "mlp.", layer.activation)
     return h + dropped(fed, masks.get("fed"), p)
 
 
-def _routed(x: Tensor, model: Model, weights: Tensors, added: list[Tensor]) -> Tensor:
+def _routed(x: Tensor, model: Model, weights: Tensors, routers: Routers) -> Tensor:
     assert model.rule is not None
     own = {n.removeprefix("mlp."): w for n, w in weights.items() if n.startswith("mlp.")}
     gated = model.layer.activation == "swiglu"
-    logits = logits_of(x, own["router.weight"])
-    added += losses_of(logits, model.rule).values()
-    _, shares = route(logits, model.rule)
+    shares = routers.shares(x, own["router.weight"], model.rule)
     y = sum_of_products(shares, experts_of(x, own, gated=gated), x)
     return y + shared_of(x, own, gated=gated) if "shared.fc1.weight" in own else y

@@ -39,13 +39,22 @@ class Doubt:
     more on their way, by 2 u each, and products are summed. A disturbed run moves every operand, by
     2 e: of the product, of what is done with logits, of what is done with that. So a logit moves by
     at most d = (5 u + (2 hidden + 12) e) sum |x w|, a softmax by a factor within exp(+-2 d), a
-    sigmoid by d / 4, each by its own rounding besides, and a bias by 2 u and 4 e of itself.
+    sigmoid by d / 4, each by its own rounding besides, and a bias by 2 u and 4 e of itself. Where
+    inputs have errors of their own, d is so many `times` as large.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, rule: Rules) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rule: Rules,
+        *,
+        times: float = 1.0,
+    ) -> None:
         self.rule = rule
         self.logits, terms = logits_of(x, weight), logits_of(x.abs(), weight.abs())
-        error = (5 * rule.roundoff + (2 * x.shape[-1] + 12) * SINGLE) * terms
+        error = times * (5 * rule.roundoff + (2 * x.shape[-1] + 12) * SINGLE) * terms
         self.worst = error.amax(-1)
         self.relative = torch.expm1(2 * self.worst) + 8 * SINGLE
         self.of_sigmoid = self.worst / 4 + 8 * SINGLE

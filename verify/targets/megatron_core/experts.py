@@ -10,6 +10,7 @@ parallel ranks, have here the scale 1 / dp, and all their coefficients are the c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from itertools import combinations
 from typing import Any
@@ -41,6 +42,7 @@ from verify.targets.megatron_core.subjects import (
     config_of,
 )
 
+AUXILIARY = ("balance", "coefficient", "z_loss")
 _ROUTING = {
     "score",
     "pre_softmax",
@@ -48,9 +50,7 @@ _ROUTING = {
     "expert_bias",
     "capacity",
     "drop",
-    "balance",
-    "coefficient",
-    "z_loss",
+    *AUXILIARY,
     "loss_scale",
 }
 OPTIONS: Mapping[str, frozenset[str]] = {
@@ -79,13 +79,19 @@ _DISPATCHERS = {
 }
 
 
-def _configuration(case: Case, **fixed: Any) -> TransformerConfig:
+_NAMES = {
+    "router": "router",
+    "shared_experts.linear_fc1": "shared.fc1",
+    "shared_experts.linear_fc2": "shared.fc2",
+}
+
+
+def expert_arguments(case: Case) -> dict[str, Any]:
+    """What a configuration says of the experts of a case."""
     options, shape, layout = case.options, case.shape, case.layout
-    activation = str(options.get("activation", "gelu"))
     drop = str(options.get("drop", "probability"))
     scaling = _number(case, "scaling", 1.0)
-    given: dict[str, Any] = {
-        "hidden_size": shape["hidden"],
+    return {
         "num_moe_experts": shape["experts"],
         "moe_router_topk": shape["top_k"],
         "moe_router_dtype": "fp32",
@@ -101,18 +107,34 @@ def _configuration(case: Case, **fixed: Any) -> TransformerConfig:
         "moe_aux_loss_coeff": _number(case, "coefficient", 1.0),
         "moe_z_loss_coeff": _number(case, "z_loss", 0.0) or None,
         "moe_token_dispatcher_type": str(options.get("dispatcher", "all_to_all")).replace("_", ""),
-        "ffn_hidden_size": shape.get("ffn", 1),
         "moe_ffn_hidden_size": shape.get("ffn", 1),
         "moe_shared_expert_intermediate_size": shape.get("shared_ffn"),
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.expert_tp,
+    }
+
+
+def name_of(parameter: str) -> str:
+    """The contract's name of a parameter of a `MoELayer`: the same of all experts, which begins
+    with `experts.`."""
+    if found := re.fullmatch(r"experts\.local_experts\.\d+\.linear_(\w+\.\w+)", parameter):
+        return f"experts.{found[1]}"
+    module, _, last = parameter.rpartition(".")
+    return f"{_NAMES[module]}.{last}"
+
+
+def _configuration(case: Case, **fixed: Any) -> TransformerConfig:
+    activation = str(case.options.get("activation", "gelu"))
+    given: dict[str, Any] = {
+        "hidden_size": case.shape["hidden"],
+        "ffn_hidden_size": case.shape.get("ffn", 1),
         "gated_linear_unit": activation == "swiglu",
         "activation_func": _ACTIVATIONS[activation],
         "bias_activation_fusion": False,
         "add_bias_linear": False,
-        "expert_model_parallel_size": layout.ep,
-        "expert_tensor_parallel_size": layout.expert_tp,
-        "num_attention_heads": layout.tp,
+        "num_attention_heads": case.layout.tp,
     }
-    return config_of(case, **{**given, **fixed})
+    return config_of(case, **{**expert_arguments(case), **given, **fixed})
 
 
 def _number(case: Case, name: str, default: float) -> float:
@@ -226,7 +248,7 @@ def moe_layer(case: Case) -> ExpertSubject:
         use_te=False, num_experts=case.shape["experts"], moe_grouped_gemm=False
     ).submodules
     layer = MoELayer(config, parts, layer_number=1)
-    given = _stacked(layer, gated=config.gated_linear_unit)
+    given = _stacked(layer)
 
     def call(inputs: Tensors) -> Tensors:
         _set_up(case, layer.router, inputs)
@@ -237,21 +259,21 @@ def moe_layer(case: Case) -> ExpertSubject:
     return ExpertSubject(layer, config, call, given=given)
 
 
-def _stacked(layer: MoELayer, *, gated: bool) -> dict[str, tuple[Parameter, Placements]]:
-    """The contract's parameters of a layer, uninitialised but for the router's."""
-    experts = list(layer.experts.local_experts)
-    stride = 2 if gated else 1
-    found: dict[str, tuple[Parameter, Placements]] = {"router.weight": (layer.router.weight, {})}
-    for name, cut in (("fc1", Shard(1, stride)), ("fc2", Shard(2))):
-        weights = [getattr(expert, f"linear_{name}").weight for expert in experts]
+def _stacked(layer: MoELayer) -> dict[str, tuple[Parameter, Placements]]:
+    """The contract's parameters of a layer, those of experts stacked."""
+    members: dict[str, list[Parameter]] = {}
+    for name, parameter in layer.named_parameters():
+        members.setdefault(name_of(name), []).append(parameter)
+    found: dict[str, tuple[Parameter, Placements]] = {}
+    for name, weights in members.items():
+        if not name.startswith("experts."):
+            found[name] = (weights[0], placements_of(weights[0]))
+            continue
         stacked = Parameter(torch.stack([weight.detach() for weight in weights]))
         stacked.allreduce = weights[0].allreduce  # type: ignore[attr-defined]
-        found[f"experts.{name}.weight"] = (stacked, {"ep": Shard(0), "etp": cut})
-    if layer.shared_experts is not None:
-        fc1, fc2 = layer.shared_experts.linear_fc1.weight, layer.shared_experts.linear_fc2.weight
-        # Megatron packs gate and up, and says nothing of it in the attributes.
-        found["shared.fc1.weight"] = (fc1, {"tp": Shard(0, stride)})
-        found["shared.fc2.weight"] = (fc2, placements_of(fc2))
+        (cut,) = placements_of(weights[0]).values()
+        assert isinstance(cut, Shard)
+        found[name] = (stacked, {"ep": Shard(0), "etp": Shard(cut.dim + 1, cut.stride)})
     return found
 
 
@@ -303,17 +325,24 @@ def lacks(case: Case) -> str | None:
     if case.concept not in OPTIONS or not case.concept.startswith("moe_"):
         return None
     layout = case.layout
-    if case.concept != "moe_dispatch" and case.dtype == "float64":
-        return "a softmax of router logits is in float32, whatever its input"
-    if case.concept != "moe_dispatch" and layout.tp > 1 and not layout.sequence_parallel:
-        return "MoELayer refuses to train on tp without sequence parallelism"
+    if case.concept != "moe_dispatch" and (reason := routing_lacks(case)):
+        return reason
     if case.options.get("activation", "gelu") not in _ACTIVATIONS:
         return f"an activation is a function there, and none is {case.options['activation']}"
     if case.concept == "moe_dispatch" and case.shape["experts"] % layout.ep:
         return "a dispatcher is told which experts it has"
-    softmax = case.options.get("score", "softmax") == "softmax"
-    undivided = softmax and not case.options.get("pre_softmax", False)
-    if case.concept in ("moe_router", "moe_layer") and case.shape["top_k"] == 1 and undivided:
+    return None
+
+
+def routing_lacks(case: Case) -> str | None:
+    """Why there is no router, or no layer around it, for the experts of a case."""
+    layout, options = case.layout, case.options
+    if case.dtype == "float64":
+        return "a softmax of router logits is in float32, whatever its input"
+    if layout.tp > 1 and not layout.sequence_parallel:
+        return "MoELayer refuses to train on tp without sequence parallelism"
+    softmax = case.concept != "moe_expert_bias" and options.get("score", "softmax") == "softmax"
+    if case.shape["top_k"] == 1 and softmax and not options.get("pre_softmax", False):
         return "a softmax of the one choice is refused; it is always 1"
     return None
 

@@ -12,13 +12,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.pipeline_parallel.utils import is_vp_first_stage, is_vp_last_stage
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     get_transformer_layer_offset,
@@ -30,6 +28,12 @@ from verify.case import Case
 from verify.oracle.layer import LATENT
 from verify.placement import Placements
 from verify.targets.megatron_core import stand_ins
+from verify.targets.megatron_core.experts import (
+    AUXILIARY,
+    expert_arguments,
+    name_of,
+    routing_lacks,
+)
 from verify.targets.megatron_core.layer import (
     NAMES,
     Norm,
@@ -38,11 +42,12 @@ from verify.targets.megatron_core.layer import (
     parts_of,
 )
 from verify.targets.megatron_core.pipeline import schedule_lacks
+from verify.targets.megatron_core.random import random_states
 from verify.targets.megatron_core.subjects import Tensors
 from verify.targets.megatron_core.trainer import Trainer
 from verify.targets.megatron_core.training import OPTIONS as _TRAINING
 from verify.targets.megatron_core.training import training_lacks
-from verify.targets.stacks import Stacks
+from verify.targets.stacks import Member, Stacks
 
 _LAYER = ("norm", "qk_norm", "bias", "activation", "rotary_dim", "interleaved", "mask", "window")
 OPTIONS: Mapping[str, frozenset[str]] = {
@@ -63,6 +68,9 @@ OPTIONS: Mapping[str, frozenset[str]] = {
         "evaluated",
         "hidden_dropout",
         "attention_dropout",
+        "every",
+        "dispatcher",
+        *AUXILIARY,
     }
 }
 _POSITIONS = {"none": "none", "rotary": "rope", "learned": "learned_absolute"}
@@ -80,8 +88,8 @@ class GPTSubject:
         self.case, self.config = case, _config(case)
         self.vpp = case.layout.vpp
         self.chunks = [self._chunk(index) for index in range(self.vpp)]
-        self.own = {
-            self._name(index, name): parameter
+        self.named = {
+            (index, name): parameter
             for index, chunk in enumerate(self.chunks)
             for name, parameter in chunk.named_parameters()
         }
@@ -89,7 +97,7 @@ class GPTSubject:
         dist.all_gather_object(
             layers, self._layers(), group=parallel_state.get_pipeline_model_parallel_group()
         )
-        self.stacks = Stacks(case, self.own, layers=layers, copied=self._tied)
+        self.stacks = Stacks(case, self._own(), layers=layers, copied=self._tied)
 
     def parameters(self) -> Mapping[str, tuple[Parameter, Placements]]:
         """This stage's part of every stack."""
@@ -118,6 +126,10 @@ class GPTSubject:
     def finish_gradients(self) -> None:
         """Nothing: every step does."""
 
+    def random_states(self) -> Mapping[str, Tensor]:
+        """The state of every stream."""
+        return random_states()
+
     @property
     def _tied(self) -> bool:
         return bool(self.case.options.get("tied", True))
@@ -126,14 +138,19 @@ class GPTSubject:
         case, vp_stage = self.case, index if self.vpp > 1 else None
         shape, options = case.shape, case.options
         dim = options.get("rotary_dim")
-        layer = ModuleSpec(module=TransformerLayer, submodules=parts_of(case))
-        count = get_num_layers_to_build(self.config, vp_stage=vp_stage)
+        block = get_gpt_decoder_block_spec(
+            self.config, use_transformer_engine=False, vp_stage=vp_stage
+        )
+        layers = [
+            ModuleSpec(module=TransformerLayer, submodules=parts_of(case, each.submodules.mlp))
+            for each in block.layer_specs
+        ]
         vp_size = self.config.virtual_pipeline_model_parallel_size
         first = parallel_state.is_pipeline_first_stage() and is_vp_first_stage(vp_stage, vp_size)
         last = parallel_state.is_pipeline_last_stage() and is_vp_last_stage(vp_stage, vp_size)
         return GPTModel(
             self.config,
-            TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=Norm),
+            TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm),
             vocab_size=shape["vocabulary"],
             max_sequence_length=int(options.get("max_sequence") or shape["sequence"]),
             pre_process=first,
@@ -153,13 +170,24 @@ class GPTSubject:
         counts = [len(chunk.decoder.layers) for chunk in self.chunks]
         return [self._offset(i) + each for i, count in enumerate(counts) for each in range(count)]
 
+    def _own(self) -> dict[str, Member]:
+        """The parameters of this stage by the contract's names, of experts those of a layer."""
+        own: dict[str, list[Parameter]] = {}
+        for (chunk, name), parameter in self.named.items():
+            own.setdefault(self._name(chunk, name), []).append(parameter)
+        return {name: each if ".experts." in name else each[0] for name, each in own.items()}
+
     def _name(self, chunk: int, name: str) -> str:
-        """The contract's name of a parameter of a chunk."""
+        """The contract's name of a parameter of a chunk, the same of all experts of a layer."""
         name = name.replace("decoder.final_layernorm", "final_norm")
-        if found := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.(\w+)", name):
-            index, module, last = found.groups()
-            return f"layers.{self._offset(chunk) + int(index)}.{NAMES[module]}.{last}"
-        return _OUTSIDE.get(name, name)
+        if not (found := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.(\w+)", name)):
+            return _OUTSIDE.get(name, name)
+        index, module, last = found.groups()
+        if module in NAMES:
+            inner = f"{NAMES[module]}.{last}"
+        else:
+            inner = f"mlp.{name_of(f'{module}.{last}'.removeprefix('mlp.'))}"
+        return f"layers.{self._offset(chunk) + int(index)}.{inner}"
 
     def _step(
         self, training: Trainer, inputs: Tensors, after: list[dict[str, Tensor]]
@@ -170,9 +198,8 @@ class GPTSubject:
         def finalised() -> None:
             # What the forward passes of a step have seen is what the step before has left.
             after.append(self.stacks.values())
-            gradients = training.gradients(self.own)
-            by_parameter = {self.own[name]: each for name, each in gradients.items()}
-            found.update(self.stacks.gradients(by_parameter.__getitem__, dtype=wide))
+            gradients = training.gradients(self.named.values())
+            found.update(self.stacks.gradients(gradients.__getitem__, dtype=wide))
 
         rate = training.rate
         loss = training.gradients_of_step(inputs, finalised)
@@ -186,7 +213,8 @@ class GPTSubject:
 
 
 def _config(case: Case) -> TransformerConfig:
-    """That of the layer, and where layers are."""
+    """That of the layer, of experts, and where layers are. Auxiliary losses are means over
+    microbatches and ranks, and tokens no measure of them: the loss is a mean beside them."""
     layout, options = case.layout, case.options
     several, recompute = layout.vpp > 1, str(options.get("recompute") or "")
     given: dict[str, Any] = {}
@@ -204,6 +232,8 @@ def _config(case: Case) -> TransformerConfig:
             "recompute_num_layers": 1,
             "distribute_saved_activations": recompute == "full_distributed",
         }
+    if "experts" in case.shape:
+        given |= {**expert_arguments(case), "moe_layer_freq": int(options.get("every", 1) or 1)}
     return layer_config(
         case,
         num_layers=case.shape["layers"],
@@ -215,7 +245,7 @@ def _config(case: Case) -> TransformerConfig:
         batch_p2p_comm=not several,
         # With overlap that is wrong, as `pipeline` shows: docs/findings.md.
         deallocate_pipeline_outputs=not several,
-        calculate_per_token_loss=True,
+        calculate_per_token_loss=not any(name in options for name in AUXILIARY),
         **given,
     )
 
@@ -225,14 +255,12 @@ def lacks(case: Case) -> str | None:
     if case.concept not in BUILDERS:
         return None
     options, layout, shape = case.options, case.layout, case.shape
-    if "experts" in shape:
-        return "no adapter for the training of experts"
+    if "experts" in shape and (reason := _experts_lack(case)):
+        return reason
     if foreign := sorted(set(shape) & set(LATENT)):
         return f"no adapter for {', '.join(foreign)}"
     if layout.cp > 1:
         return "its local attention, and so the model, has no context parallelism"
-    if any(options.get(name) for name in ("hidden_dropout", "attention_dropout")):
-        return "no adapter for the dropout of a whole model"
     unit = layout.tp * int(options.get("multiple", 1) or 1)
     if shape["vocabulary"] % unit:
         return "vocab_parallel_cross_entropy does not mask the padding of the vocabulary"
@@ -243,6 +271,14 @@ def lacks(case: Case) -> str | None:
     # It is given masks, where the layer alone makes its own.
     plain = dataclasses.replace(case, options={**options, "recompute": ""})
     return training_lacks(case) or layer_lacks(plain)
+
+
+def _experts_lack(case: Case) -> str | None:
+    if case.options.get("bias", True):
+        return "where there are biases, routers and experts have some, too"
+    if case.options.get("balance") == "global" and case.shape["microbatches"] > 1:
+        return "its global loss counts tokens of all microbatches before"
+    return routing_lacks(case)
 
 
 BUILDERS: Mapping[str, Callable[[Case], GPTSubject]] = {"gpt_training": GPTSubject}

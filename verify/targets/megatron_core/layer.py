@@ -11,11 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -35,6 +33,7 @@ from verify.oracle.context_costs import ALGORITHMS
 from verify.oracle.terms import in_training
 from verify.targets.megatron_core import stand_ins
 from verify.targets.megatron_core.attention import forked
+from verify.targets.megatron_core.random import random_states
 from verify.targets.megatron_core.subjects import ACTIVATIONS, ModuleSubject, Tensors, config_of
 
 OPTIONS: Mapping[str, frozenset[str]] = {
@@ -94,7 +93,7 @@ class Norm:
 class _LayerSubject(ModuleSubject):
     def random_states(self) -> Mapping[str, Tensor]:
         """The state of every stream."""
-        return {"default": torch.cuda.get_rng_state(), **get_cuda_rng_tracker().get_states()}
+        return random_states()
 
 
 def transformer_layer(case: Case) -> _LayerSubject:
@@ -152,9 +151,10 @@ def _config(case: Case, kind: str, **given: Any) -> TransformerConfig:
     return config_of(case, normalization=_KINDS[str(case.options.get(kind, "layer"))], **given)
 
 
-def parts_of(case: Case) -> TransformerLayerSubmodules:
-    """The local specification but for its norm."""
+def parts_of(case: Case, mlp: ModuleSpec | None = None) -> TransformerLayerSubmodules:
+    """The local specification but for its norm, with `mlp` if it is not the dense one."""
     column, row = tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear
+    dense = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))
     of_heads = Norm if case.options.get("qk_norm", False) else None
     causal = case.options.get("mask") != "full"
     return TransformerLayerSubmodules(
@@ -172,7 +172,7 @@ def parts_of(case: Case) -> TransformerLayerSubmodules:
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=Norm,
-        mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+        mlp=mlp or dense,
         mlp_bda=get_bias_dropout_add,
     )
 

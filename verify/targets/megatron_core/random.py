@@ -85,7 +85,8 @@ class Streams:
         get_cuda_rng_tracker().set_states(dict(states))
 
 
-def _random_states() -> Mapping[str, Tensor]:
+def random_states() -> Mapping[str, Tensor]:
+    """The state of every stream of this rank."""
     return {"default": torch.cuda.get_rng_state(), **get_cuda_rng_tracker().get_states()}
 
 
@@ -97,7 +98,7 @@ def _forked(case: Case) -> AbstractContextManager[Any]:
 class _Dropout(OperationSubject):
     def random_states(self) -> Mapping[str, Tensor]:
         """The state of every stream."""
-        return _random_states()
+        return random_states()
 
 
 def dropout(case: Case) -> OperationSubject:
@@ -135,7 +136,7 @@ class _Block(ModuleSubject):
 
     def random_states(self) -> Mapping[str, Tensor]:
         """The state of every stream."""
-        return _random_states()
+        return random_states()
 
 
 def recomputed_block(case: Case) -> ModuleSubject:

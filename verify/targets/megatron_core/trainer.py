@@ -6,7 +6,7 @@ that count, and which hooks a schedule is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,9 +61,9 @@ class Trainer:
         rate: float = self.optimizer.param_groups[0]["lr"]
         return rate
 
-    def gradients(self, named: Mapping[str, Parameter]) -> dict[str, Tensor]:
-        """Main gradients by name."""
-        return main_gradients(self.models, named, distributed=self.distributed)
+    def gradients(self, parameters: Collection[Parameter]) -> dict[Parameter, Tensor]:
+        """Main gradients of what is trained."""
+        return main_gradients(self.models, parameters, distributed=self.distributed)
 
     def gradients_of_step(self, inputs: Tensors, finalised: Callable[[], None]) -> Tensor:
         """The mean loss of a step, whose gradients are finalised; `finalised` is called then."""
@@ -122,8 +122,15 @@ class Trainer:
     def _mean_loss(self, inputs: Tensors, *, forward_only: bool) -> Tensor:
         """The mean loss over all tokens that count, on every rank."""
         count, batch, sequence = inputs["tokens"].shape
+        group = parallel_state.get_data_parallel_group(True)
+        tokens = inputs["mask"].sum().double()
+        dist.all_reduce(tokens, group=group)
+        tokens = tokens.clamp_min(1)
+        # Where gradients are not divided by the tokens that count, the loss is: the schedule and
+        # data parallelism make means of it.
+        means = count * group.size() / tokens.to(torch.float32)
         sums = get_forward_backward_func()(
-            forward_step_func=partial(self._forward, inputs),
+            forward_step_func=partial(self._forward, inputs, means),
             data_iterator=[iter(range(count)) for _ in self.models],
             model=self.models,
             num_microbatches=count,
@@ -132,14 +139,17 @@ class Trainer:
             forward_only=forward_only,
         )
         total = torch.stack([torch.zeros((), dtype=torch.float64), *sums]).sum()
-        told = torch.stack([total, inputs["mask"].sum().double()])
-        dist.all_reduce(told, group=parallel_state.get_data_parallel_group(True))
-        dist.all_reduce(told[0], group=parallel_state.get_pipeline_model_parallel_group())
-        return told[0] / told[1].clamp_min(1)
+        dist.all_reduce(total, group=group)
+        dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+        return total / tokens
 
     def _forward(
-        self, inputs: Tensors, microbatches: Iterator[int], model: DistributedDataParallel
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+        self,
+        inputs: Tensors,
+        means: Tensor,
+        microbatches: Iterator[int],
+        model: DistributedDataParallel,
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
         at = next(microbatches)
         tokens, mask = inputs["tokens"][at], inputs["mask"][at]
         places = torch.arange(tokens.shape[1])
@@ -151,8 +161,11 @@ class Trainer:
             labels=inputs["targets"][at],
         )
 
-        def loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def loss(losses: Tensor) -> tuple[Tensor, ...]:
             total = (losses * mask).sum()
-            return total, mask.sum().to(torch.int), total.detach().double()
+            told = total.detach().double()
+            if self.config.calculate_per_token_loss:
+                return total, mask.sum().to(torch.int), told
+            return total * means, told
 
         return output, loss

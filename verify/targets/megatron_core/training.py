@@ -6,7 +6,7 @@ What is around them is this adapter's: the loop, a norm and the loss, as a train
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -163,9 +163,11 @@ class TrainingSubject:
         dist.all_reduce(told, group=parallel_state.get_data_parallel_group(True))
         finalize_model_grads([model], tokens.clone())
         gradients = main_gradients(
-            [model], dict(self._named()), distributed=bool(self.case.options.get("distributed"))
+            [model],
+            [parameter for _, parameter in self._named()],
+            distributed=bool(self.case.options.get("distributed")),
         )
-        found = {f"gradient {name}": gradient for name, gradient in gradients.items()}
+        found = {f"gradient {n}": gradients[p] for n, p in self._named() if p in gradients}
         rate = optimizer.param_groups[0]["lr"]
         _, norm, _ = optimizer.step()
         schedule.step(1)
@@ -177,26 +179,29 @@ class TrainingSubject:
 
 def main_gradients(
     models: Sequence[DistributedDataParallel],
-    named: Mapping[str, Parameter],
+    parameters: Collection[Parameter],
     *,
     distributed: bool,
-) -> dict[str, Tensor]:
-    """The main gradients of what is trained, by name; of a distributed optimizer's shards, zeros
-    around them."""
+) -> dict[Parameter, Tensor]:
+    """The main gradients of what is trained; of a distributed optimizer's shards, zeros around
+    them."""
     if not distributed:
-        trained = {name: each for name, each in named.items() if each.requires_grad}
-        return {name: _main(each) for name, each in trained.items()}
-    found, group = {}, parallel_state.get_data_parallel_group(True)
-    for buffer in [each for model in models for each in model.buffers]:
+        return {each: _main(each) for each in parameters if each.requires_grad}
+    found = {}
+    everyone = parallel_state.get_data_parallel_group(True)
+    replicas = parallel_state.get_expert_data_parallel_group()
+    buffers = [(each, everyone) for model in models for each in model.buffers]
+    buffers += [(each, replicas) for model in models for each in model.expert_parallel_buffers]
+    for buffer, group in buffers:
         kept = torch.zeros_like(buffer.grad_data)
         for bucket in buffer.buckets:
             length = bucket.grad_data.numel() // group.size()
             start = bucket.offset + group.rank() * length
             kept[start : start + length] = buffer.grad_data[start : start + length]
-        for name, parameter in named.items():
+        for parameter in parameters:
             if parameter in buffer.param_index_map:
                 start, stop, _ = buffer.param_index_map[parameter]
-                found[name] = kept[start:stop].view(parameter.shape)
+                found[parameter] = kept[start:stop].view(parameter.shape)
     return found
 
 
@@ -305,8 +310,8 @@ def training_lacks(case: Case) -> str | None:
         return "a schedule has to decay after its warm-up"
     if case.concept == "learning_rates":
         return None
-    if "experts" in case.shape:
-        return "no adapter for the training of experts"
+    if case.concept == "training_steps" and "experts" in case.shape:
+        return "no adapter for the training of experts alone"
     if case.dtype == "float16":
         return "float16 always has a loss scale, for which there is no adapter"
     if case.dtype == "float64":
