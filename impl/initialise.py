@@ -105,7 +105,6 @@ def initialise_whole(
     The values depend on `seed` and on the parameter's name in the model only: `name_of` makes it
     from the name in `module`, where a pipeline stage numbers its layers from zero.
     """
-    generator = Generator("cpu")
     for name, parameter in module.named_parameters():
         distribution = rule(name, parameter)
         if distribution is None:
@@ -114,8 +113,8 @@ def initialise_whole(
         # torch draws whole blocks, and those at the end otherwise: with rows of padding, whose
         # number depends on tp, the last rows before them would be others.
         drawn = torch.empty(-(-shape.numel() // _BLOCK) * _BLOCK, dtype=torch.float32, device="cpu")
-        generator.manual_seed(seed_of(f"{seed}/{name_of(name)}"))
-        distribution(drawn, shape=shape, generator=generator)
+        own = Generator("cpu").manual_seed(seed_of(f"{seed}/{name_of(name)}"))
+        distribution(drawn, shape=shape, generator=own)
         full = drawn[: shape.numel()].view(shape)
         for each in _splits(parameter, groups):
             full = each.part(full)

@@ -57,5 +57,5 @@ class ParameterBuffer:
 
     def finish(self) -> None:
         """Wait for every bucket."""
-        while self._pending:
-            self._pending.popitem()[1].wait()
+        for number in list(self._pending):
+            self._pending.pop(number).wait()

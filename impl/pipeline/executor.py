@@ -65,12 +65,13 @@ _Key = tuple[str, int, int]
 class Executor:
     """One run of `schedule` on the stage of `link`. Collective over the pipeline's ranks.
 
-    `inputs` are the microbatches, which the first stage reads. `shape` is that of every activation,
-    None if they differ and have to be announced. With `overlap` the stage goes on computing while
-    tensors travel, until it needs one or has others to exchange; the results are the same.
-    `finished` is called once for each chunk, when its parameters' gradients are complete: a
-    reduction over replicas may begin then. The backward pass that completes them runs in the
-    context of `completing`, so that a reduction may begin within it.
+    `inputs` are the microbatches, which the first stage reads; all are given as many, so that all
+    refuse what does not fit, with a ValueError, and none waits for another. `shape` is that of
+    every activation, None if they differ and have to be announced. With `overlap` the stage goes on
+    computing while tensors travel, until it needs one or has others to exchange; the results are
+    the same. `finished` is called once for each chunk, when its parameters' gradients are
+    complete: a reduction over replicas may begin then. The backward pass that completes them runs
+    in the context of `completing`, so that a reduction may begin within it.
     """
 
     def __init__(
@@ -79,24 +80,20 @@ class Executor:
         *,
         stage: Stage,
         link: Link,
-        inputs: Sequence[Tensor] = (),
+        inputs: Sequence[Tensor],
         scale: float,
         shape: tuple[int, ...] | None = None,
         overlap: bool,
         finished: Callable[[int], None] | None = None,
         completing: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        given = link.stages, len(stage.chunks), len(stage.parameters)
-        if given != (schedule.pp, schedule.vpp, schedule.vpp):
+        given = link.stages, len(stage.chunks), len(stage.parameters), len(inputs)
+        if given != (schedule.pp, schedule.vpp, schedule.vpp, schedule.microbatches):
             raise ValueError(
-                f"schedule: it is for pp={schedule.pp}, vpp={schedule.vpp}, and there are"
-                f" {link.stages} stages, here of {len(stage.chunks)} chunks and the parameters of"
-                f" {len(stage.parameters)}"
-            )
-        if link.stage == 0 and len(inputs) != schedule.microbatches:
-            raise ValueError(
-                f"inputs: {len(inputs)} given; the schedule has"
-                f" microbatches={schedule.microbatches}"
+                f"schedule: it is for pp={schedule.pp}, vpp={schedule.vpp} and"
+                f" microbatches={schedule.microbatches}; there are {link.stages} stages, and here"
+                f" {len(stage.chunks)} chunks, parameters of {len(stage.parameters)} and"
+                f" {len(inputs)} inputs"
             )
         self.schedule, self.stage, self.link, self.inputs = schedule, stage, link, inputs
         self.scale, self.shape, self.overlap, self.finished = scale, shape, overlap, finished

@@ -5,6 +5,7 @@
 3. Parts, layers and, with way `local`, stages are drawn independently: no two are alike.
 4. Values have mean zero and the spread that the rule promises; where it promises none, they are
    zero.
+5. They are others with another seed.
 """
 
 from __future__ import annotations
@@ -36,13 +37,15 @@ _MOST_DETAILS = 6
 
 
 def initialisation_check(case: Case, *, target_name: str, cluster: Cluster) -> int:
-    """The parameters of the case's model as the target builds it obey laws 1 to 4."""
+    """The parameters of the case's model as the target builds it obey laws 1 to 5."""
     bench = Bench("initialisation", case, target_name, cluster)
     promised = initialisation(case)
     bench.require_support(case)
     found = bench.run(_built, target_name, case, world_size=case.layout.world_size)
     court = _Court(case, promised)
-    details = list(court.spread(found))
+    another = replace(case, seed=case.seed + 1)
+    seeded = bench.run(_built, target_name, another, world_size=case.layout.world_size)
+    details = [*court.spread(found), *court.moved(found, seeded)]
     if case.options.get("way", "whole") == "whole":
         alone = replace(case, layout=Layout(sequence_parallel=case.layout.sequence_parallel))
         (single,) = bench.run(_built, target_name, alone, world_size=1)
@@ -97,6 +100,14 @@ class _Court:
                 part = shard(single[name], drawn.placements, self.ranks.sizes, at)
                 if not same_bits(local[name], part):
                     yield f"{name} on rank {rank} is not its part of what one rank alone has"
+
+    def moved(self, found: Sequence[Local], seeded: Sequence[Local]) -> Iterator[str]:
+        """Law 5."""
+        for rank, (local, other) in enumerate(zip(found, seeded, strict=True)):
+            for name, tensor in local.items():
+                telling = self.promised[name].spread and tensor.numel() >= _TELLING
+                if telling and same_bits(tensor, other[name]):
+                    yield f"{name} on rank {rank} is what it is with another seed"
 
     def copies(self, found: Sequence[Local]) -> Iterator[str]:
         """Law 2."""

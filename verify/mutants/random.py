@@ -200,6 +200,12 @@ MUTANTS = (
         replacement="seed_of(str(seed))",
     ),
     _initial(
+        name="initial-whatever-the-seed",
+        wrong="Values depend on names only: runs with other seeds begin with the same model.",
+        snippet='seed_of(f"{seed}/{name_of(name)}")',
+        replacement="seed_of(name_of(name))",
+    ),
+    _initial(
         name="initial-inputs-of-a-part",
         wrong="The spread is that of the inputs of a rank's part.",
         snippet="shape[-1] if inputs is None else inputs",
