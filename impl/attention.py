@@ -171,7 +171,9 @@ class CoreAttention(Module):
         slopes = alibi_slopes(heads, group=group).to(device) if alibi else None
         self.register_buffer("slopes", slopes, persistent=False)
         self.sink = (
-            sharded_parameter(heads, dim=0, group=group, init=zeros_, dtype=dtype, device=device)
+            sharded_parameter(
+                heads, dim=0, name="heads", group=group, init=zeros_, dtype=dtype, device=device
+            )
             if sink
             else None
         )

@@ -54,7 +54,14 @@ class VocabParallelEmbedding(Module):
         self.rows = part_of(vocabulary, group=group, name="vocabulary")
         self.group, self.scatter_to_sequence = group, scatter_to_sequence
         self.weight = sharded_parameter(
-            vocabulary, hidden, dim=0, group=group, init=init, dtype=dtype, device=device
+            vocabulary,
+            hidden,
+            dim=0,
+            name="vocabulary",
+            group=group,
+            init=init,
+            dtype=dtype,
+            device=device,
         )
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -130,6 +130,7 @@ class ColumnParallelLinear(Module):
         self.gather_output, self.skip_bias_add = gather_output, skip_bias_add
         self.sequence_parallel = sequence_parallel
         common: dict[str, Any] = {
+            "name": "out_features",
             "group": group,
             "stride": stride,
             "dtype": dtype,
@@ -188,7 +189,14 @@ class RowParallelLinear(Module):
         self.group, self.input_is_parallel = group, input_is_parallel
         self.skip_bias_add, self.sequence_parallel = skip_bias_add, sequence_parallel
         self.weight = sharded_parameter(
-            out_features, in_features, dim=1, group=group, init=init, dtype=dtype, device=device
+            out_features,
+            in_features,
+            dim=1,
+            name="in_features",
+            group=group,
+            init=init,
+            dtype=dtype,
+            device=device,
         )
         self.bias = (
             replicated_parameter(

@@ -30,6 +30,7 @@ def defer(values: Tensor) -> None:
 def sharded_parameter(
     *shape: int,
     dim: int,
+    name: str,
     group: ProcessGroup,
     init: Initialiser,
     stride: int = 1,
@@ -37,18 +38,16 @@ def sharded_parameter(
     device: torch.device | None = None,
 ) -> Parameter:
     """This rank's part of a parameter of full `shape`: of each of `stride` equal blocks of `dim`,
-    one after the other.
+    one after the other. `name` is what the size of `dim` is called.
 
     The values do not depend on the size of the group, because `init` fills the full parameter. It
     is on every rank for a moment, unless `init` is `defer`. ValueError where the dimension, or a
     block of it, does not divide.
     """
     block = shape[dim] // stride
-    length = divide(block, group=group, name=f"parameter, dimension {dim}") * stride
+    length = divide(block, group=group, name=name) * stride
     if block * stride != shape[dim]:
-        raise ValueError(
-            f"stride: {shape[dim]}, dimension {dim} of a parameter, is not {stride} equal blocks"
-        )
+        raise ValueError(f"stride: {name} {shape[dim]} is not {stride} equal blocks")
     if init is defer:
         lengths = list(shape)
         lengths[dim] = length

@@ -9,9 +9,8 @@ running twice change nothing; (7) a probability that is none is refused, and the
 initialisation of copies whose ranks have no stream in common; (8) a model that is
 initialised whole is the same on every layout, bit for bit; (9) one that is initialised locally has
 equal copies, and parts, layers and stages that differ; (10) both have the promised spread, and
-other values with another seed;
-(11) what is added and does not fit is not computed; (12) streams refuse what would make two of them
-meet, or lose one, in full in `verify.checks.stream_misuse`.
+other values with another seed; (11) what is added and does not fit is not computed; (12) streams
+refuse what would make two of them meet, or lose one, in full in `verify.checks.stream_misuse`.
 """
 
 from __future__ import annotations

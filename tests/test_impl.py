@@ -188,7 +188,7 @@ def test_only_marked_gradients_are_summed(cluster):
 
 
 def _parameters() -> tuple[list[list[float]], list[object]]:
-    weight = sharded_parameter(6, 2, dim=0, group=world(), init=arange)
+    weight = sharded_parameter(6, 2, dim=0, name="rows", group=world(), init=arange)
     names = ("tensor_model_parallel", "partition_dim", "partition_stride")
     return weight.tolist(), [getattr(weight, name) for name in names]
 
@@ -202,7 +202,7 @@ def test_initial_values_do_not_depend_on_the_number_of_ranks(cluster):
 
 
 def _blocks(init) -> tuple[list[float], int]:
-    weight = sharded_parameter(8, dim=0, group=world(), init=init, stride=2)
+    weight = sharded_parameter(8, dim=0, name="rows", group=world(), init=init, stride=2)
     return weight.tolist(), weight.partition_stride
 
 
@@ -251,19 +251,19 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: ColumnParallelLinear(
             H, out_features=7, group=world(), init=zeros_, sequence_parallel=False
         ),
-        "parameter, dimension 0: 7 does not divide by the 2 ranks of its group; give a positive",
+        "out_features: 7 does not divide by the 2 ranks of its group; give a positive multiple",
     ),
     "features in": (
         lambda: RowParallelLinear(
             7, out_features=H, group=world(), init=zeros_, sequence_parallel=False
         ),
-        "parameter, dimension 1: 7 does not divide by the 2 ranks",
+        "in_features: 7 does not divide by the 2 ranks",
     ),
     "no features": (
         lambda: ColumnParallelLinear(
             H, out_features=0, group=world(), init=zeros_, sequence_parallel=False
         ),
-        "parameter, dimension 0: 0 does not divide",
+        "out_features: 0 does not divide",
     ),
     "gather": (
         lambda: column(gather_output=True, sequence_parallel=True),
@@ -274,8 +274,8 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "input_is_parallel: False is not allowed with sequence_parallel=True",
     ),
     "blocks": (
-        lambda: sharded_parameter(8, dim=0, group=world(), init=zeros_, stride=3),
-        "stride: 8, dimension 0 of a parameter, is not 3 equal blocks",
+        lambda: sharded_parameter(8, dim=0, name="rows", group=world(), init=zeros_, stride=3),
+        "stride: rows 8 is not 3 equal blocks",
     ),
     "gathered blocks": (
         lambda: column(gather_output=True, stride=2, sequence_parallel=False),

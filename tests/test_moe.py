@@ -124,6 +124,21 @@ def test_a_model_gets_other_tokens_until_none_of_its_routers_is_in_doubt():
         tokens_without_doubt({"tokens": tokens * 0}, {"weight": weight}, in_doubt)
 
 
+def test_only_a_model_whose_parameters_are_given_is_settled():
+    shape = {"microbatches": 1, "sequence": 2, "batch": 1, "hidden": 3, "heads": 1, "groups": 1}
+    shape |= {"head_size": 2, "ffn": 1, "layers": 1, "vocabulary": 3, "steps": 2}
+    shape |= {"experts": 2, "top_k": 2}
+    for concept, dtype, settling in (
+        ("gpt_training", "float32", True),
+        ("gpt_training", "bfloat16", False),
+        ("resumed_training", "float32", False),
+    ):
+        case = Case(concept=concept, layout=Layout(), shape=shape, lens="native", dtype=dtype)
+        contract = contract_of(case)
+        assert (contract.settle is not None) is settling
+        assert generate(case, contract, RankMap(case.layout, contract.axes), "").inputs
+
+
 def test_capacity_by_position_and_by_probability():
     logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [3.0, 0.0], [0.0, 5.0]]).view(4, 1, 2)
     shape = {**SHAPE, "sequence": 4, "batch": 1, "experts": 2, "top_k": 1}

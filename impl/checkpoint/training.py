@@ -255,7 +255,7 @@ def _on_first_rank(work: Callable[[], T], folder: Path) -> T:
     """What `work` returns on rank 0, of Python's own types, on every rank. Raises CheckpointError
     on every rank where it raises there."""
     done: T | None = None
-    refused = ""
+    refused: str | None = None
     if dist.get_rank() == 0:
         try:
             done = work()
@@ -266,7 +266,7 @@ def _on_first_rank(work: Callable[[], T], folder: Path) -> T:
     told: list[Any] = [done, refused]
     dist.broadcast_object_list(told, src=0)
     done, refused = told
-    if refused:
+    if refused is not None:
         raise CheckpointError(refused)
     return cast(T, done)
 

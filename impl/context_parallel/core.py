@@ -69,7 +69,7 @@ class ContextAttention(Module):
         slopes = alibi_slopes(heads, group=tp_group).to(device) if alibi else None
         self.register_buffer("slopes", slopes, persistent=False)
         made: dict[str, Any] = {"group": tp_group, "init": zeros_, "dtype": dtype, "device": device}
-        self.sink = sharded_parameter(heads, dim=0, **made) if sink else None
+        self.sink = sharded_parameter(heads, dim=0, name="heads", **made) if sink else None
 
     def forward(
         self,

@@ -160,8 +160,8 @@ class Optimizer:
             share.gradient.mul_(1.0 / scale)
             finite = finite and bool(share.gradient.isfinite().all())
         found = self.data_parallel.zero.new_tensor([not finite])
-        assert dist.group.WORLD is not None
-        found = all_reduce(found, op=dist.ReduceOp.MAX, group=dist.group.WORLD)
+        for group in (self.groups.tp_dp_cp, self.groups.pp):
+            found = all_reduce(found, op=dist.ReduceOp.MAX, group=group)
         return bool(found.item())
 
 

@@ -66,12 +66,12 @@ class Executor:
     """One run of `schedule` on the stage of `link`. Collective over the pipeline's ranks.
 
     `inputs` are the microbatches, which the first stage reads; all are given as many, so that all
-    refuse what does not fit, with a ValueError, and none waits for another. `shape` is that of
-    every activation, None if they differ and have to be announced. With `overlap` the stage goes on
+    refuse another number, with a ValueError, and none waits for another. `shape` is that of every
+    activation, None if they differ and have to be announced. With `overlap` the stage goes on
     computing while tensors travel, until it needs one or has others to exchange; the results are
-    the same. `finished` is called once for each chunk, when its parameters' gradients are
-    complete: a reduction over replicas may begin then. The backward pass that completes them runs
-    in the context of `completing`, so that a reduction may begin within it.
+    the same. `finished` is called once for each chunk, when its parameters' gradients are complete:
+    a reduction over replicas may begin then. The backward pass that completes them runs in the
+    context of `completing`, so that a reduction may begin within it.
     """
 
     def __init__(

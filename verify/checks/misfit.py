@@ -63,22 +63,18 @@ def compute(target_name: str, case: Case) -> str:
     given = f"{wrong.tensor} {list(inputs[wrong.tensor].shape)} instead of {fits}"
     if wrong.how == INDEX:
         given = f"{wrong.number} among the {wrong.tensor}"
-    asked = False
-    try:
-        with session_of(target, case.layout) as session:
-            with target_code(f"building {case.concept}"):
-                subject = session.build(plain)
-                parameters = dict(subject.parameters())
-            load_weights(parameters, problem, ranks, rank, plain, contract)
-            asked = True
+    with session_of(target, case.layout) as session:
+        with target_code(f"building {case.concept}"):
+            subject = session.build(plain)
+            parameters = dict(subject.parameters())
+        load_weights(parameters, problem, ranks, rank, plain, contract)
+        try:
             found = subject.forward(inputs)
-            if wrong.how == INDEX and any(bool(each.isnan().any()) for each in found.values()):
-                return ""
-            shapes = ", ".join(f"{name} {list(each.shape)}" for name, each in found.items())
-            return f"was given {given}, and computed {shapes}"
-    except (NotSupported, HarnessError):
-        raise
-    except Exception:
-        if not asked:
+        except (NotSupported, HarnessError):
             raise
+        except Exception:
+            return ""
+    if wrong.how == INDEX and any(bool(each.isnan().any()) for each in found.values()):
         return ""
+    shapes = ", ".join(f"{name} {list(each.shape)}" for name, each in found.items())
+    return f"was given {given}, and computed {shapes}"

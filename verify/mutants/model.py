@@ -263,8 +263,8 @@ STEP = (
         name="step-overflow-of-a-stage",
         module="impl.optimizer.mixed",
         wrong="The stage whose gradients overflow skips the step alone.",
-        snippet="group=dist.group.WORLD",
-        replacement="group=self.groups.tp_dp_cp",
+        snippet="for group in (self.groups.tp_dp_cp, self.groups.pp):",
+        replacement="for group in (self.groups.tp_dp_cp,):",
         seen="DP-07",
     ),
     _gradients(

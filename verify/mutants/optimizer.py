@@ -157,15 +157,15 @@ _SCALES = (
     _step(
         name="skip-not-agreed-over-tp",
         wrong="A rank of tp goes on where another skips.",
-        snippet="group=dist.group.WORLD",
-        replacement="group=self.groups.dp_cp",
+        snippet="(self.groups.tp_dp_cp, self.groups.pp)",
+        replacement="(self.groups.dp_cp, self.groups.pp)",
         seen="DP-07",
     ),
     _step(
         name="skip-not-agreed-over-shards",
         wrong="A rank that has a shard of padding goes on where the others skip.",
-        snippet="group=dist.group.WORLD",
-        replacement="group=self.groups.tp_pp",
+        snippet="(self.groups.tp_dp_cp, self.groups.pp)",
+        replacement="(self.groups.tp_pp,)",
     ),
     _step(
         name="skip-counts-for-the-schedule",

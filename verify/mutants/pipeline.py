@@ -125,11 +125,21 @@ TABLES = (
     _refused(
         name="schedule-remainder-dropped",
         wrong="Interleaved leaves out the microbatches that it cannot group by pp.",
-        snippet='if kind == "interleaved" and microbatches % pp:',
-        replacement=(
-            'microbatches -= microbatches % pp if kind == "interleaved" else 0\n'
-            "    if microbatches < 1:"
-        ),
+        snippet="""\
+    if kind == "interleaved" and microbatches % pp:
+        raise ValueError(
+            f"microbatches: {microbatches} is no multiple of pp={pp}, which schedule interleaved"
+            f" needs; give a multiple of {pp}, or take 1f1b"
+        )
+    order = KINDS[kind]
+    orders = [tuple(order(stage, pp, vpp, microbatches)) for stage in range(pp)]
+""",
+        replacement="""\
+    order, grouped = KINDS[kind], microbatches
+    if kind == "interleaved" and microbatches > pp:
+        grouped -= microbatches % pp
+    orders = [tuple(order(stage, pp, vpp, grouped)) for stage in range(pp)]
+""",
     ),
     _refused(
         name="schedule-further-chunks-dropped",

@@ -201,6 +201,7 @@ def resumed_training(case: Case) -> Contract:
         outputs=outputs,
         reference=reference,
         frozen=frozenset(),
+        settle=None,
     )
 
 

@@ -20,8 +20,10 @@ from verify.case import LENSES, Case, Lens, Option
 from verify.coverage.steering import CONCEPT, chosen, foresee, note_default
 from verify.errors import BadArgument
 from verify.layout import DEFAULT_ORDER, Layout
+from verify.lens import generate
 from verify.oracle.contract import Contract
 from verify.rank_program import contract_of
+from verify.replica import RankMap
 from verify.runner.limits import limits
 from verify.strategies.layouts import orders, sizes_within
 
@@ -332,3 +334,15 @@ def refusable_cases(draw: st.DrawFn, *concepts: str, faults: str = "") -> Case:
         shape={**case.shape, **fault.sizes},
         options={**case.options, fault.option: value},
     )
+
+
+def can_be_generated(case: Case) -> bool:
+    """Whether there is data at which no decision of a valid case is in doubt."""
+    contract = contract_of(case)
+    ranks = RankMap(case.layout, contract.axes)
+    try:
+        for replica in ranks.replicas:
+            generate(case, contract, ranks, replica)
+    except BadArgument:
+        return False
+    return True

@@ -20,6 +20,7 @@ from verify.strategies.cases import (
     MAX_SEED,
     Choices,
     adversaries,
+    can_be_generated,
     contract_or_none,
     with_option,
 )
@@ -35,9 +36,7 @@ from verify.strategies.gpt_choices import (
     SCALINGS,
 )
 from verify.strategies.gpt_layouts import MOST_CHUNKS, SMALL, model_layouts
-from verify.strategies.layouts import (
-    divisors,
-)
+from verify.strategies.layouts import divisors
 from verify.strategies.transformer import grouped_heads
 from verify.strategies.transformer import latents as sizes_of_latents
 
@@ -105,7 +104,9 @@ def model_cases(
             plain=plain,
         )
     )
-    shape["steps"] = draw(st.sampled_from(list(steps)))
+    # A whole step of Adam for a gradient of rounding errors may turn what a router decides next.
+    unsure = routed and dtype != "float64"
+    shape["steps"] = 1 if unsure and optimizer == "adam" else draw(st.sampled_from(list(steps)))
     case = Case(concept=concept, layout=layout, shape=shape)
     case = choices.given_to(case, adam=optimizer == "adam")
     if plain:
@@ -116,7 +117,9 @@ def model_cases(
     if draw(st.sampled_from(list(uneven))):
         case = draw(_uneven(case))
     case = draw(_trained(case, options, optimizer))
-    return draw(_calculated(case, dtype, lens))
+    case = draw(_calculated(case, dtype, lens))
+    assume(not unsure or can_be_generated(case))
+    return case
 
 
 class _Choices:

@@ -18,15 +18,12 @@ from hypothesis import strategies as st
 
 from verify.case import LENSES, Case, Lens, Option
 from verify.coverage.steering import CONCEPT, chosen, foresee
-from verify.errors import BadArgument
 from verify.layout import Layout
-from verify.lens import generate
-from verify.rank_program import contract_of
-from verify.replica import RankMap
 from verify.runner.limits import limits
 from verify.strategies.cases import (
     STRIDES,
     Choices,
+    can_be_generated,
     completed,
     with_options,
 )
@@ -131,19 +128,8 @@ def moe_cases(
     case = Case(concept=concept, layout=layout, shape=shape)
     case = with_options(draw, case, {**OPTIONS[concept], "strides": STRIDES}, wanted=options)
     case = draw(completed(case, lenses))
-    assume(_can_be_generated(case))
+    assume(can_be_generated(case))
     return case
-
-
-def _can_be_generated(case: Case) -> bool:
-    contract = contract_of(case)
-    ranks = RankMap(case.layout, contract.axes)
-    try:
-        for replica in ranks.replicas:
-            generate(case, contract, ranks, replica)
-    except BadArgument:
-        return False
-    return True
 
 
 @st.composite

@@ -80,7 +80,7 @@ def swap_items(node: Node, source: Source) -> Iterator[Edit]:
         above = source.parents[node]
         unordered = (
             isinstance(above, ast.ExceptHandler)
-            or _is_refused(above)
+            or _is_refused(node, above)
             or (isinstance(above, ast.Compare) and _is_searched(node, above))
             or (isinstance(above, ast.Assign) and _are_alike(above.value))
         )
@@ -90,10 +90,12 @@ def swap_items(node: Node, source: Source) -> Iterator[Edit]:
             yield from source.swapped(one, other, "The first two items are exchanged.")
 
 
-def _is_refused(above: ast.AST) -> bool:
+def _is_refused(node: Node, above: ast.AST) -> bool:
     """Whether it is gone through by a loop that only refuses."""
-    return isinstance(above, ast.For) and all(
-        isinstance(each, ast.If) and is_refusal(each) for each in above.body
+    return (
+        isinstance(above, ast.For)
+        and above.iter is node
+        and all(isinstance(each, ast.If) and is_refusal(each) for each in above.body)
     )
 
 

@@ -27,6 +27,7 @@ class _Output(Module):
             case.shape["vocabulary"],
             case.shape["hidden"],
             dim=0,
+            name="vocabulary",
             group=groups.tp,
             init=partial(constant_, val=math.nan),
             dtype=getattr(torch, case.dtype),

@@ -18,6 +18,7 @@ from impl.gradients import finish_sequence_parallel_gradients, sum_gradients
 from impl.groups import Groups
 from impl.moe.layer import MoELayer, make_dispatcher
 from impl.moe.router import Choice, Losses, Routing, TopKRouter
+from impl.parameters import of_expert
 from impl.partition import part_of
 from verify.case import Case
 from verify.placement import Placements, Shard
@@ -57,16 +58,12 @@ class MoESubject(ModuleSubject):
         parallelism does: sums over dp and cp, of experts over edp."""
         parameters = list(self.module.parameters())
         finish_sequence_parallel_gradients(parameters, group=self._groups.tp)
-        sum_gradients([p for p in parameters if not _of_expert(p)], group=self._groups.dp_cp)
-        sum_gradients([p for p in parameters if _of_expert(p)], group=self._groups.edp)
-
-
-def _of_expert(parameter: Parameter) -> bool:
-    return not getattr(parameter, "allreduce", True)
+        sum_gradients([p for p in parameters if not of_expert(p)], group=self._groups.dp_cp)
+        sum_gradients([p for p in parameters if of_expert(p)], group=self._groups.edp)
 
 
 def _placements(parameter: Parameter) -> Placements:
-    if not _of_expert(parameter):
+    if not of_expert(parameter):
         return placements_of(parameter)
     return {"ep": Shard(0), **placements_of(parameter, axis="etp")}
 

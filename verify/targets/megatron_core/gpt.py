@@ -175,7 +175,13 @@ class GPTSubject:
         own: dict[str, list[Parameter]] = {}
         for (chunk, name), parameter in self.named.items():
             own.setdefault(self._name(chunk, name), []).append(parameter)
-        return {name: each if ".experts." in name else each[0] for name, each in own.items()}
+        found: dict[str, Member] = {}
+        for name, each in own.items():
+            if ".experts." in name:
+                found[name] = each
+            else:
+                (found[name],) = each
+        return found
 
     def _name(self, chunk: int, name: str) -> str:
         """The contract's name of a parameter of a chunk, the same of all experts of a layer."""
