@@ -145,17 +145,13 @@ class Target:
     @contextlib.contextmanager
     def session(self, layout: Layout) -> Iterator[Session]:
         """Collective: make Megatron's groups and its random states for `layout`; undo both."""
-        from megatron.core import parallel_state, tensor_parallel
-
-        from verify.targets.megatron_core import groups
+        from verify.targets.megatron_core import groups, random
 
         state, generator = _state(), torch.get_rng_state()
         with stand_ins.applied():
             try:
                 groups.initialise(layout)
-                # The seed of a stage is Megatron-LM's, whose training script calls this.
-                stage = parallel_state.get_pipeline_model_parallel_rank()
-                tensor_parallel.model_parallel_cuda_manual_seed(SEED + 100 * stage)
+                random.seed(SEED)
                 yield Session(layout)
                 # Not after an error: the world may be broken, and its cluster replaces it then.
                 groups.destroy()

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.random import (
     get_cuda_rng_tracker,
@@ -62,6 +62,14 @@ def streams() -> Mapping[str, Draw]:
             return torch.rand(count, dtype=torch.float64, device="cuda")
 
     return {region: partial(draw, fork) for region, fork in forks.items()}
+
+
+def seed(number: int) -> None:
+    """Seed this rank's streams, the default one too, as Megatron-LM's training script does: a stage
+    has a seed of its own."""
+    own = number + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(own)
+    tensor_parallel.model_parallel_cuda_manual_seed(own)
 
 
 class Streams:
@@ -176,7 +184,9 @@ def _runs(plan: Plan | None, layers: int) -> list[tuple[int, int, bool]]:
 
 
 def initialisation(case: Case) -> ModuleSubject:
-    """MLPs as Megatron builds them, on the CPU and then cut, or each rank's part."""
+    """MLPs as Megatron builds them from the case's seed, on the CPU and then cut, or each rank's
+    part."""
+    seed(case.seed)
     gated = case.options.get("activation") == "swiglu"
     config = _mlp_config(
         case,
