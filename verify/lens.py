@@ -195,6 +195,8 @@ def _check(case: Case, contract: Contract) -> None:
             f"case.lens: exact does not apply to {case.concept}, which is not linear; allowed are"
             " fp64 and native"
         )
+    if "misfit" in case.options:
+        raise BadArgument(f"case.options.misfit: {case} is for the check misfit only")
     strides = case.options.get("strides", STRIDES[0])
     if strides not in STRIDES:
         raise BadArgument(f"case.options.strides: {strides!r} is not one of {', '.join(STRIDES)}")

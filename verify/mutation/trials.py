@@ -26,7 +26,7 @@ from verify.runner.interrupts import DeferredInterrupt
 from verify.runner.limits import Limits, limits, set_limits
 from verify.runner.options import RunOptions
 from verify.runner.record import Record
-from verify.runner.recorder import Recorder
+from verify.runner.recorder import REFUSED, Recorder
 from verify.runner.suites import PACKAGE
 from verify.targets import load_target
 
@@ -158,7 +158,7 @@ class Trials:
         count = sum(found.concepts.values())
         seconds = (time.monotonic() - began) / max(count, 1)
         # One law of groups asks for what there is not.
-        refusals = sum(checks[each] for each in ("refusal", "misfit", "misuse", "groups"))
+        refusals = sum(checks[each] for each in (*REFUSED, "groups"))
         return Surveyed(name, count, seconds, found.concepts, found.lines, refusals)
 
     def _function(self, name: str) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ _REASONS = 20
 _DIGITS = 16
 _UNDECIDED_SECONDS = 60.0
 # Checks of cases that cannot be computed.
-_REFUSED = ("refusal", "misfit", "misuse")
+REFUSED = ("refusal", "misfit", "misuse")
 
 
 class Undecided(BaseException):
@@ -89,7 +89,7 @@ class Recorder:
 
     def reached(self, check: str, case: Case) -> None:
         """The case is going to be checked."""
-        if check not in _REFUSED and not self._failed:
+        if check not in REFUSED and not self._failed:
             self.steering.reached(case)
 
     def checked(self, check: str, case: Case, compared: int) -> None:
@@ -100,7 +100,7 @@ class Recorder:
             self.compared += compared
             if case not in self._cases_in_example:
                 self._cases_in_example.append(case)
-            if check not in _REFUSED:
+            if check not in REFUSED:
                 self._rows_in_example.add(row_key(case.concept, self.steering.checked(case)))
 
     def failed(self, mismatch: Mismatch) -> None:

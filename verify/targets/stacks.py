@@ -96,8 +96,12 @@ class Stacks:
         }
 
     def members(self, name: str) -> list[Parameter]:
-        """What this stage has of a stack, in the order of the model, where each is a parameter."""
-        return [each for each in self._members[name] if isinstance(each, Parameter)]
+        """What this stage has of a stack, in the order of the model; each is a parameter."""
+        found = []
+        for each in self._members[name]:
+            assert isinstance(each, Parameter)
+            found.append(each)
+        return found
 
     def stacked(
         self, name: str, value: Callable[[Parameter], Tensor], *, dtype: torch.dtype
