@@ -2,11 +2,15 @@
 loss, or the reference's own results."""
 
 import pytest
+import torch
+from observed import Scene
 from vacuous_targets import WAYS
 
 from verify.case import Case
+from verify.checks.vacuity import must_not_vanish
 from verify.cluster import open_cluster
 from verify.layout import Layout
+from verify.oracle.contract import Contract, TensorSpec
 from verify.runner.record import Record
 from verify.runner.recorder import Recorder
 from verify.verdict import Verdict, judge
@@ -122,3 +126,16 @@ def test_a_property_that_compared_no_element_is_unknown():
     something = _concluded(0, 12, 3)
     assert (something.verdict, something.compared) == (Verdict.PASSED, 15)
     assert _concluded(0, must_check=False).verdict is Verdict.PASSED
+
+
+@pytest.mark.parametrize(("value", "must"), [(0, False), (1, True)])
+def test_whole_numbers_may_be_zero_where_the_reference_is(value, must):
+    case = Case(concept="numbers", layout=Layout())
+    contract = Contract(
+        inputs={"x": TensorSpec((3,))},
+        parameters={},
+        outputs={"y": TensorSpec((3,)), "places": TensorSpec((3,), {}, None)},
+        reference=lambda i, p: {"y": i["x"] * 2, "places": torch.full((3,), value)},
+    )
+    reference = Scene(case, contract, {}).references[""]
+    assert must_not_vanish(reference, "places") is must

@@ -56,7 +56,7 @@ def unshown(
 
 def must_not_vanish(reference: Reference, name: str) -> bool:
     """Whether zeros would be no correct result."""
-    expected = reference.results[name]
+    expected = reference.results[name].double()
     zeros = torch.zeros_like(expected)
     return Tolerance(reference).excess(name, zeros, expected, lambda full: full) is not None
 
