@@ -77,9 +77,9 @@ def fitting(case: Case) -> Case:
     return dataclasses.replace(case, options=options)
 
 
-def misfits(case: Case, how: Collection[str] = HOW) -> list[Misfit]:
-    """All of a kind that make a valid case one that cannot be computed: on one device, whole
-    tensors that are altered like it raise an error."""
+def misfits(case: Case, how: Collection[str] = HOW, tensors: Collection[str] = ()) -> list[Misfit]:
+    """All of a kind, of these `tensors` if given, that make a valid case one that cannot be
+    computed: on one device, whole tensors that are altered like it raise an error."""
     contract = contract_of(case)
     ranks = RankMap(case.layout, contract.axes)
     problem = generate(case, contract, ranks, "")
@@ -104,7 +104,8 @@ def misfits(case: Case, how: Collection[str] = HOW) -> list[Misfit]:
         # Nothing is dropped here, or masks that fit no longer would be what is refused.
         contract.reference(inputs, parameters)
         found = (*_shapes(contract, ranks), *_indices(case, contract))
-        return [each for each in found if each.how in how and not computes(each)]
+        asked = [e for e in found if e.how in how and (not tensors or e.tensor in tensors)]
+        return [each for each in asked if not computes(each)]
 
 
 def _shapes(contract: Contract, ranks: RankMap) -> Iterator[Misfit]:

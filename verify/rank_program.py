@@ -182,6 +182,17 @@ def load_weights(
             parameter.grad = None
 
 
+def local_inputs(
+    contract: Contract, given: Problem, ranks: RankMap, rank: int, case: Case
+) -> dict[str, Tensor]:
+    """A rank's own copies of its parts of the inputs, on its device."""
+    device = torch.get_default_device()
+    return {
+        name: local(given.inputs[name], spec.placements, ranks, rank, case).to(device)
+        for name, spec in contract.inputs.items()
+    }
+
+
 def _run(
     subject: Subject,
     contract: Contract,
@@ -194,10 +205,7 @@ def _run(
     """Outputs and input gradients, and the random states after forward. A gradient that autograd
     does not reach is None."""
     device = torch.get_default_device()
-    inputs = {
-        name: local(given.inputs[name], spec.placements, ranks, rank, case).to(device)
-        for name, spec in contract.inputs.items()
-    }
+    inputs = local_inputs(contract, given, ranks, rank, case)
     differentiable = [n for n, spec in contract.inputs.items() if spec.grad_placements is not None]
     for name in differentiable:
         inputs[name].requires_grad_()

@@ -9,7 +9,6 @@ nothing else is what it raises for.
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 
 from verify.case import Case
@@ -17,9 +16,16 @@ from verify.checks.blame import Bench
 from verify.checks.vacuity import unshown
 from verify.cluster.base import Cluster
 from verify.errors import BadArgument, HarnessError, NotSupported
-from verify.lens import check_fits, generate, local
+from verify.lens import check_fits, generate
 from verify.misfit import INDEX, Misfit, fitting, misfits
-from verify.rank_program import contract_of, load_weights, observe, session_of, target_code
+from verify.rank_program import (
+    contract_of,
+    load_weights,
+    local_inputs,
+    observe,
+    session_of,
+    target_code,
+)
 from verify.replica import RankMap
 from verify.targets import load_target
 
@@ -31,7 +37,7 @@ def misfit(case: Case, *, target_name: str, cluster: Cluster) -> int:
     contract = contract_of(plain)
     ranks = RankMap(case.layout, contract.axes)
     check_fits(plain, contract, ranks)
-    if wrong not in misfits(plain):
+    if wrong not in misfits(plain, (wrong.how,), (wrong.tensor,)):
         raise BadArgument(f"case.options.misfit: one device computes {case}")
     bench.require_support(case)
     size = case.layout.world_size
@@ -51,14 +57,10 @@ def compute(target_name: str, case: Case) -> str:
     contract = contract_of(plain)
     ranks, rank = RankMap(case.layout, contract.axes), dist.get_rank()
     problem = generate(plain, contract, ranks, ranks.replica(rank))
-    inputs = {
-        name: local(problem.inputs[name], spec.placements, ranks, rank, plain)
-        for name, spec in contract.inputs.items()
-    }
+    inputs = local_inputs(contract, problem, ranks, rank, plain)
     fits = list(inputs[wrong.tensor].shape)
     inputs[wrong.tensor] = wrong.altered(inputs[wrong.tensor])
     for name, spec in contract.inputs.items():
-        inputs[name] = inputs[name].to(torch.get_default_device())
         inputs[name].requires_grad_(spec.grad_placements is not None)
     given = f"{wrong.tensor} {list(inputs[wrong.tensor].shape)} instead of {fits}"
     if wrong.how == INDEX:

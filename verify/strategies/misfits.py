@@ -23,7 +23,7 @@ def misfit_cases(
     dimension, or as many dimensions, that one device raises an error for; or, by `how`, an
     index."""
     case = draw(valid)
-    found = [each for each in misfits(case, how) if not tensors or each.tensor in tensors]
+    found = misfits(case, how, tensors)
     assume(found)
     options = {**case.options, OPTION: str(draw(st.sampled_from(found)))}
     return dataclasses.replace(case, options=options)
