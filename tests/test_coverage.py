@@ -220,6 +220,17 @@ def test_the_simplest_case_is_drawn_once(as_in_a_run):
     assert sum(case.layout == Layout() for case in seen) < 10
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_number_before_the_simplest_case_may_be_drawn_again(monkeypatch, seed):
+    """With it the draws go on as those of the first case did, or Hypothesis calls them flaky."""
+    monkeypatch.setattr("verify.coverage.steering._MANY", 2)
+    undo = use_profile(RunOptions(seed=seed))
+    try:
+        assert drawn(cases("column_linear"), 30).seen["column_linear"]
+    finally:
+        undo()
+
+
 @pytest.mark.parametrize(
     "strategy",
     [

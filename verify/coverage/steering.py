@@ -228,8 +228,10 @@ def chosen(
 def _is_the_simplest_again(data: Any) -> bool:
     """Whether all that follows is the simplest, as it was in the first example of all: Hypothesis
     begins with several of these, and mostly the number that repeats nothing is all they differ in.
-    Where none of them is valid, it goes on to others."""
-    return any(isinstance(each, ChoiceTemplate) for each in data.prefix[1:])
+    Where none of them is valid, it goes on to others. With a number that there was before, other
+    choices come first, and it is none of these."""
+    follows = data.prefix[data.index : data.index + 1] if data.index else ()
+    return any(isinstance(each, ChoiceTemplate) for each in follows)
 
 
 @contextmanager
