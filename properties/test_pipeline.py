@@ -2,7 +2,8 @@
 
 Laws: (1) every microbatch's loss, the gradient of the input and of every parameter are those of one
 device, whatever the schedule, with fewer microbatches than stages, several chunks a stage, several
-rounds, an evaluation before each, and frozen weights; (2) also where microbatches have different
+rounds, an evaluation before each, frozen weights, and weights that are used by more than their
+layer; (2) also where microbatches have different
 lengths; (3) memory order, (4) the layout and (5) running twice change nothing; (6) a stage sends
 one activation and one gradient of each microbatch over each border of its chunks, and nothing else;
 (7) what a schedule cannot do is refused; (8) activations whose memory is freed when they are sent
@@ -25,7 +26,7 @@ def test_losses_and_gradients(check: CheckCase, case: Case) -> None:
     microbatches; a gradient called complete before its last microbatch; a tensor of another
     microbatch or chunk; a receive read before it is done; a send to a rank of the group as if it
     were one of the world; a weight pass left out, done twice, of another microbatch's input, or of
-    a frozen weight."""
+    a frozen weight; a gradient of a weight from elsewhere that it drops."""
     check("equivalence", case)
 
 

@@ -36,6 +36,7 @@ def cases() -> Iterator[tuple[str, Case]]:
         (CHUNKS, {"overlap": False, "evaluated": True}),
         (Layout(pp=2), {"schedule": "zb-h1"}),
         (Layout(pp=2), {"schedule": "zb-h1", "frozen_weight": True}),
+        (Layout(pp=2), {"schedule": "zb-h1", "shared": True}),
     ):
         case = case_of("pipeline", layout, SMALL, **options)
         yield "equivalence", dataclasses.replace(case, adversary=HARD)

@@ -315,5 +315,11 @@ WEIGHTS = (
         snippet="each: gradient for each, gradient in own if gradient is not None}",
         replacement="each: gradient for each, gradient in own if each in self._left}",
     ),
+    _late(
+        name="weight-pass-of-all-but-products",
+        wrong="Of a weight whose gradient comes from elsewhere too, that alone is added.",
+        snippet="total = own if total is None else total + own",
+        replacement="total = own",
+    ),
 )
 MUTANTS = (*TABLES, *RUNS, *WEIGHTS)

@@ -1,11 +1,12 @@
 """A stack of layers cut over a pipeline, and trained on several microbatches.
 
 Every layer is x + tanh(x W^T + b) / 2, so that neither activations grow nor gradients vanish over
-many layers, in float16 too. Layer l of L is on chunk l // (L / (pp vpp)), and chunk k on stage
-k % pp (arXiv:2104.04473, 2.2): the stack's weights [layers, hidden, hidden] are cut over pp in vpp
-blocks. The loss of a microbatch is the mean of (y - target)^2 over its elements, and the total loss
-the mean of these. With several `rounds` the schedule runs as often, over an equal part of the
-microbatches each, and gradients add up.
+many layers, in float16 too. A weight that is `shared` is used by something else as well, as a tied
+embedding is: its diagonal is added to the bias. Layer l of L is on chunk l // (L / (pp vpp)), and
+chunk k on stage k % pp (arXiv:2104.04473, 2.2): the stack's weights [layers, hidden, hidden] are
+cut over pp in vpp blocks. The loss of a microbatch is the mean of (y - target)^2 over its elements,
+and the total loss the mean of these. With several `rounds` the schedule runs as often, over an
+equal part of the microbatches each, and gradients add up.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ SWITCHES = {
     "overlap": True,
     "evaluated": False,
     "frozen_weight": False,
+    "shared": False,
     "freed": False,
 }
 OPTIONS = ("schedule", "rounds", *SWITCHES)
@@ -45,7 +47,8 @@ def pipeline(case: Case) -> Contract:
     i has the first 1 + i % sequence of its tokens only, whose number each sender announces;
     `overlap`: whether stages compute while tensors travel; `evaluated`: each round begins with an
     evaluation, forward only, whose losses are the output `evaluation`; `frozen_weight`: the biases
-    alone are trained; `freed`: no activation stays in memory once it is sent, which some targets
+    alone are trained; `shared`: a weight's gradient comes from its layer and from its diagonal;
+    `freed`: no activation stays in memory once it is sent, which some targets
     do always, as impl, and others if asked; `rounds`.
 
     Raises BadArgument for layers that do not divide by the chunks, for another schedule than
@@ -66,9 +69,13 @@ def pipeline(case: Case) -> Contract:
     lengths = lengths_of(case)
 
     def reference(inputs: Tensors, parameters: Tensors) -> Tensors:
+        stack = parameters
+        if given["shared"]:
+            diagonals = parameters["weight"].diagonal(dim1=1, dim2=2)
+            stack = {**parameters, "bias": parameters["bias"] + diagonals}
         losses = torch.stack(
             [
-                _loss(inputs["x"][i, :length], inputs["targets"][i, :length], parameters)
+                _loss(inputs["x"][i, :length], inputs["targets"][i, :length], stack)
                 for i, length in enumerate(lengths)
             ]
         )

@@ -77,6 +77,7 @@ def pipeline_cases(
     case = with_option(case, "overlap", chosen(draw, "overlap", (True, False)), default=True)
     case = with_option(case, "evaluated", chosen(draw, "evaluated", _FLAGS), default=False)
     case = with_option(case, "frozen_weight", chosen(draw, "frozen_weight", _FLAGS), default=False)
+    case = with_option(case, "shared", chosen(draw, "shared", _FLAGS), default=False)
     case = with_option(case, "freed", chosen(draw, "freed", freed), default=False)
     case = with_option(case, "strides", chosen(draw, "strides", strides), default=STRIDES[0])
     case = draw(completed(case, lenses))

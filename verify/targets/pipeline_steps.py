@@ -28,15 +28,18 @@ Linear = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Layers x + tanh(x weight^T + bias) / 2."""
+    """Layers x + tanh(x weight^T + bias) / 2, the bias and the diagonal of a weight that is
+    `shared`."""
 
     weights: Sequence[Parameter]
     biases: Sequence[Parameter]
+    shared: bool
 
     def forward(self, x: Tensor, linear: Linear = F.linear) -> Tensor:
         """All layers of x [sequence, batch, hidden]; `linear` multiplies it with a weight."""
         for weight, bias in zip(self.weights, self.biases, strict=True):
-            x = x + (linear(x, weight) + bias).tanh() / 2
+            added = bias + weight.diagonal() if self.shared else bias
+            x = x + (linear(x, weight) + added).tanh() / 2
         return x
 
     def gradients(self) -> dict[str, Tensor]:
@@ -129,7 +132,8 @@ class PipelineSubject(ABC):
         """The layers of one chunk, in the memory of the stacks."""
         own = slice(chunk * self.each, (chunk + 1) * self.each)
         weights = [Parameter(each, self.weight.requires_grad) for each in self.weight.detach()[own]]
-        return Chunk(weights, [Parameter(each) for each in self.bias.detach()[own]])
+        biases = [Parameter(each) for each in self.bias.detach()[own]]
+        return Chunk(weights, biases, bool(self.case.options.get("shared", False)))
 
     def _round(self, chunks: Sequence[Chunk], x: Tensor, targets: Tensor, first: int) -> Round:
         """That of the microbatches from `first`."""
