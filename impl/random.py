@@ -119,8 +119,7 @@ class RandomTracker:
             self._switch(before)
 
     def stream(self, name: str) -> Stream:
-        """`fork(name)` as a function without arguments, for modules. ValueError if unknown."""
-        self._require(name)
+        """`fork(name)` as a function without arguments, for modules."""
         return partial(self.fork, name)
 
     def states(self) -> dict[str, Tensor]:
@@ -131,9 +130,7 @@ class RandomTracker:
     def set_states(self, states: Mapping[str, Tensor]) -> None:
         """Put back what `states` gave: each stream goes on from there, the current one at once.
         ValueError unless they are those of exactly this tracker's streams."""
-        self._require_all(states)
-        self._states = {name: states[name].clone() for name in self._states}
-        self._generator.set_state(self._states[self._current])
+        self._restore(Snapshot(states, self._current))
 
     def snapshot(self) -> Snapshot:
         """All that decides what is drawn next."""
@@ -153,7 +150,8 @@ class RandomTracker:
     def _restore(self, snapshot: Snapshot) -> None:
         self._require_all(snapshot.states)
         self._current = snapshot.current
-        self.set_states(snapshot.states)
+        self._states = {name: snapshot.states[name].clone() for name in self._states}
+        self._generator.set_state(self._states[self._current])
 
     def _switch(self, name: str) -> None:
         self._states[self._current] = self._generator.get_state()
@@ -179,7 +177,7 @@ def parallel_tracker(
 ) -> RandomTracker:
     """The streams of a rank of a layout, by the table above; `seed` is that of the whole run.
 
-    Seeds torch's default generator of the device. ValueError for a seed that is negative.
+    Seeds torch's default generator of the device.
     """
     seeds = stream_seeds(seed, layout=layout, rank=rank)
     tracker = RandomTracker(seed=seeds.pop(DEFAULT), device=device)
@@ -191,8 +189,6 @@ def parallel_tracker(
 def stream_seeds(seed: int, *, layout: Layout, rank: int) -> dict[str, int]:
     """The seed of every stream on a rank: no two streams of a run share one, unless they are one
     stream by the table above. Runs whose `seed` is less than a million apart may share some."""
-    if seed < 0:
-        raise ValueError(f"seed: {seed} is negative; give a whole number from 0")
     sizes = {**layout.expert_sizes, **layout.sizes}
     coordinates = {**layout.expert_coordinates(rank), **layout.coordinates(rank)}
     found = {}

@@ -103,5 +103,6 @@ def test_a_residual_or_a_bias_that_does_not_fit(check: CheckCase, case: Case) ->
 @given(case=misuse_cases())
 def test_misuse_of_streams(check: CheckCase, case: Case) -> None:
     """Law 12. Must catch: a name that is taken, or a seed that another stream has; a stream that
-    there is not; states that lack a stream, or name another."""
+    there is not; states that lack a stream, or name another; states that are not of now, or that
+    a caller's writing changes."""
     check("misuse", case)

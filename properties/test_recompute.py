@@ -6,6 +6,9 @@ all layers' inputs are what autograd keeps, 1/tp of them where they are distribu
 backward communicates what forward did once more, and gathers what was distributed; (5) running
 twice changes nothing; (6) a plan that makes no sense is refused. Uniform, block, nested and
 selective; dropout inside and outside of tensor-parallel regions; sequence parallelism on or off.
+Of any function: (7) it is given the second time what it was given the first, as it lay in memory,
+under the same autocast, and what it makes is freed; (8) one that does something else then is
+refused, both in full in `verify.checks.rerun`.
 """
 
 from __future__ import annotations
@@ -13,9 +16,15 @@ from __future__ import annotations
 from hypothesis import given
 
 from verify.case import Case
+from verify.checks.rerun import DTYPES
 from verify.runner.examiner import CheckCase
 from verify.strategies.cases import STRIDES
-from verify.strategies.random import WHOLE, recomputed_cases, refusable_plans
+from verify.strategies.random import (
+    WHOLE,
+    recomputed_cases,
+    refusable_plans,
+    rerun_cases,
+)
 
 
 @given(case=recomputed_cases())
@@ -56,3 +65,24 @@ def test_plans_without_sense(check: CheckCase, case: Case) -> None:
     """Law 6. Must catch: no layer, or one that is not there, taken for some; an input that does not
     divide, cut short."""
     check("refusal", case)
+
+
+@given(case=rerun_cases())
+def test_a_function_runs_as_it_did(check: CheckCase, case: Case) -> None:
+    """Law 7. Must catch: an input in other memory than it was in; what the second run made, kept
+    after backward."""
+    check("rerun", case)
+
+
+@given(case=rerun_cases(autocasts=DTYPES, lies=("packed",)))
+def test_a_function_under_autocast(check: CheckCase, case: Case) -> None:
+    """Law 7. Must catch: the autocast of backward, or none; one of another dtype; one that is kept
+    only where there was any, under a backward that has one."""
+    check("rerun", case)
+
+
+@given(case=rerun_cases(lies=("packed",), changed=True))
+def test_a_function_that_does_something_else(check: CheckCase, case: Case) -> None:
+    """Law 8. Must catch: tensors of the second run that take the places of others; one too many, or
+    too few."""
+    check("unrepeatable", case)

@@ -19,6 +19,7 @@ import pytest
 
 from verify.adversary import Adversary
 from verify.case import Case
+from verify.checks.rerun_function import CHANGES
 from verify.checks.stream_misuse import MISUSES
 from verify.cluster import Cluster, open_cluster
 from verify.errors import BadArgument, HarnessError
@@ -213,6 +214,19 @@ def _recomputed() -> Iterator[tuple[str, Case]]:
             case, options={**case.options, "strides": "transposed"}, dtype="float32"
         ),
     )
+    for options in (
+        {"autocast": "bfloat16"},
+        {"autocast": "float16", "distributed": True},
+        {"autocast_backward": "bfloat16"},
+        {"lies": "transposed", "distributed": True},
+    ):
+        yield (
+            "rerun",
+            _case("recomputed_function", TP2, {**SMALL, "hidden": 4}, "native", **options),
+        )
+    for change in CHANGES:
+        case = _case("recomputed_function", TP2, {**SMALL, "hidden": 4}, "native", changed=change)
+        yield "unrepeatable", case
     yield "refusal", _case("recomputed_block", TP2, shape, "fp64", recompute="uniform-4")
     yield "refusal", _case("recomputed_block", SP2, shape, "fp64", recompute="block-1-distributed")
 

@@ -139,10 +139,9 @@ def test_misuse_of_a_tracker_is_one_line(tracker):
         (lambda: tracker.add("c", seed=2), "2 is the seed of the stream 'a'"),
         (lambda: tracker.add("c", seed=1), "1 is the seed of the stream 'default'"),
         (lambda: tracker.fork("c").__enter__(), "no stream 'c'; this tracker has default, a, b"),
-        (lambda: tracker.stream("c"), "no stream 'c'"),
+        (lambda: tracker.stream("c")().__enter__(), "no stream 'c'"),
         (lambda: tracker.set_states({"a": torch.get_rng_state()}), "a are given; the streams"),
         (lambda: RandomTracker(device="meta"), "meta has no default generator"),
-        (lambda: stream_seeds(-1, layout=Layout(), rank=0), "-1 is negative"),
         (lambda: stream_of("dp"), "split over tp and cp only"),
     ):
         with pytest.raises(ValueError, match=words) as caught:

@@ -1,5 +1,5 @@
-"""impl's recomputation where the properties do not reach: nesting, exceptions, autocast, memory,
-and what a function may take and return."""
+"""impl's recomputation where the properties do not reach: nesting, exceptions, and what a function
+may take and return."""
 
 import gc
 import weakref

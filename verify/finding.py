@@ -35,6 +35,7 @@ Kind = Literal[
     "crash",  # the target raised
     "deadlock",
     "collective",  # members of a group issued collectives that do not fit
+    "rerun",  # what is computed again is not what was computed
     "refusal",  # a case that must be refused was not, or not clearly
     "misfit",  # inputs that do not fit were computed
     "groups",
@@ -209,6 +210,7 @@ _HEADLINES: Mapping[str, str] = {
     "communication": "what was communicated is not what the concept promises",
     "memory": "more is kept for backward than the concept promises",
     "random state": "random generators do not draw what they have to",
+    "rerun": "what is computed again in backward is not what was computed in forward",
     "refusal": "the case must be refused on every rank with an error that names what is wrong",
     "misfit": "inputs that do not fit were computed, which one device refuses",
     "groups": "the process groups are not those of the layout",

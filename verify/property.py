@@ -21,6 +21,7 @@ from verify.checks.misfit import misfit
 from verify.checks.promises import kept_too_much, miscommunicated, promises_communication
 from verify.checks.random_states import left_elsewhere, moved_by_backward
 from verify.checks.refusal import refusal
+from verify.checks.rerun import rerun, unrepeatable
 from verify.checks.stream_laws import streams
 from verify.checks.stream_misuse import misuse
 from verify.checks.vacuity import must_not_vanish, unshown
@@ -191,6 +192,8 @@ CHECKS: Mapping[str, Check] = {
     "invariance": invariance,
     "determinism": determinism,
     "recomputation": recomputation,
+    "rerun": rerun,
+    "unrepeatable": unrepeatable,
     "communication": communication,
     "memory": memory,
     "refusal": refusal,

@@ -45,7 +45,8 @@ class Session(Protocol):
 
     It may have `streams()`, how to draw from the rank's random stream of every region that
     `verify.checks.stream_laws` knows; the check `streams` needs it. And `tracker()`, all of them as
-    `verify.checks.stream_misuse` uses them, for the check `misuse`.
+    `verify.checks.stream_misuse` uses them, for the check `misuse`. And `checkpoint()`, how it
+    computes a function again in backward, for `verify.checks.rerun`.
     """
 
     def groups(self) -> Mapping[str, tuple[int, ...]]:

@@ -8,9 +8,13 @@
 | `unknown` | drawing from a stream that there is not |
 | `lacking` | setting states without that of one stream |
 | `foreign` | setting states of which one is of a stream that there is not |
+| `told` | writing into the states that it told |
+| `given` | writing into the states that were set |
 
-Each is refused on every rank, on purpose, with the name or the seed in the message, and leaves all
-states as they were. What is no misuse works in the same run.
+Each but the last two, which change nothing, is refused on every rank, on purpose, with the name or
+the seed in the message. All states are left as they were. What is no misuse works in the same run:
+states that are told and set again give the numbers that followed, also where the last were drawn
+outside of all forks.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ class Tracker(Protocol):
         ...
 
     def states(self) -> dict[str, Tensor]:
-        """The states of all streams by name, without that of the default generator or with it."""
+        """The states of all streams by name, with or without `default`, the default generator's."""
         ...
 
     def set_states(self, states: Mapping[str, Tensor]) -> None:
@@ -84,15 +88,39 @@ def _misused(target_name: str, case: Case) -> str | None:
             tracker.add(_ONE, seed=_SEED)
             with tracker.fork(_ONE):
                 torch.rand(1, device=torch.get_default_device())
-            before = tracker.states()
+            before = {name: state.clone() for name, state in tracker.states().items()}
+            if lost := _not_drawn_again(tracker):
+                return f"sets states again, and draws other numbers from {', '.join(lost)}"
             tracker.set_states(before)
         how, words = MISUSES[str(case.options["misuse"])]
-        said = _said(tracker, how, words)
+        said, other = "", how.__doc__
+        if words:
+            said, other = _said(tracker, how, words), "refused it, and has other states than before"
+        else:
+            with target_code("using its random streams"):
+                how(tracker)
         with target_code("using its random streams"):
             after = tracker.states()
         if set(after) != set(before) or not all(torch.equal(after[n], before[n]) for n in before):
-            said = said or "refused it, and has other states than before"
+            said = said or other or ""
         return said
+
+
+def _not_drawn_again(tracker: Tracker) -> list[str]:
+    """The streams that give other numbers when the states before these are set again."""
+    device = torch.get_default_device()
+
+    def numbers() -> dict[str, list[float]]:
+        found = {"default": torch.rand(2, device=device).tolist()}
+        with tracker.fork(_ONE):
+            return {**found, _ONE: torch.rand(2, device=device).tolist()}
+
+    torch.rand(1, device=device)
+    states = tracker.states()
+    first = numbers()
+    tracker.set_states(states)
+    again = numbers()
+    return [name for name in first if name in states and again[name] != first[name]]
 
 
 def _said(tracker: Tracker, how: Callable[[Tracker], None], words: tuple[str, ...]) -> str:
@@ -143,11 +171,29 @@ def _set_more(tracker: Tracker) -> None:
     tracker.set_states({**states, _NOBODY: states[_ONE]})
 
 
+def _write_what_is_told(tracker: Tracker) -> None:
+    """tells states that are its own: who writes into them writes into its streams"""
+    _clear(tracker.states())
+
+
+def _write_what_is_given(tracker: Tracker) -> None:
+    """keeps the states that are set: who writes into them later writes into its streams"""
+    states = tracker.states()
+    tracker.set_states(states)
+    _clear(states)
+
+
+def _clear(states: Mapping[str, Tensor]) -> None:
+    for state in states.values():
+        state.zero_()
+
+
 def _default_seed() -> int:
     device = torch.get_default_device()
     return torch.cuda.initial_seed() if device.type == "cuda" else torch.initial_seed()
 
 
+# With what a refusal names one of; nothing where it is none.
 MISUSES: Mapping[str, tuple[Callable[[Tracker], None], tuple[str, ...]]] = {
     "name": (_add_a_name, (_ONE,)),
     "seed": (_add_a_seed, (_OTHER, _ONE, str(_SEED))),
@@ -155,4 +201,6 @@ MISUSES: Mapping[str, tuple[Callable[[Tracker], None], tuple[str, ...]]] = {
     "unknown": (_fork_nobody, (_NOBODY,)),
     "lacking": (_set_fewer, (_ONE,)),
     "foreign": (_set_more, (_NOBODY,)),
+    "told": (_write_what_is_told, ()),
+    "given": (_write_what_is_given, ()),
 }

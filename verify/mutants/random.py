@@ -21,6 +21,10 @@ _SWITCH = """\
         self._states[self._current] = self._generator.get_state()
         self._generator.set_state(self._states[name])
 """
+_STATES = """\
+        self._states[self._current] = self._generator.get_state()
+        return {name: state.clone() for name, state in self._states.items()}
+"""
 
 
 def _over(stream: str, *axes: str) -> str:
@@ -125,9 +129,30 @@ MUTANTS = (
         name="random-states-not-in-use",
         wrong="States that are put back are kept, but not those that the generator draws from.",
         snippet="self._generator.set_state(self._states[self._current])",
-        replacement="del states",
+        replacement="pass",
         caught_by=("recomputed_block",),
         seen="RNG-08",
+    ),
+    _stream(
+        name="random-states-before-the-last-numbers",
+        wrong="States that are told are those when a fork began or ended, not of now.",
+        snippet=_STATES,
+        replacement=_STATES.partition("\n")[2],
+    ),
+    _stream(
+        name="random-states-not-copied",
+        wrong="Who writes into states that were told writes into the streams.",
+        snippet=_STATES,
+        replacement=(
+            "        self._states[self._current] = self._generator.get_state()\n"
+            "        return dict(self._states)\n"
+        ),
+    ),
+    _stream(
+        name="random-states-kept-as-given",
+        wrong="Who writes into states that were put back writes into the streams.",
+        snippet="{name: snapshot.states[name].clone() for name in self._states}",
+        replacement="dict(snapshot.states)",
     ),
     _dropout(
         name="dropout-default-stream",
@@ -291,7 +316,10 @@ MUTANTS = (
     _stream(
         name="random-states-of-others",
         wrong="The states of some streams are put back, and the others are lost.",
-        snippet="        self._require_all(states)\n",
-        replacement="        states = {**self._states, **states}\n",
+        snippet="        self._require_all(snapshot.states)\n",
+        replacement=(
+            "        states = {**self._states, **snapshot.states}\n"
+            "        snapshot = Snapshot(states, snapshot.current)\n"
+        ),
     ),
 )

@@ -10,6 +10,16 @@ _mutant = partial(
     Mutant, family="recompute", module="impl.recompute", caught_by=("recomputed_block",)
 )
 
+_function = partial(_mutant, caught_by=("recomputed_function",))
+
+_COUNTED = """\
+        if len(found) != len(self._saved):
+            raise RuntimeError(
+                f"recompute: the function saves {len(found)} tensors for backward and saved"
+                f" {len(self._saved)} in forward; it must do the same both times"
+            )
+        for reference, tensor in zip(self._saved, found, strict=True):
+"""
 _REPLAY = "        with self._tracker.replaying(self._snapshot):\n"
 _RUN = """\
     with saved_tensors_hooks(frame.pack, _unpack):
@@ -170,5 +180,51 @@ MUTANTS = (
         wrong="Inputs that sequence parallelism splits are distributed, and mixed up.",
         snippet="if group is not None and sequence_parallel:",
         replacement="if group is not None and sequence_parallel and not layers:",
+    ),
+    _function(
+        name="recompute-without-autocast",
+        wrong="What is computed again runs under the autocast of backward, as a rule none.",
+        snippet="stack.enter_context(autocast.again())",
+        replacement="del autocast",
+        seen="megatron-core 0.16.1's CheckpointFunction",
+    ),
+    _function(
+        name="recompute-autocast-if-on",
+        wrong="Autocast is put back where it was on, and not turned off where it was off.",
+        snippet="for autocast in self._autocasts:",
+        replacement="for autocast in (each for each in self._autocasts if each.enabled):",
+    ),
+    _function(
+        name="recompute-autocast-of-the-usual-dtype",
+        wrong="Autocast is put back without its dtype.",
+        snippet="self.device, dtype=self.dtype, enabled",
+        replacement="self.device, enabled",
+    ),
+    _function(
+        name="recompute-packed-input",
+        wrong="A distributed input comes back packed, however it lay in memory.",
+        snippet="return full.new_empty_strided(self._shape, self._strides).copy_(full)",
+        replacement="return full",
+        seen="megatron-core 0.16.1, which views it as flat",
+    ),
+    _function(
+        name="recompute-tensors-of-any-shape",
+        wrong="A function may save tensors of other shapes the second time.",
+        snippet="if _likeness(tensor) != saved.like:",
+        replacement="if _likeness(tensor)[1:] != saved.like[1:]:",
+    ),
+    _function(
+        name="recompute-as-many-as-fit",
+        wrong="A function may save more tensors the second time, or fewer.",
+        snippet=_COUNTED,
+        replacement=_COUNTED.replace("len(found) != len(self._saved)", "not found").replace(
+            "strict=True", "strict=False"
+        ),
+    ),
+    _function(
+        name="recompute-keeps-the-second-run",
+        wrong="What was computed again stays in memory with its graph.",
+        snippet="found.append(tensor.detach())",
+        replacement="found.append(tensor)",
     ),
 )

@@ -25,7 +25,7 @@ _REASONS = 20
 _DIGITS = 16
 _UNDECIDED_SECONDS = 60.0
 # Checks of cases that cannot be computed.
-REFUSED = ("refusal", "misfit", "misuse")
+REFUSED = ("refusal", "misfit", "misuse", "unrepeatable")
 
 
 class Undecided(BaseException):

@@ -12,13 +12,15 @@ from typing import Any
 from hypothesis import strategies as st
 
 from verify.case import LENSES, Case, Lens, Option
+from verify.checks.rerun import DTYPES, LIES
+from verify.checks.rerun_function import CHANGES
 from verify.checks.stream_misuse import MISUSES
 from verify.coverage.steering import CONCEPT, chosen
 from verify.layout import Layout
 from verify.oracle.dropout import PROBABILITY, REGIONS
 from verify.oracle.initialise import ACTIVATIONS, LINEAR, RULES, WAYS
 from verify.runner.limits import limits
-from verify.strategies.cases import MAX_SEED, STRIDES, completed, layouts, with_option
+from verify.strategies.cases import MAX_SEED, STRIDES, Choices, completed, layouts, with_option
 from verify.strategies.layouts import layouts_of_every_kind
 
 MAX_WORLD_SIZE = 16
@@ -101,6 +103,33 @@ def recomputed_cases(
     case = with_option(case, "inner_dropout", inner, default=0.0)
     case = with_option(case, "strides", chosen(draw, "strides", strides), default=STRIDES[0])
     return draw(completed(case, lenses))
+
+
+@st.composite
+def rerun_cases(
+    draw: st.DrawFn,
+    *,
+    autocasts: Sequence[Option] = DTYPES[:1],
+    lies: Sequence[Option] = tuple(LIES),
+    changed: bool = False,
+) -> Case:
+    """Functions that are computed again, with `changed` to be refused because they do something
+    else then; under these autocasts, of an input that lies in memory in one of these ways."""
+    concept = chosen(draw, CONCEPT, ("recomputed_function",))
+    layout = draw(layouts(max_world_size=8, sequence_parallel=(False,)))
+    distributed = chosen(draw, "distributed", (False, True))
+    sizes = {name: draw(st.integers(1, 4)) for name in ("sequence", "batch", "hidden")}
+    sizes["hidden"] *= layout.tp if distributed else 1
+    seed = draw(st.integers(0, MAX_SEED))
+    case = Case(
+        concept=concept, layout=layout, shape=sizes, lens="native", dtype="float32", seed=seed
+    )
+    case = with_option(case, "distributed", distributed, default=False)
+    choices: Choices = {"autocast": autocasts, "autocast_backward": autocasts, "lies": lies}
+    for option, values in choices.items():
+        case = with_option(case, option, chosen(draw, option, values), default=values[0])
+    change = chosen(draw, "changed", tuple(CHANGES) if changed else (None,))
+    return with_option(case, "changed", change, default=None)
 
 
 def stream_cases() -> st.SearchStrategy[Case]:

@@ -11,13 +11,17 @@ import torch.distributed as dist
 
 from impl.groups import Groups, build_groups
 from verify.case import HARNESS_OPTIONS, Case
+from verify.checks.rerun import Checkpoint
 from verify.checks.stream_laws import Draw
 from verify.checks.stream_misuse import Tracker
 from verify.errors import BadArgument
 from verify.layout import Layout
 from verify.target import RankState, Subject
-from verify.targets.impl import dropout, pipeline
+from verify.targets.impl import dropout, pipeline, recompute
 from verify.targets.impl.subjects import BUILDERS, OPTIONS
+
+# Concepts of which a session tells what a check needs.
+_WITHOUT_A_SUBJECT = ("groups", "random_streams", "pipeline_schedule", "recomputed_function")
 
 
 class Session:
@@ -52,6 +56,10 @@ class Session:
         """This rank's random streams."""
         return dropout.tracker_of(self.bundle.layout)
 
+    def checkpoint(self) -> Checkpoint:
+        """How a function is computed again in backward."""
+        return recompute.checkpoint_of(self.bundle)
+
     def build(self, case: Case) -> Subject:
         """The subject of a supported case. Raises ValueError where impl refuses."""
         return BUILDERS[case.concept](case, self.bundle)
@@ -72,7 +80,7 @@ class Target:
 
     def supports(self, case: Case) -> str | None:
         """None, or that a concept or an option is unknown here."""
-        if case.concept in ("groups", "random_streams", "pipeline_schedule"):
+        if case.concept in _WITHOUT_A_SUBJECT:
             return None
         if case.concept not in BUILDERS:
             return f"no adapter for {case.concept}"

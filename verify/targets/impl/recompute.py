@@ -16,6 +16,7 @@ from impl.linear import ColumnParallelLinear, RowParallelLinear
 from impl.random import TENSOR_PARALLEL, RandomTracker
 from impl.recompute import Method, checkpoint, recompute_layers
 from verify.case import Case
+from verify.checks.rerun import Checkpoint
 from verify.oracle.recompute import Plan, plan_of
 from verify.targets.impl.dropout import hidden_stream, tracker_of
 from verify.targets.impl.subject import Builder, ModuleSubject, Tensors, common
@@ -104,6 +105,20 @@ def _recomputed(
         group=groups.tp if plan.distributed else None,
         sequence_parallel=case.layout.sequence_parallel,
     )
+
+
+def checkpoint_of(groups: Groups) -> Checkpoint:
+    """`checkpoint` with this rank's streams, over its group of tp where it distributes."""
+    tracker = tracker_of(groups.layout)
+
+    def run(
+        function: Callable[..., Tensor], x: Tensor, mask: Tensor, *, distributed: bool
+    ) -> Tensor:
+        group = groups.tp if distributed else None
+        found: Tensor = checkpoint(function, x, mask, tracker=tracker, group=group)
+        return found
+
+    return run
 
 
 BUILDERS: Mapping[str, Builder] = {"recomputed_block": recomputed_block}

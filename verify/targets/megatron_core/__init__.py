@@ -25,6 +25,7 @@ from verify.layout import Layout
 from verify.targets.megatron_core import stand_ins
 
 if TYPE_CHECKING:
+    from verify.checks.rerun import Checkpoint
     from verify.checks.stream_laws import Draw
     from verify.checks.stream_misuse import Tracker
     from verify.target import RankState, Subject
@@ -86,6 +87,12 @@ class Session:
 
         return random.Streams()
 
+    def checkpoint(self) -> Checkpoint:
+        """How Megatron computes a function again in backward."""
+        from verify.targets.megatron_core import random
+
+        return random.checkpoint
+
     def streams(self) -> Mapping[str, Draw]:
         """How to draw from this rank's random stream of every region that Megatron knows."""
         from verify.targets.megatron_core import random
@@ -115,7 +122,7 @@ class Target:
     def supports(self, case: Case) -> str | None:
         """None, or why megatron-core or this adapter cannot do the case."""
         concepts = {concept for each in _adapters() for concept in each.BUILDERS}
-        if case.concept not in concepts | {"random_streams"}:
+        if case.concept not in concepts | {"random_streams", "recomputed_function"}:
             return f"no adapter for {case.concept}"
         options = {c: names for each in _adapters() for c, names in each.OPTIONS.items()}
         known = options.get(case.concept, frozenset()).union(HARNESS_OPTIONS)

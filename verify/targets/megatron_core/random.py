@@ -40,6 +40,9 @@ OPTIONS: Mapping[str, frozenset[str]] = {
     "random_streams": frozenset({"misuse"}),
     "dropout": frozenset({"region", "dropout", "bias", "training"}),
     "recomputed_block": frozenset({"dropout", "recompute"}),
+    "recomputed_function": frozenset(
+        {"autocast", "autocast_backward", "lies", "distributed", "changed"}
+    ),
     "initialisation": frozenset({"way", "rule", "activation"}),
 }
 _NAMES = {"linear_fc1": "fc1", "linear_fc2": "fc2"}
@@ -173,6 +176,15 @@ def recomputed_block(case: Case) -> ModuleSubject:
     return _Block(layers, config, call)
 
 
+def checkpoint(
+    function: Callable[..., Tensor], x: Tensor, mask: Tensor, *, distributed: bool
+) -> Tensor:
+    """`tensor_parallel.checkpoint`, which cuts a distributed input where it lies: of a copy."""
+    x = x.clone() if distributed else x
+    found: Tensor = tensor_parallel.checkpoint(function, distributed, x, mask)
+    return found
+
+
 def _runs(plan: Plan | None, layers: int) -> list[tuple[int, int, bool]]:
     """Runs of layers, each with whether it is computed again."""
     if plan is None:
@@ -219,6 +231,8 @@ def lacks(case: Case) -> str | None:
         return "CudaRNGStatesTracker is not told the seed of the default generator"
     if options.get("misuse") in ("lacking", "foreign"):
         return "set_states says that it does not compare what it is given"
+    if options.get("misuse") in ("told", "given"):
+        return "CudaRNGStatesTracker gives direct pointers to its states, as it says"
     if case.concept == "dropout" and "misfit" in options:
         return "bias_dropout_add leaves it to broadcasting to make inputs fit, as its source says"
     if case.concept == "initialisation":
@@ -228,6 +242,8 @@ def lacks(case: Case) -> str | None:
             return f"no rule {options['rule']}"
         if options.get("way", "whole") == "whole" and layout.pp > 1:
             return "its initialisation on the CPU depends on the stage"
+    if "changed" in options:
+        return "CheckpointFunction differentiates whatever the function computes the second time"
     plan = plan_of(case) if case.concept == "recomputed_block" else None
     if plan is not None:
         if plan.method not in ("uniform", "block"):
