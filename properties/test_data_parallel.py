@@ -6,7 +6,9 @@ overlap, nor the distributed optimizer's shards change anything; (4) what one st
 does not reach the next; (5) gradients of experts are summed over their own copies; (6) a frozen
 parameter stays as it is; (7) a second run gives the same bits; (8) a parameter that a pass does not
 read has a gradient of zero from it, and is updated all the same. All in steps of plain gradient
-descent, which shows constant factors that Adam hides; law 8 with Adam too.
+descent, which shows constant factors that Adam hides; law 8 with Adam too. (9) With overlap,
+reductions begin within the backward passes, of buckets of the size that is asked for. (10) All that
+is begun is waited for.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from hypothesis import given
 from verify.case import Case
 from verify.runner.examiner import CheckCase
 from verify.strategies.cases import Choices, late
-from verify.strategies.training import OPTIONS, training_cases
+from verify.strategies.training import OPTIONS, training_cases, with_copies
 
 _ALL = OPTIONS["training_steps"]
 PLAIN: Choices = {"zeros": ("", "", "", "mask"), "spare": _ALL["spare"]}
@@ -32,6 +34,7 @@ UNREAD: Choices = {
     "distributed": (False, True, True, True),
     "overlap": (True,),
 }
+OVERLAPPED: Choices = {**FROZEN, "overlap": (True,)}
 
 
 @given(case=training_cases(options=PLAIN))
@@ -76,3 +79,16 @@ def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
     """Law 7. Must catch: buckets reduced in the order of arrival, asynchronous work that is not
     waited for."""
     check("determinism", case)
+
+
+@given(case=with_copies(training_cases(options=OVERLAPPED, min_steps=2)))
+def test_reductions_within_backward(check: CheckCase, case: Case) -> None:
+    """Law 9. Must catch: buckets that are all reduced when backward has ended, as without overlap;
+    buckets that end elsewhere, or of all gradients."""
+    check("traffic", case)
+
+
+@given(case=training_cases(options=OVERLAPPED))
+def test_all_is_waited_for(check: CheckCase, case: Case) -> None:
+    """Law 10. Must catch: parameters whose gather nobody waits for when training ends."""
+    check("waiting", case)

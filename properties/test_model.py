@@ -13,7 +13,9 @@ an evaluation between steps is right, and changes nothing; (8) the layout and (9
 change nothing; (10) what cannot be computed is refused; (11) with modules that predict tokens
 further on, their losses are those of one device, and so is all else, in training with them; (12) a
 step whose gradients overflow on one rank is skipped by all, and changes the loss scale only; (13)
-what is frozen stays as it is, and all else is trained as ever. Laws 1 to 7 and 13 are asked of
+what is frozen stays as it is, and all else is trained as ever; (14) with overlap, gradients are
+reduced within the last backward passes, and stages send each other activations and their gradients
+and nothing else. Laws 1 to 7, 13 and 14 are asked of
 models with what most implementations have too, so that those are seen that have no more.
 """
 
@@ -38,6 +40,7 @@ from verify.strategies.gpt_choices import (
     PLAIN_TRAINING,
 )
 from verify.strategies.gpt_layouts import LARGE
+from verify.strategies.training import with_copies
 
 CLIPPED: Choices = {"clip": (2.0**-4, 2.0**-4, None), "order": OPTIMIZING["order"]}
 SHARDED: Choices = {n: OPTIMIZING[n] for n in ("clip", "bucket", "distributed", "overlap")}
@@ -53,6 +56,7 @@ SKIPPED: Choices = {
     "hysteresis": OPTIMIZING["hysteresis"],
     "overflow": (1, 2, 0),
 }
+OVERLAPPED: Choices = {**PLAIN_TRAINING, "overlap": (True,)}
 
 OF_MOST: Mapping[str, Any] = {
     "model": PLAIN,
@@ -266,6 +270,13 @@ def test_auxiliary_losses_of_most_models(check: CheckCase, case: Case) -> None:
     """Law 4. Must catch: auxiliary losses that are not averaged over microbatches and ranks, that
     each rank of tp adds all of, or that recomputation adds twice."""
     check("equivalence", case)
+
+
+@given(case=with_copies(model_cases(options=OVERLAPPED, steps=(2,), **OF_MOST)))
+def test_traffic_of_most_models(check: CheckCase, case: Case) -> None:
+    """Law 14. Must catch: gradients that are reduced when the last stage of the pipeline is done,
+    as without overlap; shapes that are announced where all are alike."""
+    check("traffic", case)
 
 
 @given(case=refusable_model_cases())

@@ -16,6 +16,7 @@ from verify.case import Case
 from verify.runner.examiner import CheckCase
 from verify.strategies.cases import Choices
 from verify.strategies.training import (
+    OF_SCALES,
     OPTIONS,
     rate_cases,
     refusable_rate_cases,
@@ -39,6 +40,13 @@ SCALED: Choices = {
     "momentum": _ALL["momentum"],
     "schedule": ("constant", "linear"),
     "decay": (3,),
+}
+# An overflow after the scale has grown.
+LATER: Choices = {
+    "loss_scale": ("dynamic",),
+    "hysteresis": _ALL["hysteresis"],
+    "minimum_scale": _ALL["minimum_scale"],
+    "overflow": (3, 1, 2),
 }
 EVERYTHING: Choices = {name: _ALL[name] for name in _ALL if name != "strides"}
 
@@ -65,6 +73,13 @@ def test_loss_scales_and_skipped_steps(check: CheckCase, case: Case) -> None:
     check("equivalence", case)
 
 
+@given(case=training_cases(options=LATER, min_steps=4))
+def test_loss_scales_that_grow_and_shrink(check: CheckCase, case: Case) -> None:
+    """Law 3. Must catch: overflows that count on although the scale has grown; a scale below its
+    minimum, or one that may not begin with it."""
+    check("equivalence", case)
+
+
 @given(case=rate_cases())
 def test_learning_rates(check: CheckCase, case: Case) -> None:
     """Law 4. Must catch: a warm-up that is one update late; an end that is one early; a cosine
@@ -82,6 +97,12 @@ def test_all_together(check: CheckCase, case: Case) -> None:
 def test_refusals(check: CheckCase, case: Case) -> None:
     """Law 6. Must catch: layers that do not divide; a parameter in two groups or in none; options
     that make no sense and are accepted."""
+    check("refusal", case)
+
+
+@given(case=refusable_training_cases(names=OF_SCALES))
+def test_loss_scales_that_cannot_be(check: CheckCase, case: Case) -> None:
+    """Law 6. Must catch: a scale that may become zero, or begins below its minimum."""
     check("refusal", case)
 
 

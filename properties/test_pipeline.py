@@ -7,7 +7,8 @@ layer; (2) also where microbatches have different
 lengths; (3) memory order, (4) the layout and (5) running twice change nothing; (6) a stage sends
 one activation and one gradient of each microbatch over each border of its chunks, and nothing else;
 (7) what a schedule cannot do is refused; (8) activations whose memory is freed when they are sent
-are sent whole. Receives may be late, and sends be done only when they are received.
+are sent whole; (9) a stage waits for all that it sends and receives.
+Receives may be late, and sends be done only when they are received.
 """
 
 from __future__ import annotations
@@ -72,6 +73,12 @@ def test_communication_of_different_lengths(check: CheckCase, case: Case) -> Non
 def test_memory_is_freed_when_all_is_sent(check: CheckCase, case: Case) -> None:
     """Law 8. Must catch: an activation that is given up while its send is under way."""
     check("equivalence", case)
+
+
+@given(case=pipeline_cases(min_pp=2, variable=(False,)))
+def test_all_is_waited_for(check: CheckCase, case: Case) -> None:
+    """Law 9. Must catch: a stage that ends while its last send is under way."""
+    check("waiting", case)
 
 
 @given(case=refusable_pipeline_cases())

@@ -37,6 +37,8 @@ def cases() -> Iterator[tuple[str, Case]]:
     chunks = Layout(pp=2, vpp=2, dp=2)
     case = case_of("gpt_training", chunks, shape, **sharded)
     yield "equivalence", dataclasses.replace(case, adversary=HARD)
+    chunk = {**PLAIN, "overlap": True, "bucket": 20}
+    yield "traffic", case_of("gpt_training", Layout(pp=2, dp=2), {**shape, "steps": 2}, **chunk)
     dropped = {"hidden_dropout": 0.25, "evaluated": True, "positions": "learned"}
     # Enough elements for masks not to agree by chance.
     large = {"sequence": 16, "batch": 2, "hidden": 8}

@@ -43,5 +43,6 @@ def cases() -> Iterator[tuple[str, Case]]:
     few = case_of("pipeline", Layout(pp=3), {**SMALL, "layers": 3, "microbatches": 1})
     yield "equivalence", few
     yield "communication", case_of("pipeline", CHUNKS, SMALL)
+    yield "waiting", case_of("pipeline", CHUNKS, SMALL)
     yield "refusal", case_of("pipeline", CHUNKS, {**SMALL, "microbatches": 3})
     yield "refusal", case_of("pipeline", CHUNKS, SMALL, schedule="gpipe")

@@ -35,6 +35,9 @@ def _steps() -> Iterator[Case]:
     yield _case(WHOLE, {**hidden, **decay}, adversary=LATE)
     skipped = {"loss_scale": "dynamic", "overflow": 2, "frozen": "norm", "clip": 1024.0}
     yield _case(WHOLE, {**skipped, **DECAYING}, steps=4)
+    dynamic = {"loss_scale": "dynamic", "overflow": 1}
+    yield _case(Layout(dp=2), {**dynamic, "minimum_scale": 4.0})
+    yield _case(Layout(dp=2), {**dynamic, "overflow": 3, "hysteresis": 2}, steps=4)
     skipped = {"loss_scale": "dynamic", "overflow": 1, "hysteresis": 2, "bucket": 1}
     alone = {"hidden": 1, "ffn": 1, "sequence": 1, "batch": 3}
     yield _case(Layout(dp=3), {**skipped, "distributed": True}, **alone)
@@ -50,6 +53,8 @@ def cases() -> Iterator[tuple[str, Case]]:
     """Checks and cases."""
     for case in _steps():
         yield "equivalence", case
+    for bucket in (None, 5):
+        yield "traffic", _case(WHOLE, {"overlap": True, "bucket": bucket})
     yield (
         "equivalence",
         Case(

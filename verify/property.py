@@ -18,12 +18,18 @@ from verify.checks.group_laws import groups_check
 from verify.checks.initialisation import initialisation_check
 from verify.checks.masks import Masks
 from verify.checks.misfit import misfit
-from verify.checks.promises import kept_too_much, miscommunicated, promises_communication
+from verify.checks.promises import (
+    kept_too_much,
+    miscommunicated,
+    not_waited_for,
+    promises_communication,
+)
 from verify.checks.random_states import left_elsewhere, moved_by_backward
 from verify.checks.refusal import refusal
 from verify.checks.rerun import rerun, unrepeatable
 from verify.checks.stream_laws import streams
 from verify.checks.stream_misuse import misuse
+from verify.checks.traffic import traffic
 from verify.checks.vacuity import must_not_vanish, unshown
 from verify.cluster.base import Cluster
 from verify.cluster.history import History
@@ -160,6 +166,23 @@ def communication(case: Case, *, target_name: str, cluster: Cluster) -> int:
     return len(observations)
 
 
+def waiting(case: Case, *, target_name: str, cluster: Cluster) -> int:
+    """Every rank waits for all that it begins: also for a send, as only then what is sent may be
+    written to, and its memory be taken for something else."""
+    bench = Bench("waiting", case, target_name, cluster)
+    contract, ranks = _admit(bench)
+    if cluster.name != "sim":
+        raise NotSupported(f"the cluster {cluster.name} keeps no history of communication")
+    history = History()
+    observations = bench.run(
+        observe, target_name, case, world_size=case.layout.world_size, history=history
+    )
+    _require_shown(bench, contract, ranks, observations)
+    if details := not_waited_for(history):
+        raise bench.mismatch("communication", details=details)
+    return len(observations)
+
+
 def memory(case: Case, *, target_name: str, cluster: Cluster) -> int:
     """On every rank autograd keeps no more from forward to backward than the contract promises."""
     bench = Bench("memory", case, target_name, cluster)
@@ -195,7 +218,9 @@ CHECKS: Mapping[str, Check] = {
     "rerun": rerun,
     "unrepeatable": unrepeatable,
     "communication": communication,
+    "waiting": waiting,
     "memory": memory,
+    "traffic": traffic,
     "refusal": refusal,
     "misfit": misfit,
     "groups": groups,

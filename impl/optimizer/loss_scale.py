@@ -50,7 +50,9 @@ class DynamicLossScale:
 
     def __post_init__(self) -> None:
         if not 0 < self.minimum <= self.value:
-            raise ValueError(f"minimum: {self.minimum} is not above 0 and at most {self.value}")
+            raise ValueError(
+                f"minimum scale: {self.minimum} is not above 0 and at most {self.value}"
+            )
         for name in ("growth_interval", "hysteresis"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is less than 1; give 1 or more")

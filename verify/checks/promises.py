@@ -40,7 +40,7 @@ def miscommunicated(contract: Contract, layout: Layout, history: History) -> tup
             if found != wanted:
                 wrong = _text(found - wanted, "too much") + _text(wanted - found, "missing")
                 lines.setdefault(f"in {phase}: {wrong[:-2]}", []).append(rank)
-    return _by_ranks(lines)
+    return by_ranks(lines)
 
 
 def kept_too_much(contract: Contract, observations: Sequence[Observation]) -> tuple[str, ...]:
@@ -50,7 +50,18 @@ def kept_too_much(contract: Contract, observations: Sequence[Observation]) -> tu
         if contract.kept is not None and each.kept > contract.kept:
             line = f"kept {each.kept} elements for backward; promised are at most {contract.kept}"
             lines.setdefault(line, []).append(rank)
-    return _by_ranks(lines)
+    return by_ranks(lines)
+
+
+def not_waited_for(history: History) -> tuple[str, ...]:
+    """What ranks began and never waited for, one line for each place."""
+    lines: dict[str, list[int]] = {}
+    for rank, records in sorted(history.under_way.items()):
+        for each in records.values():
+            line = f"never waits for {each.operation} of {', '.join(each.tensors)} at {each.site}"
+            ranks = lines.setdefault(line, [])
+            ranks += [rank] if rank not in ranks else []
+    return by_ranks(lines)
 
 
 Counted = Counter[tuple[str, str, int]]
@@ -95,7 +106,8 @@ def _kind(group: tuple[int, ...], layout: Layout, rank: int) -> str:
     return f"ranks {', '.join(map(str, group))}"
 
 
-def _by_ranks(lines: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
+def by_ranks(lines: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
+    """`ranks 0, 1 did this`, of what each line says of ranks."""
     return tuple(
         f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} {line}"
         for line, ranks in lines.items()

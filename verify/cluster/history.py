@@ -38,7 +38,7 @@ _COLUMNS = ("number", "operation", "group", "tensors", "settings", "site")
 class Record:
     """One call of one rank. `group` are global ranks; `tensors` are what is sent, or else what is
     received, as `float32 [2, 3]`; `elements` counts what is sent; `site` is the place of the call;
-    `phase` is what the program marked last."""
+    `phase` is what the program marked last; `in_backward` says whether autograd was at work."""
 
     number: int
     operation: str
@@ -48,6 +48,7 @@ class Record:
     site: str
     elements: int = 0
     phase: str = ""
+    in_backward: bool = False
 
     @property
     def what(self) -> tuple[object, ...]:
@@ -59,10 +60,20 @@ class Record:
 class History:
     """The records of every rank, filled by a run that is given it: `cluster.run(..., history=h)`.
 
-    Where the run failed it holds what was called until then.
+    Where the run failed it holds what was called until then. `under_way` are, for every rank, the
+    asynchronous calls by number that it has not waited for.
     """
 
     records: dict[int, list[Record]] = field(default_factory=dict)
+    under_way: dict[int, dict[int, Record]] = field(default_factory=dict)
+
+    def begin(self, rank: int, record: Record) -> None:
+        """An asynchronous call, which is to be waited for."""
+        self.under_way.setdefault(rank, {})[record.number] = record
+
+    def waited(self, rank: int, number: int) -> None:
+        """A call was waited for."""
+        self.under_way.get(rank, {}).pop(number, None)
 
     def of(self, rank: int) -> list[Record]:
         """A rank's records in its order; empty for a rank that communicated nothing."""

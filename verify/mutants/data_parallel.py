@@ -27,6 +27,13 @@ _BUFFERS = (
         seen="EMB-02",
     ),
     _of(
+        name="bucket-of-everything",
+        module="impl.buckets",
+        wrong="A bucket never ends, whatever its size is to be.",
+        snippet="if index == 0 or (bucket_size is not None and end - start >= bucket_size):",
+        replacement="if index == 0:",
+    ),
+    _of(
         name="bucket-shards-overlap",
         module="impl.buckets",
         wrong="Shards begin at their rank, as if they had one element.",
@@ -166,6 +173,16 @@ _REDUCTIONS = (
         seen="LS-13",
     ),
 )
+_TIMES = (
+    _buffer(
+        name="reductions-after-backward",
+        wrong="With overlap, buckets are reduced when backward has ended, as without.",
+        snippet="""        if self.overlap and self._synchronizes:
+            buffer.ready(index)
+""",
+        replacement="",
+    ),
+)
 _GATHERS = (
     _shard(
         name="parameters-not-waited-for",
@@ -196,4 +213,4 @@ _GATHERS = (
         seen="impl 0.1.0, mended since",
     ),
 )
-MUTANTS = (*_BUFFERS, *_REDUCTIONS, *_GATHERS)
+MUTANTS = (*_BUFFERS, *_REDUCTIONS, *_TIMES, *_GATHERS)

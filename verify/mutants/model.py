@@ -138,6 +138,18 @@ MODEL = (
 )
 STEP = (
     _training(
+        name="model-reduced-after-the-pipeline",
+        wrong="With overlap, no backward pass of a stage begins a reduction; all wait for the end.",
+        snippet=", scale=scale, completing=self.data_parallel.sync)",
+        replacement=", scale=scale)",
+    ),
+    _training(
+        name="model-always-announced",
+        wrong="The shape of every activation is announced, although all are alike.",
+        snippet="if len(shapes) > 1:",
+        replacement="if shapes:",
+    ),
+    _training(
         name="step-mean-of-means",
         wrong="Every microbatch counts alike, however many of its tokens count.",
         snippet=_LOSSES,

@@ -189,6 +189,18 @@ _SCALES = (
         replacement="self.overflows += 1",
     ),
     _scale(
+        name="scale-growth-counts-as-overflow",
+        wrong="A scale that has grown has one overflow of its hysteresis behind it.",
+        snippet="self.steps, self.overflows = 0, 0",
+        replacement="self.steps, self.overflows = 0, 1",
+    ),
+    _scale(
+        name="scale-below-its-minimum",
+        wrong="The scale shrinks on, below the minimum that it was given.",
+        snippet="self.value = max(self.value * self.backoff, self.minimum)",
+        replacement="self.value = self.value * self.backoff",
+    ),
+    _scale(
         name="scale-without-hysteresis",
         wrong="Each overflow shrinks the scale.",
         snippet="if self.overflows >= self.hysteresis:",

@@ -272,6 +272,15 @@ RUNS = (
     ),
 )
 
+WAITS = (
+    _run(
+        name="pipeline-last-send-not-waited-for",
+        wrong="A stage ends while what it sent last is on its way.",
+        snippet="        self._arrived()\n        return self.outcome",
+        replacement="        return self.outcome",
+    ),
+)
+
 WEIGHTS = (
     _run(
         name="weight-pass-left-out",
@@ -322,4 +331,4 @@ WEIGHTS = (
         replacement="total = own",
     ),
 )
-MUTANTS = (*TABLES, *RUNS, *WEIGHTS)
+MUTANTS = (*TABLES, *RUNS, *WAITS, *WEIGHTS)

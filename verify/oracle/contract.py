@@ -91,7 +91,9 @@ class Contract:
     `reference` gets what the candidate kept of each, a bool tensor, among its inputs by the mask's
     name. `forward` and `backward` are what every rank communicates, in any order, where that is
     promised (`finish` what completes gradients); `kept` is the most elements that autograd keeps on
-    a rank from forward to backward, beside parameters.
+    a rank from forward to backward, beside parameters. `message` is how many elements every message
+    between stages of a pipeline has, where training promises it, and `bucket`, where all gradients
+    of a rank are in one buffer, how many complete a bucket.
     """
 
     inputs: Mapping[str, TensorSpec]
@@ -111,3 +113,5 @@ class Contract:
     backward: Steps | None = None
     finish: Steps | None = None
     kept: int | None = None
+    message: int | None = None
+    bucket: int | None = None

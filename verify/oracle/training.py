@@ -25,7 +25,7 @@ from verify.oracle.learning_rates import rates_of
 from verify.oracle.mlp import mlp_of
 from verify.oracle.moe.rules import AXES
 from verify.oracle.norm import normalised
-from verify.oracle.terms import sizes
+from verify.oracle.terms import sizes, whole_number
 from verify.oracle.training_plan import FACTORS, Plan, Scale, clipped, optimizer_of, plan_of
 from verify.placement import Partial, Placements, Shard
 
@@ -61,9 +61,9 @@ def training_steps(case: Case) -> Contract:
     `momentum` and `weight_decay`; `clip`, the largest norm, and its order `norm`; `groups`, one or
     several with learning rates and decay of their own; `frozen`, the beginning of the names that
     are; `spare`: there is a second norm, read never, in the first_round of every step, or in all
-    rounds of odd_steps, counted from 1; `loss_scale` static or dynamic, its `hysteresis`, and the
-    step that is to `overflow`. What changes nothing: `bucket`, in elements; `overlap`;
-    `distributed`.
+    rounds of odd_steps, counted from 1; `loss_scale` static or dynamic, its `hysteresis` and
+    `minimum_scale`, and the step that is to `overflow`. What changes nothing: `bucket`, in
+    elements; `overlap`; `distributed`.
     """
     names = ("steps", "rounds", "sequence", "batch", "hidden", "ffn")
     steps, rounds, sequence, batch, hidden, ffn = sizes(case, *names, optional=("experts",))
@@ -100,6 +100,7 @@ def training_steps(case: Case) -> Contract:
         reference=lambda inputs, parameters: _train(inputs, parameters, plan, rates),
         frozen=frozenset(shapes),
         abrupt=plan.optimizer == "adam",
+        bucket=None if experts or plan.distributed else whole_number(case, "bucket", least=1),
     )
 
 

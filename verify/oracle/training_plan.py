@@ -31,6 +31,7 @@ OPTIONS = (
     "spare",
     "loss_scale",
     "hysteresis",
+    "minimum_scale",
     "overflow",
     "bucket",
     "distributed",
@@ -56,6 +57,7 @@ class Plan:
     spare: str
     loss_scale: str
     hysteresis: int
+    minimum_scale: float
     overflow: int
     distributed: bool
 
@@ -93,6 +95,7 @@ def plan_of(case: Case, steps: int, *, frozen: tuple[str, ...] = FROZEN) -> Plan
         spare=one_of(case, "spare", SPARE),
         loss_scale=one_of(case, "loss_scale", SCALES),
         hysteresis=whole_number(case, "hysteresis", least=1) or 1,
+        minimum_scale=_positive(case, "minimum_scale", 1.0) or 1.0,
         overflow=whole_number(case, "overflow", least=0) or 0,
         distributed=switches(case, {"distributed": False})["distributed"],
     )
@@ -100,6 +103,10 @@ def plan_of(case: Case, steps: int, *, frozen: tuple[str, ...] = FROZEN) -> Plan
         raise BadArgument(
             f"case.options.overflow: {plan.overflow} is no step of {steps} with a loss scale; give"
             " 0, or one with loss_scale=static or dynamic"
+        )
+    if plan.minimum_scale > DYNAMIC:
+        raise BadArgument(
+            f"case.options.minimum_scale: {plan.minimum_scale} is above {DYNAMIC}, the first one"
         )
     if plan.momentum and plan.optimizer == "adam":
         raise BadArgument("case.options.momentum: adam has its own; leave it out")
@@ -115,11 +122,13 @@ def _positive(case: Case, name: str, default: float | None) -> float | None:
 
 class Scale:
     """The loss scale of every step: static, or doubled after `GROWTH_INTERVAL` good steps in a row
-    and halved at each overflow from the `hysteresis`-th on; good growth forgives."""
+    and halved at each overflow from the `hysteresis`-th on, down to
+    the `minimum_scale`; good growth forgives."""
 
     def __init__(self, plan: Plan) -> None:
         self.dynamic = plan.loss_scale == "dynamic"
         self.value = {"none": 1.0, "static": STATIC, "dynamic": DYNAMIC}[plan.loss_scale]
+        self._least = plan.minimum_scale
         self._patience, self._left, self._good = plan.hysteresis, plan.hysteresis, 0
 
     def after(self, *, overflow: bool) -> None:
@@ -129,7 +138,7 @@ class Scale:
         if overflow:
             self._good, self._left = 0, self._left - 1
             if self._left <= 0:
-                self.value = max(self.value / 2, 1.0)
+                self.value = max(self.value / 2, self._least)
             return
         self._good += 1
         if self._good == GROWTH_INTERVAL:

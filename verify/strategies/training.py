@@ -59,6 +59,7 @@ OPTIONS: Mapping[str, Choices] = {
         "spare": SPARE,
         "loss_scale": ("none", "static", "dynamic"),
         "hysteresis": (1, 2),
+        "minimum_scale": (1.0, 2.0, 4.0),
         "overflow": (0, 1, 2),
         "bucket": (None, 1, 7, 20),
         "distributed": (False, True),
@@ -76,9 +77,11 @@ _FAULTS: Mapping[str, tuple[Option, ...]] = {
     "schedule": ("exponential",),
     "minimum": (-0.5, 2.0),
     "hysteresis": (0, -1),
+    "minimum_scale": (0.0, -1.0, 8.0),
     "decay": (None, -3),
     "warmup": (4, -1),
 }
+OF_SCALES = ("hysteresis", "minimum_scale")
 _SCHEDULED: Mapping[str, Option] = {"schedule": "linear", "decay": 3}
 
 
@@ -134,6 +137,11 @@ def training_cases(
     return draw(completed(case, lenses))
 
 
+def with_copies(cases: st.SearchStrategy[Case]) -> st.SearchStrategy[Case]:
+    """Those that train copies of parameters on the ranks of dp."""
+    return cases.filter(lambda case: case.layout.dp > 1)
+
+
 @st.composite
 def rate_cases(draw: st.DrawFn) -> Case:
     """Cases of `learning_rates`, beyond their end, but not with every rate all but zero."""
@@ -176,15 +184,16 @@ def _rates(choices: tuple[tuple[str, tuple[Option, ...]], ...]) -> list[dict[str
 
 
 @st.composite
-def refusable_training_cases(draw: st.DrawFn) -> Case:
-    """Cases that are valid but for a size that does not divide or one option."""
+def refusable_training_cases(draw: st.DrawFn, *, names: Sequence[str] = ()) -> Case:
+    """Cases that are valid but for a size that does not divide or one option; or for one of
+    `names`."""
     case = draw(training_cases(options={"optimizer": ("sgd", "adam")}, lenses=("fp64",)))
-    if draw(st.booleans()):
+    if not names and draw(st.booleans()):
         assume(case.layout.tp > 1)
         ffn = case.shape["ffn"] + draw(st.integers(1, case.layout.tp - 1))
         return dataclasses.replace(case, shape={**case.shape, "ffn": ffn})
-    name = draw(st.sampled_from(sorted(_FAULTS)))
-    given: dict[str, Option] = {"loss_scale": "dynamic"} if name == "hysteresis" else {}
+    name = draw(st.sampled_from(sorted(names or _FAULTS)))
+    given: dict[str, Option] = {"loss_scale": "dynamic"} if name in OF_SCALES else {}
     given |= _SCHEDULED if name in ("minimum", "decay", "warmup") else {}
     given[name] = draw(st.sampled_from(_FAULTS[name]))
     return dataclasses.replace(case, options={**case.options, **given})

@@ -56,7 +56,7 @@ class Call:
     own tensors. `settings` are what
     the kind needs besides and what must agree (a reduction, a root); `own` is what need not (split
     sizes). `operation` is what it is part of until that is done; `source` the group rank whose
-    message was received.
+    message was received; `number` is its place in the history of its rank, where one is kept.
     """
 
     kind: str
@@ -72,6 +72,7 @@ class Call:
     operation: Operation | Message | None = None
     source: int | None = None
     deliver: Callable[[], None] | None = None
+    number: int = 0
 
     def describe(self) -> str:
         """What this rank waits for, and whom."""
@@ -287,6 +288,8 @@ class Exchange:
     def wait(self, call: Call) -> None:
         """Block the running rank until its call is done, and its outputs are there."""
         self.run.check()
+        if self.history is not None:
+            self.history.waited(call.rank, call.number)
         if not call.done:
             call.waiting = True
             self.run.block(call)
@@ -392,18 +395,21 @@ def _note(history: History, channel: Channel, call: Call, peer: int | None) -> N
         whom = "any" if peer is None else channel.ranks[peer]
         settings = f"to {whom}" if call.kind == "send" else f"from {whom}"
     records = history.records.setdefault(call.rank, [])
-    records.append(
-        Record(
-            number=len(records) + 1,
-            operation=call.kind,
-            group=channel.ranks,
-            tensors=tuple(shape_text(tensor) for tensor in tensors),
-            settings=settings,
-            site=describe(call.site),
-            elements=sum(tensor.numel() for tensor in call.inputs),
-            phase=phase(),
-        )
+    call.number = len(records) + 1
+    record = Record(
+        number=call.number,
+        operation=call.kind,
+        group=channel.ranks,
+        tensors=tuple(shape_text(tensor) for tensor in tensors),
+        settings=settings,
+        site=describe(call.site),
+        elements=sum(tensor.numel() for tensor in call.inputs),
+        phase=phase(),
+        in_backward=torch._C._current_graph_task_id() != -1,
     )
+    records.append(record)
+    if call.asynchronous:
+        history.begin(call.rank, record)
 
 
 def _full(call: Call) -> str:

@@ -87,7 +87,15 @@ def gpt_training(case: Case) -> Contract:
         divided=divided,
         over=over,
         settle=_settles(training),
+        message=_activation(case),
     )
+
+
+def _activation(case: Case) -> int:
+    """The elements of what a stage gives the next, of one microbatch."""
+    layout, shape = case.layout, case.shape
+    split = layout.cp * (layout.tp if layout.sequence_parallel else 1)
+    return shape["sequence"] // split * (shape["batch"] // layout.dp) * shape["hidden"]
 
 
 def _settles(training: Training) -> Callable[[Tensors, Tensors], Tensors] | None:

@@ -50,6 +50,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
         "spare",
         "loss_scale",
         "hysteresis",
+        "minimum_scale",
         "overflow",
         "bucket",
         "distributed",
@@ -289,7 +290,12 @@ def loss_scale_of(case: Case) -> LossScale | None:
         return StaticLossScale(value=2.0)
     if kind == "dynamic":
         hysteresis = int(number(case, "hysteresis", 1))
-        return DynamicLossScale(value=4.0, growth_interval=2, hysteresis=hysteresis)
+        return DynamicLossScale(
+            value=4.0,
+            minimum=number(case, "minimum_scale", 1.0),
+            growth_interval=2,
+            hysteresis=hysteresis,
+        )
     return None
 
 
