@@ -209,6 +209,11 @@ def test_selections():
     modules = {each.module for each in left}
     assert {"impl.mlp", "impl.pretrain.run"}.isdisjoint(modules)
     assert {"impl.linear", "impl.moe.router"} <= modules
+    listed = Equivalents.read()
+    of_random = select(Selection(generated=True, modules=("random",)), seed=0)
+    unlisted = select(Selection(generated=True, unlisted=True, modules=("random",)), seed=0)
+    assert unlisted == [each for each in of_random if not listed.reason(each)]
+    assert 0 < len(unlisted) < len(of_random)
     names = [each.name.removeprefix("generated:") for each in sampled[:1]]
     chosen = select(Selection(generated=True, names=tuple(names)), seed=0)
     assert [each.name for each in chosen] == [sampled[0].name]

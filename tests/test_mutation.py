@@ -330,6 +330,7 @@ def test_wrong_options_are_one_line(capsys):
         (("--sample", "0"), "Invalid value for '--sample'"),
         (("--within", "0"), "Invalid value for '--within'"),
         (("--profile", "none"), "--profile: 'none'"),
+        (("--unlisted",), "give --generated too"),
     ):
         code, out, error = in_process(capsys, "mutants", *arguments)
         assert (code, out, error.count("\n")) == (2, "", 1)

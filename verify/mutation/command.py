@@ -24,6 +24,11 @@ DEFAULT_PROFILE = "ci"
     "--generated", is_flag=True, help="Mutants generated from the source, not the hand-made ones."
 )
 @click.option(
+    "--unlisted",
+    is_flag=True,
+    help="Of generated ones only those that are not listed as equivalent.",
+)
+@click.option(
     "--sample", type=click.IntRange(min=1), metavar="K", help="K of them, chosen by the seed."
 )
 @click.option("--profile", metavar="NAME", help="How much is drawn, as in a run. Default: ci.")
@@ -55,6 +60,7 @@ DEFAULT_PROFILE = "ci"
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def mutants(
     generated: bool,
+    unlisted: bool,
     sample: int | None,
     shrink: bool,
     within: float | None,
@@ -81,13 +87,14 @@ def mutants(
         shardproof mutants --generated --module linear,mappings --sample 50 --no-shrink
         shardproof mutants --generated --without pretrain --sample 50 --no-shrink
     A first look at many, without waiting for what none will catch:
-        shardproof mutants --generated --module moe --no-shrink --within 20
+        shardproof mutants --generated --module moe --no-shrink --within 20 --unlisted
     """
     from verify.mutation.run import Selection, run
 
     lists = ("classes", "names", "modules", "without")
     selection = Selection(
         generated=generated,
+        unlisted=unlisted,
         sample=sample,
         **{name: _names(name, given.pop(name)) for name in lists},
     )

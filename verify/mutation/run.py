@@ -34,10 +34,12 @@ FAILURES = "failures"
 @dataclass(frozen=True, kw_only=True)
 class Selection:
     """Which mutants: hand-made or generated ones, of these classes, names and modules, all if
-    empty, but not of the modules in `without`; a package stands for all modules in it. At most
+    empty, but not of the modules in `without`; a package stands for all modules in it. Of generated
+    ones those only that are not listed as equivalent, if they are to be `unlisted`. At most
     `sample` of them, by the seed."""
 
     generated: bool = False
+    unlisted: bool = False
     classes: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
@@ -107,9 +109,11 @@ def select(selection: Selection, *, seed: int) -> Sequence[Mutant | Generated]:
     for option, given in (("--module", selection.modules), ("--without", selection.without)):
         require_modules(TARGET, given, option=option)
     known: list[Any] = list(CATALOGUE[TARGET].values())
+    if selection.unlisted and not selection.generated:
+        raise BadArgument("--unlisted: hand-made mutants are not listed; give --generated too")
     if selection.generated:
-        known = list(generate(TARGET, selection.modules))
-        if stale := Equivalents.read().stale(known):
+        known, listed = list(generate(TARGET, selection.modules)), Equivalents.read()
+        if stale := listed.stale(known):
             raise BadArgument(f"verify/mutants/equivalent.toml: {stale[0]}; change the entry")
     names = tuple(
         f"{PREFIX}{name.removeprefix(PREFIX)}" if selection.generated else name
@@ -128,6 +132,7 @@ def select(selection: Selection, *, seed: int) -> Sequence[Mutant | Generated]:
         and (not selection.classes or each.family in selection.classes)
         and (not modules or any(is_in(each.module, name) for name in modules))
         and not any(is_in(each.module, name) for name in without)
+        and not (selection.unlisted and listed.reason(each))
     ]
     if selection.sample is not None and selection.sample < len(chosen):
         kept = set(random.Random(seed).sample([each.name for each in chosen], selection.sample))
