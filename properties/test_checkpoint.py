@@ -8,7 +8,10 @@ folder the newest is loaded, or the one that is named; (2) training that is save
 at one layout and goes on at another gives the losses, gradients, norms, learning rates and
 parameters of training that was never interrupted; (3) what another model, optimizer, loss scale or
 schedule has saved is refused; (4) so is what is not there, or not all of it, or not as it was
-saved.
+saved; (5) a run that is killed at any moment of a save, and a machine that stops then and loses
+what was not flushed to the disk, leave a whole checkpoint, which is the new one once it was said to
+be saved; what they leave besides is in the way of nothing, a folder that is not there is made, and
+no file stays open.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from verify.case import Case
 from verify.runner.examiner import CheckCase
 from verify.strategies.checkpoint import (
     damaged_cases,
+    interrupted_cases,
     resumed_cases,
     round_trip_cases,
     unlike_cases,
@@ -57,3 +61,12 @@ def test_what_is_damaged_is_refused(check: CheckCase, case: Case) -> None:
     missing, and its parameters what they were before; values that are not those that were saved,
     and nobody looks."""
     check("refusal", case)
+
+
+@given(case=interrupted_cases())
+def test_an_interrupted_save_leaves_a_checkpoint(check: CheckCase, case: Case) -> None:
+    """Law 5. Must catch: the newest checkpoint named before it is whole, or in a file that is
+    written to in its place; one before that is gone before the new one is there; a draft that was
+    left and stops the next save; files, names in folders, a new folder's own too, that were not
+    flushed before something names them, or not before the save has ended; files that stay open."""
+    check("equivalence", case)

@@ -149,6 +149,7 @@ def _steps_of_a_save(monkeypatch, at: int) -> list[str]:
 def test_a_save_that_is_killed_leaves_the_one_before(cluster, tmp_path, monkeypatch):
     before, after = Setting(ONE, seed=1), Setting(ONE, seed=2)
     _, (_, first) = 0, _save(cluster, before, tmp_path, steps=1)[0]
+    (tmp_path / "whole").mkdir()
     with monkeypatch.context() as patched:
         whole = _steps_of_a_save(patched, at=99)
         _, second = _save(cluster, after, tmp_path / "whole", steps=2)[0]
@@ -321,7 +322,7 @@ def test_what_is_named_is_on_the_disk_before(cluster, tmp_path, monkeypatch):
     root = tmp_path / "root"
     _save(cluster, Setting(ONE), root)
     draft = ["rank-00000.safetensors", METADATA, ".step-00000001.partial", "step-00000001!"]
-    assert done == [*draft, "root", f".{LATEST}.partial", f"{LATEST}!", "root"]
+    assert done == [tmp_path.name, *draft, "root", f".{LATEST}.partial", f"{LATEST}!", "root"]
 
 
 def test_to_synchronise_is_to_flush_to_the_disk(tmp_path, monkeypatch):

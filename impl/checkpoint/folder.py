@@ -52,18 +52,26 @@ class Draft:
 
 
 def begin_draft(root: Path, *, step: int) -> Draft:
-    """An empty draft of a checkpoint after `step` steps, whose name no other has; drafts that were
-    never finished go away. One rank calls it, and no save may be under way."""
-    root.mkdir(parents=True, exist_ok=True)
+    """An empty draft of a checkpoint after `step` steps, whose name no other has, in a folder that
+    is on the disk; drafts that were never finished go away. One rank calls it, and no save may be
+    under way."""
+    _make(root)
     for left in root.glob(".step-*.partial"):
-        if left.is_dir():
-            shutil.rmtree(left)
+        shutil.rmtree(left)
     name = f"step-{step:08d}"
     while (root / name).exists():
         name = f"{name}-again"
     draft = Draft(root, name)
     draft.folder.mkdir()
     return draft
+
+
+def _make(folder: Path) -> None:
+    """Make a folder that is not there, and those above it, and have their names on the disk."""
+    if not folder.is_dir():
+        _make(folder.parent)
+        folder.mkdir()
+        synchronise(folder.parent)
 
 
 def find(folder: Path) -> Path:

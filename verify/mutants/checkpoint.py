@@ -10,6 +10,7 @@ _of = partial(Mutant, family="checkpoint", caught_by=("checkpoint",))
 _pieces = partial(_of, module="impl.checkpoint.pieces")
 _planner = partial(_of, module="impl.checkpoint.planner")
 _folder = partial(_of, module="impl.checkpoint.folder")
+_saved = partial(_folder, caught_by=("interrupted_save",))
 _storage = partial(_of, module="impl.checkpoint.storage")
 _model = partial(_of, module="impl.checkpoint.model")
 _run = partial(_of, module="impl.checkpoint.training")
@@ -246,4 +247,75 @@ _REFUSALS = (
         replacement="if False:",
     ),
 )
-MUTANTS = (*_PLACES, *_STATES, *_REFUSALS)
+_INTERRUPTED = (
+    _saved(
+        name="checkpoint-named-before-it-is-whole",
+        wrong="The newest checkpoint is named when its files begin to be written.",
+        snippet="""\
+    draft = Draft(root, name)
+    draft.folder.mkdir()
+""",
+        replacement="""\
+    draft = Draft(root, name)
+    draft.folder.mkdir()
+    (root / LATEST).write_text(name)
+""",
+    ),
+    _saved(
+        name="checkpoint-pointer-written-in-place",
+        wrong="The name of the newest checkpoint is written into the file that has the one before.",
+        snippet="        pointer.replace(self.root / LATEST)\n",
+        replacement="        (self.root / LATEST).write_text(pointer.read_text())\n"
+        "        synchronise(self.root / LATEST)\n",
+    ),
+    _saved(
+        name="checkpoint-before-is-removed-first",
+        wrong="Earlier checkpoints are removed when a new one begins to be written, for its room.",
+        snippet='    for left in root.glob(".step-*.partial"):\n',
+        replacement="""\
+    for left in (*root.glob(".step-*.partial"), *root.glob("step-*")):
+""",
+    ),
+    _saved(
+        name="checkpoint-draft-in-the-way",
+        wrong="A draft that was never finished stays, and nothing of its name can be saved.",
+        snippet="        shutil.rmtree(left)\n",
+        replacement="        left.exists()\n",
+    ),
+    _saved(
+        name="checkpoint-names-not-flushed",
+        wrong="Files are flushed to the disk, and the folders with their names are not.",
+        snippet="        os.fsync(descriptor)\n",
+        replacement="        if path.is_file():\n            os.fsync(descriptor)\n",
+    ),
+    _saved(
+        name="checkpoint-new-folder-not-flushed",
+        wrong="Of a folder that is made to save to, the name is not flushed to the disk.",
+        snippet="        folder.mkdir()\n        synchronise(folder.parent)\n",
+        replacement="        folder.mkdir()\n",
+    ),
+    _saved(
+        name="checkpoint-named-before-it-is-flushed",
+        wrong="That a checkpoint is there is flushed to the disk with the name of the newest one,"
+        " which may come first.",
+        snippet="""\
+        self.folder.rename(self.published)
+        synchronise(self.root)
+""",
+        replacement="        self.folder.rename(self.published)\n",
+    ),
+    _saved(
+        name="checkpoint-left-open",
+        wrong="What is flushed to the disk is not closed.",
+        snippet="        os.close(descriptor)\n",
+        replacement="        os.fstat(descriptor)\n",
+    ),
+    _storage(
+        name="checkpoint-values-not-flushed",
+        wrong="What ranks write is flushed to the disk some time after the checkpoint is named.",
+        snippet="            synchronise(path)\n",
+        replacement="            path.stat()\n",
+        caught_by=("interrupted_save",),
+    ),
+)
+MUTANTS = (*_PLACES, *_STATES, *_REFUSALS, *_INTERRUPTED)

@@ -17,6 +17,7 @@ from verify.oracle.data import batches, sample_order
 from verify.oracle.dropout import dropout
 from verify.oracle.embedding import vocab_embedding
 from verify.oracle.gpt import gpt_training
+from verify.oracle.interrupted_save import interrupted_save
 from verify.oracle.latent_attention import latent_attention
 from verify.oracle.learning_rates import learning_rates
 from verify.oracle.linear import column_linear, row_linear
@@ -56,6 +57,7 @@ CONTRACTS: dict[str, Callable[[Case], Contract]] = {
     "gpt_training": gpt_training,
     "resumed_training": resumed_training,
     "checkpoint": round_trip,
+    "interrupted_save": interrupted_save,
     "linear_cross_entropy": linear_cross_entropy,
     "norm": norm,
     "qk_norm": qk_norm,

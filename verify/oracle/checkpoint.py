@@ -149,6 +149,7 @@ def case_at(case: Case, layout: Layout) -> Case:
         "another",
         "unlike",
         "checkpoint",
+        "stopped",
         *(_SPLITS if layout != case.layout else ()),
     )
     options = {name: value for name, value in case.options.items() if name not in left_out}
@@ -261,7 +262,7 @@ def round_trip(case: Case) -> Contract:
             for full in (name, *(f"{state} {name}" for state in STATES)):
                 found[full] = _padded(inputs[full], stack)
         found["progress"] = inputs["progress"].to(torch.float64)
-        return found | {f"draws {name}": _draws(inputs[f"seed {name}"]) for name in kept}
+        return found | {f"draws {name}": draws(inputs[f"seed {name}"]) for name in kept}
 
     return Contract(
         axes=AXES,
@@ -301,12 +302,12 @@ def _padded(values: Tensor, stack: Stack) -> Tensor:
     return found
 
 
-def _draws(seeds: Tensor) -> Tensor:
+def draws(seeds: Tensor, *, before: int = DRAWN_BEFORE) -> Tensor:
     """What a generator gives after its first numbers, for each of the seeds."""
     found = []
     for seed in seeds.reshape(-1).tolist():
         generator = torch.Generator().manual_seed(int(seed))
-        torch.randint(DRAWN_BELOW, (DRAWN_BEFORE,), generator=generator)
+        torch.randint(DRAWN_BELOW, (before,), generator=generator)
         found.append(torch.randint(DRAWN_BELOW, (DRAWN,), generator=generator))
     return torch.stack(found).view(*seeds.shape, DRAWN).to(torch.float64)
 

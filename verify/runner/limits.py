@@ -32,7 +32,9 @@ class Limits:
             return f"it needs more than the {self.max_world_size} ranks of this run"
         if case.lens not in self.lenses:
             return f"the lens {case.lens} is not one of --lens {','.join(self.lenses)}"
-        if case.adversary and not self.adversaries:
+        # What ranks flush to a disk that then stops is seen where all are in one process.
+        hard = case.adversary or case.options.get("stopped") == "machine"
+        if hard and not self.adversaries:
             return "this run has no adversary"
         return None
 

@@ -29,6 +29,8 @@ from verify.oracle.checkpoint import (
     text_of,
     unlike,
 )
+from verify.oracle.interrupted_save import STOPPED
+from verify.runner.limits import limits
 from verify.strategies.cases import Choices, contract_or_none, with_option
 from verify.strategies.context import ALGORITHMS, SHARING
 from verify.strategies.gpt import model_cases
@@ -101,6 +103,17 @@ def damaged_cases(draw: st.DrawFn) -> Case:
     how = draw(st.sampled_from(DAMAGED))
     alone = {n: value for n, value in case.options.items() if n not in ("another", "saved")}
     return dataclasses.replace(case, options={**alone, "checkpoint": how})
+
+
+@st.composite
+def interrupted_cases(draw: st.DrawFn) -> Case:
+    """Cases of `interrupted_save`; where there is no adversary, no machine stops. Many ranks write
+    no otherwise than a few."""
+    case = draw(round_trip_cases(worlds=(2, 2, 4)))
+    alone = {name: value for name, value in case.options.items() if name != "another"}
+    found = dataclasses.replace(case, concept="interrupted_save", options=alone)
+    possible = STOPPED if limits().adversaries else STOPPED[:1]
+    return with_option(found, "stopped", chosen(draw, "stopped", possible), default=STOPPED[0])
 
 
 @st.composite

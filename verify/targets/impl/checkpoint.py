@@ -56,15 +56,14 @@ _UNTOUCHED = 7.0
 _END = 256
 
 
-class _Side:
+class Side:
     """A model at one of the two layouts, and what trains it."""
 
     def __init__(self, case: Case, layout: Layout, groups: Groups) -> None:
         self.case, self.layout = case_at(case, layout), layout
         self.ranks = RankMap(layout, AXES)
         self.subject = GPTSubject(self.case, groups)
-        for parameter in self.subject.own.values():
-            constant_(parameter, _UNTOUCHED)
+        self._spoil_parameters()
 
     @cached_property
     def trainer(self) -> Trainer:
@@ -77,10 +76,15 @@ class _Side:
         return self.trainer.optimizer
 
     def spoil(self) -> None:
-        """Make the states of the optimizer what no run begins with."""
+        """Make parameters and states of the optimizer what no run begins with."""
+        self._spoil_parameters()
         for slot in self.optimizer.slots:
             for state in slot.state.values():
                 state.fill_(_UNTOUCHED)
+
+    def _spoil_parameters(self) -> None:
+        for parameter in self.subject.own.values():
+            constant_(parameter, _UNTOUCHED)
 
     def training(self) -> Training:
         """What a checkpoint has."""
@@ -143,7 +147,7 @@ def resumed_training(case: Case, groups: Groups) -> Subject:
 
     def call(inputs: Tensors) -> Tensors:
         after = int(case.options.get("after") or 1)
-        with _sides(case, groups) as (before, now, folder):
+        with sides(case, groups) as (before, now, folder):
             for name in before.subject.stacks.names:
                 full = inputs[f"given {name}"]
                 with torch.no_grad():
@@ -168,8 +172,8 @@ def round_trip(case: Case, groups: Groups) -> Subject:
     trained = dataclasses.replace(case, options={**case.options, **ROUND_TRIP_TRAINED})
 
     def call(inputs: Tensors) -> Tensors:
-        with _sides(trained, groups) as (before, now, folder):
-            progress = _begin(before, inputs)
+        with sides(trained, groups) as (before, now, folder):
+            progress = begin(before, inputs)
             another = case.options.get("another")
             # Its name comes before that of the other, or after it, or has the same number.
             steps = max(progress.steps + case.seed % 3 - 1, 0)
@@ -186,7 +190,7 @@ def round_trip(case: Case, groups: Groups) -> Subject:
             reached = load_checkpoint(place, now.training())
         # What should not have come so far has other things to tell, or nothing.
         refused = {"unlike", "checkpoint"} & set(case.options)
-        return {} if refused else _end(now, inputs, reached)
+        return {} if refused else end(now, inputs, reached)
 
     return OperationSubject(call)
 
@@ -225,16 +229,16 @@ def _is_text(path: Path) -> bool:
 
 
 @contextmanager
-def _sides(case: Case, groups: Groups) -> Iterator[tuple[_Side, _Side, Path]]:
+def sides(case: Case, groups: Groups) -> Iterator[tuple[Side, Side, Path]]:
     """The run that saves, the run that loads, and a folder. Collective."""
     other = build_groups(saved_layout(case))
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder, src=0)
     path = Path(str(folder[0]))
     try:
-        now = _Side(unlike(case), case.layout, groups)
+        now = Side(unlike(case), case.layout, groups)
         now.spoil()
-        yield _Side(case, other.layout, other), now, path
+        yield Side(case, other.layout, other), now, path
         dist.barrier()
     finally:
         if dist.get_rank() == 0:
@@ -242,13 +246,13 @@ def _sides(case: Case, groups: Groups) -> Iterator[tuple[_Side, _Side, Path]]:
     other.destroy()
 
 
-def _own(side: _Side, inputs: Tensors) -> Tensors:
+def _own(side: Side, inputs: Tensors) -> Tensors:
     """This rank's tokens at a layout."""
     specs = gpt_training(side.case).inputs
     return {name: side.local(inputs[name], spec.placements) for name, spec in specs.items()}
 
 
-def _begin(side: _Side, inputs: Tensors) -> Progress:
+def begin(side: Side, inputs: Tensors) -> Progress:
     """Write what is given into a run."""
     with torch.no_grad():
         for name in side.subject.stacks.names:
@@ -266,11 +270,11 @@ def _begin(side: _Side, inputs: Tensors) -> Progress:
         at = tuple(side.coordinates[axis] for axis in STREAMS[name])
         states[name] = torch.Generator().manual_seed(int(seeds[at])).get_state()
     side.subject.tracker.set_states(states)
-    _draw(side, DRAWN_BEFORE)
+    draw(side, DRAWN_BEFORE)
     return Progress(steps, consumed)
 
 
-def _write_state(side: _Side, state: str, parts: Mapping[Parameter, Tensor]) -> None:
+def _write_state(side: Side, state: str, parts: Mapping[Parameter, Tensor]) -> None:
     for slot in side.optimizer.slots:
         if slot.share.parameter in parts:
             flat = parts[slot.share.parameter].reshape(-1)
@@ -278,7 +282,7 @@ def _write_state(side: _Side, state: str, parts: Mapping[Parameter, Tensor]) -> 
             values.copy_(flat[slot.share.start : slot.share.start + values.numel()])
 
 
-def _end(side: _Side, inputs: Tensors, reached: Progress) -> Tensors:
+def end(side: Side, inputs: Tensors, reached: Progress) -> Tensors:
     """Everything that a run has, by the names of the contract."""
     stacks, found = side.subject.stacks, {}
     for name in stacks.names:
@@ -291,7 +295,7 @@ def _end(side: _Side, inputs: Tensors, reached: Progress) -> Tensors:
     counts = (reached.steps, reached.consumed, side.optimizer.updates)
     told = (*counts, scale.value, scale.steps, scale.overflows)
     found["progress"] = torch.tensor(told, dtype=torch.float64)
-    drawn = _draw(side, DRAWN)
+    drawn = draw(side, DRAWN)
     for name, _ in _seeds(inputs):
         ones = (1,) * len(STREAMS[name])
         found[f"draws {name}"] = drawn[name].to(torch.float64).view(*ones, DRAWN)
@@ -304,7 +308,7 @@ def _seeds(inputs: Tensors) -> Iterator[tuple[str, Tensor]]:
             yield name, inputs[f"seed {name}"]
 
 
-def _draw(side: _Side, count: int) -> dict[str, Tensor]:
+def draw(side: Side, count: int) -> dict[str, Tensor]:
     """The next numbers of every stream."""
     found, tracker = {}, side.subject.tracker
     for name in tracker.names:
