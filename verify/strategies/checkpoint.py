@@ -40,6 +40,8 @@ from verify.strategies.layouts import chosen_experts, divisors, orders
 
 WORLDS, FEW = (2, 4, 4, 2, 4, 4, 64), (2, 4, 4, 4, 64)
 _LONGEST_AXIS = 4
+# So long that the share of one of four ranks begins and ends within a row.
+_LONG_ROW = 17
 _MOST_LAYERS = 4
 TRAINED: Choices = {
     name: OPTIMIZING[name]
@@ -78,7 +80,11 @@ def round_trip_cases(draw: st.DrawFn, *, worlds: Sequence[int] = WORLDS) -> Case
         )
     )
     another = chosen(draw, "another", ANOTHER)
-    return draw(_saved_elsewhere(with_option(case, "another", another, default=ANOTHER[0])))
+    case = with_option(case, "another", another, default=ANOTHER[0])
+    split_rows = bool(case.options.get("distributed")) and draw(st.booleans())
+    if split_rows:
+        case = dataclasses.replace(case, shape={**case.shape, "hidden": _LONG_ROW})
+    return draw(_saved_elsewhere(case, split_rows=split_rows))
 
 
 @st.composite
@@ -151,15 +157,17 @@ def resumed_cases(
 
 
 @st.composite
-def _saved_elsewhere(draw: st.DrawFn, case: Case) -> Case:
+def _saved_elsewhere(draw: st.DrawFn, case: Case, *, split_rows: bool = False) -> Case:
     """The case with a layout to save at, and sizes of which both layouts take parts. Layers that
     are shared out unevenly may be too many or too few for the stages of another layout: then that
-    has one stage."""
+    has one stage. With `split_rows` all ranks share out the states of every parameter."""
     ranks = case.layout.world_size
     # With the same sizes every stream of random numbers goes on, where its place is now.
     # What is saved at has no levels of context parallelism.
     reordered = [] if case.layout.hierarchical_cp else _reordered(case.layout)
-    if reordered and draw(st.sampled_from((True, False, True))):
+    if split_rows:
+        drawn = Layout(dp=ranks)
+    elif reordered and draw(st.sampled_from((True, False, True))):
         drawn = draw(st.sampled_from(reordered))
     else:
         drawn = draw(_layouts(ranks, experts="experts" in case.shape))
