@@ -119,7 +119,8 @@ class RandomTracker:
             self._switch(before)
 
     def stream(self, name: str) -> Stream:
-        """`fork(name)` as a function without arguments, for modules."""
+        """`fork(name)` as a function without arguments, for modules. Entering it raises ValueError
+        if the name is unknown."""
         return partial(self.fork, name)
 
     def states(self) -> dict[str, Tensor]:

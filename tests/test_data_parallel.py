@@ -267,8 +267,8 @@ def test_a_parameter_in_two_groups_is_refused(cluster):
     ("make", "words"),
     [
         (lambda: lay_out([1], bucket_size=0, parts=1), "bucket_size: 0"),
-        (lambda: DynamicLossScale(value=1.0, minimum=2.0), "minimum scale: 2.0"),
-        (lambda: DynamicLossScale(value=1.0, minimum=0.0), "minimum scale: 0.0"),
+        (lambda: DynamicLossScale(value=1.0, minimum=2.0), "minimum: 2.0"),
+        (lambda: DynamicLossScale(value=1.0, minimum=0.0), "minimum: 0.0"),
         (lambda: DynamicLossScale(growth_interval=0), "growth_interval: 0"),
         (lambda: DynamicLossScale(hysteresis=0), "hysteresis: 0"),
         (lambda: Schedule(maximum=1.0, minimum=2.0), "minimum: 2.0"),

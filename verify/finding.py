@@ -36,6 +36,7 @@ Kind = Literal[
     "deadlock",
     "collective",  # members of a group issued collectives that do not fit
     "rerun",  # what is computed again is not what was computed
+    "unrepeatable",  # what is computed again cannot be what was computed, and is not refused
     "refusal",  # a case that must be refused was not, or not clearly
     "misfit",  # inputs that do not fit were computed
     "groups",
@@ -211,6 +212,7 @@ _HEADLINES: Mapping[str, str] = {
     "memory": "more is kept for backward than the concept promises",
     "random state": "random generators do not draw what they have to",
     "rerun": "what is computed again in backward is not what was computed in forward",
+    "unrepeatable": "a function that computes something else in backward must be refused",
     "refusal": "the case must be refused on every rank with an error that names what is wrong",
     "misfit": "inputs that do not fit were computed, which one device refuses",
     "groups": "the process groups are not those of the layout",

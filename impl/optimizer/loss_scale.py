@@ -51,7 +51,8 @@ class DynamicLossScale:
     def __post_init__(self) -> None:
         if not 0 < self.minimum <= self.value:
             raise ValueError(
-                f"minimum scale: {self.minimum} is not above 0 and at most {self.value}"
+                f"minimum: {self.minimum} is no minimum scale; give one above 0, and at most"
+                f" {self.value}, where it begins"
             )
         for name in ("growth_interval", "hysteresis"):
             if getattr(self, name) < 1:

@@ -8,7 +8,8 @@ forward, of a function of the harness (`verify.checks.rerun_function`), of x and
 4. Output and gradients are, bit for bit, those of the function alone.
 5. What it makes inside is freed when forward is done, and once more when backward is.
 6. A function that saves other tensors for backward the second time is refused, on purpose: what is
-   left of the first run does not fit it. One that does not was computed first.
+   left of the first run does not fit it. Or it is seen not to matter: gradients are those of a
+   function that does not change. By laws 1 to 5 one that does not is computed before.
 
 Laws 1 to 5 are `rerun`, law 6 is `unrepeatable`. Options:
 
@@ -39,6 +40,7 @@ from verify.checks.rerun_function import CHANGES, Noted
 from verify.cluster.base import Cluster
 from verify.compare import same_bits
 from verify.errors import BadArgument, HarnessError, NotSupported
+from verify.finding import Kind
 from verify.rank_program import session_of, target_code
 from verify.targets import load_target
 
@@ -79,16 +81,16 @@ LIES: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 def rerun(case: Case, *, target_name: str, cluster: Cluster) -> int:
     """A function that is computed again computes what it did, by laws 1 to 5."""
-    return _judge(Bench("rerun", case, target_name, cluster), changed=False)
+    return _judge(Bench("rerun", case, target_name, cluster))
 
 
 def unrepeatable(case: Case, *, target_name: str, cluster: Cluster) -> int:
     """A function that does something else the second time is refused, by law 6."""
-    return _judge(Bench("unrepeatable", case, target_name, cluster), changed=True)
+    return _judge(Bench("unrepeatable", case, target_name, cluster))
 
 
-def _judge(bench: Bench, *, changed: bool) -> int:
-    _admit(bench.case, changed=changed)
+def _judge(bench: Bench) -> int:
+    _admit(bench.case, changed=bench.check == "unrepeatable")
     bench.require_support(bench.case)
     found = bench.run(
         _complaints, bench.target_name, bench.case, world_size=bench.case.layout.world_size
@@ -97,7 +99,8 @@ def _judge(bench: Bench, *, changed: bool) -> int:
         raise NotSupported(f"{bench.target_name} does not tell how it computes a function again")
     details = [f"rank {rank}: {text}" for rank, each in enumerate(found) for text in each or ()]
     if details:
-        raise bench.mismatch("rerun", details=tuple(details))
+        kind: Kind = "unrepeatable" if bench.check == "unrepeatable" else "rerun"
+        raise bench.mismatch(kind, details=tuple(details))
     return len(found)
 
 
@@ -127,14 +130,15 @@ def _complaints(target_name: str, case: Case) -> tuple[str, ...] | None:
             return None
         with target_code("telling how it computes a function again"):
             checkpoint: Checkpoint = tell()
-        found = tuple(_Pass(case, checkpoint).judged(_Pass(case, None)))
+        alone = _Pass(case, None)
+        found = tuple(_Pass(case, checkpoint).judged(alone))
         if found or "changed" not in case.options:
             return found
-        return tuple(_accepted(case, checkpoint))
+        return tuple(_accepted(case, checkpoint, alone))
 
 
-def _accepted(case: Case, checkpoint: Checkpoint) -> Iterator[str]:
-    """How the target breaks law 6."""
+def _accepted(case: Case, checkpoint: Checkpoint, alone: _Pass) -> Iterator[str]:
+    """How the target breaks law 6; `alone` is the pass of the function that does not change."""
     change = str(case.options["changed"])
     other = _Pass(case, checkpoint, change)
     other.forward()
@@ -147,7 +151,8 @@ def _accepted(case: Case, checkpoint: Checkpoint) -> Iterator[str]:
             told = f"{type(error).__name__}: {' '.join(str(error).split())}"
             yield f"ran into an error in backward, it did not refuse: {told}"
         return
-    yield f"computed gradients of a function that {CHANGES[change].__doc__} the second time"
+    if any(_differs(other.results[name], wanted) for name, wanted in alone.results.items()):
+        yield f"computed gradients of a function that {CHANGES[change].__doc__} the second time"
 
 
 class _Pass:
