@@ -150,7 +150,7 @@ def test_a_function_that_changes_is_refused_or_not(cluster, change):
         ("test_rerun:Patient", Verdict.PASSED),
         # With one tensor more it stops before that, and what it has is right.
         ("test_rerun:Torchs", Verdict.PASSED),
-        # It goes back through the second run, whose gradients are those of the first but for a view.
+        # It goes back through the second run, whose gradients are the same but for a view.
         ("test_rerun:Reentrant", Verdict.PASSED if change == "shape" else Verdict.FAILED),
     ):
         judged = _judged(cluster, "unrepeatable", target, changed=change)
