@@ -7,8 +7,8 @@ does not reach the next; (5) gradients of experts are summed over their own copi
 parameter stays as it is; (7) a second run gives the same bits; (8) a parameter that a pass does not
 read has a gradient of zero from it, and is updated all the same. All in steps of plain gradient
 descent, which shows constant factors that Adam hides; law 8 with Adam too. (9) With overlap,
-reductions begin within the backward passes, of buckets of the size that is asked for. (10) All that
-is begun is waited for.
+reductions begin within the backward passes, of buckets of about the size that is asked for. (10)
+All that is begun is waited for.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
 
 @given(case=with_copies(training_cases(options=OVERLAPPED, min_steps=2)))
 def test_reductions_within_backward(check: CheckCase, case: Case) -> None:
-    """Law 9. Must catch: buckets that are all reduced when backward has ended, as without overlap;
-    buckets that end elsewhere, or of all gradients."""
+    """Law 9. Must catch: buckets that are all reduced when backward has ended, as without overlap,
+    in every step or after the first; one bucket of all gradients; one of each."""
     check("traffic", case)
 
 

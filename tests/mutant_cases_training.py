@@ -53,7 +53,7 @@ def cases() -> Iterator[tuple[str, Case]]:
     """Checks and cases."""
     for case in _steps():
         yield "equivalence", case
-    for bucket in (None, 5):
+    for bucket in (None, 5, 20):
         yield "traffic", _case(WHOLE, {"overlap": True, "bucket": bucket})
     yield (
         "equivalence",

@@ -25,6 +25,8 @@ Kind = Literal[
     "bits",  # two runs differ that must not
     "masks",  # dropout masks that copies do not share, or parts do
     "communication",  # more, less or something else was sent than promised
+    "traffic",  # in training, too late, too large, too small or for nothing
+    "waiting",  # what was begun was never waited for
     "memory",  # more was kept for backward than promised
     "random state",  # a random generator does not draw what it has to
     "missing",  # a tensor or a gradient that should be there is not
@@ -209,6 +211,8 @@ _HEADLINES: Mapping[str, str] = {
     "collective": "members of a group issued collectives that do not fit each other",
     "contract": "the target's tensors are not those that the concept promises",
     "communication": "what was communicated is not what the concept promises",
+    "traffic": "training communicates late, in other buckets than asked for, or what is known",
+    "waiting": "communication that was begun is never waited for",
     "memory": "more is kept for backward than the concept promises",
     "random state": "random generators do not draw what they have to",
     "rerun": "what is computed again in backward is not what was computed in forward",

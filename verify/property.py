@@ -179,7 +179,7 @@ def waiting(case: Case, *, target_name: str, cluster: Cluster) -> int:
     )
     _require_shown(bench, contract, ranks, observations)
     if details := not_waited_for(history):
-        raise bench.mismatch("communication", details=details)
+        raise bench.mismatch("waiting", details=details)
     return len(observations)
 
 

@@ -32,7 +32,9 @@ class Subject(Protocol):
         ...
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Local inputs by name to local outputs by name, differentiable."""
+        """Local inputs by name to local outputs by name, differentiable. Where that is a training
+        of several steps, each begins with `verify.cluster.history.mark_step`, which the check
+        `traffic` needs."""
         ...
 
     def finish_gradients(self) -> None:

@@ -31,6 +31,17 @@ def phase() -> str:
     return _PRESENT.phase
 
 
+def step_phase(step: int) -> str:
+    """The phase of a training step, counted from 0."""
+    return f"step {step}"
+
+
+def mark_step(step: int) -> None:
+    """From now on this rank is in a training step, counted from 0: for adapters of targets that
+    train in one call, so that a check can tell their steps apart."""
+    mark(step_phase(step))
+
+
 _COLUMNS = ("number", "operation", "group", "tensors", "settings", "site")
 
 
@@ -61,11 +72,11 @@ class History:
     """The records of every rank, filled by a run that is given it: `cluster.run(..., history=h)`.
 
     Where the run failed it holds what was called until then. `under_way` are, for every rank, the
-    asynchronous calls by number that it has not waited for.
+    asynchronous calls by number that it has not waited for; they are neither saved nor compared.
     """
 
     records: dict[int, list[Record]] = field(default_factory=dict)
-    under_way: dict[int, dict[int, Record]] = field(default_factory=dict)
+    under_way: dict[int, dict[int, Record]] = field(default_factory=dict, compare=False)
 
     def begin(self, rank: int, record: Record) -> None:
         """An asynchronous call, which is to be waited for."""
@@ -73,7 +84,10 @@ class History:
 
     def waited(self, rank: int, number: int) -> None:
         """A call was waited for."""
-        self.under_way.get(rank, {}).pop(number, None)
+        mine = self.under_way.get(rank, {})
+        mine.pop(number, None)
+        if not mine:
+            self.under_way.pop(rank, None)
 
     def of(self, rank: int) -> list[Record]:
         """A rank's records in its order; empty for a rank that communicated nothing."""
@@ -117,6 +131,8 @@ class History:
 
 
 def _record(data: Mapping[str, Any]) -> Record:
+    # Histories of before it was kept do not have it.
+    data = {"in_backward": False, **data}
     values = {each.name: data[each.name] for each in fields(Record)}
     group, tensors = tuple(values.pop("group")), tuple(values.pop("tensors"))
     return Record(group=group, tensors=tensors, **values)

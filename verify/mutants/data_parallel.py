@@ -34,6 +34,13 @@ _BUFFERS = (
         replacement="if index == 0:",
     ),
     _of(
+        name="bucket-of-each-parameter",
+        module="impl.buckets",
+        wrong="Every parameter is a bucket, whatever its size is to be.",
+        snippet="if index == 0 or (bucket_size is not None and end - start >= bucket_size):",
+        replacement="if True:",
+    ),
+    _of(
         name="bucket-shards-overlap",
         module="impl.buckets",
         wrong="Shards begin at their rank, as if they had one element.",
@@ -181,6 +188,17 @@ _TIMES = (
             buffer.ready(index)
 """,
         replacement="",
+    ),
+    _buffer(
+        name="reductions-after-backward-later-on",
+        wrong="With overlap, only the first step reduces within backward.",
+        snippet="""are updated.
+        self.finish_parameters()
+""",
+        replacement="""are updated.
+        self.finish_parameters()
+        self.overlap = False
+""",
     ),
 )
 _GATHERS = (

@@ -92,8 +92,8 @@ class Contract:
     name. `forward` and `backward` are what every rank communicates, in any order, where that is
     promised (`finish` what completes gradients); `kept` is the most elements that autograd keeps on
     a rank from forward to backward, beside parameters. `message` is how many elements every message
-    between stages of a pipeline has, where training promises it, and `bucket`, where all gradients
-    of a rank are in one buffer, how many complete a bucket.
+    between stages of a pipeline has, where training promises it, and `bucket`, where gradients
+    have no padding, how many a bucket is to have about: see `verify.checks.traffic`.
     """
 
     inputs: Mapping[str, TensorSpec]

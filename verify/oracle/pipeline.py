@@ -48,8 +48,8 @@ def pipeline(case: Case) -> Contract:
     `overlap`: whether stages compute while tensors travel; `evaluated`: each round begins with an
     evaluation, forward only, whose losses are the output `evaluation`; `frozen_weight`: the biases
     alone are trained; `shared`: a weight's gradient comes from its layer and from its diagonal;
-    `freed`: no activation stays in memory once it is sent, which some targets
-    do always, as impl, and others if asked; `rounds`.
+    `freed`: no activation stays in memory once it is sent, which some targets do always, as impl,
+    and others if asked; `rounds`.
 
     Raises BadArgument for layers that do not divide by the chunks, for another schedule than
     interleaved with several chunks a stage, and for that one with microbatches of a round that are

@@ -62,8 +62,12 @@ def training_steps(case: Case) -> Contract:
     several with learning rates and decay of their own; `frozen`, the beginning of the names that
     are; `spare`: there is a second norm, read never, in the first_round of every step, or in all
     rounds of odd_steps, counted from 1; `loss_scale` static or dynamic, its `hysteresis` and
-    `minimum_scale`, and the step that is to `overflow`. What changes nothing: `bucket`, in
-    elements; `overlap`; `distributed`.
+    `minimum_scale`, and the step that is to `overflow`. What changes no number: `distributed`;
+    `overlap`, with which reductions of gradients over dp begin within backward passes, from the
+    second step on; `bucket`, in elements. Without `distributed` and experts, a bucket has fewer
+    than that and those of the largest gradient together, and a step at most twice as many buckets
+    as its elements fill, and two more for each optimizer group each time that it reduces. See
+    `verify.checks.traffic`.
     """
     names = ("steps", "rounds", "sequence", "batch", "hidden", "ffn")
     steps, rounds, sequence, batch, hidden, ffn = sizes(case, *names, optional=("experts",))

@@ -122,8 +122,8 @@ def _positive(case: Case, name: str, default: float | None) -> float | None:
 
 class Scale:
     """The loss scale of every step: static, or doubled after `GROWTH_INTERVAL` good steps in a row
-    and halved at each overflow from the `hysteresis`-th on, down to
-    the `minimum_scale`; good growth forgives."""
+    and halved at each overflow from the `hysteresis`-th on, down to the `minimum_scale`; growth
+    forgives."""
 
     def __init__(self, plan: Plan) -> None:
         self.dynamic = plan.loss_scale == "dynamic"

@@ -55,7 +55,11 @@ def gpt_training(case: Case) -> Contract:
     learned; `max_sequence`, the most tokens of a sequence, padding included, those of a row unless
     given; `tied`; the vocabulary is padded to a `multiple` of tp; `every`, which layers have the
     case's `experts`, with the auxiliary losses of `moe_layer`; `first`, `last` and `split`, how
-    layers are shared out; the `pipeline` schedule; `dispatcher`.
+    layers are shared out; the `pipeline` schedule; `dispatcher`. With `overlap` the first stage,
+    if it has one chunk, begins to reduce gradients over dp within backward passes, from the second
+    step on; experts' need not. Stages send each other activations and their gradients, whole or in
+    tp parts, and nothing else: all have one shape, which every stage knows. See
+    `verify.checks.traffic`.
     """
     model = Model.of(case)
     if (longest := max(model.sequences.padded)) > model.max_sequence:

@@ -28,6 +28,7 @@ from impl.moe.router import Choice, Losses
 from impl.optimizer.mixed import Optimizer, ParameterGroup
 from impl.training import Microbatch, Trainer, TrainResult
 from verify.case import Case
+from verify.cluster.history import mark_step
 from verify.oracle.gpt.model import OPTIONS as _OPTIONS
 from verify.placement import Placements
 from verify.targets.impl.dropout import tracker_of
@@ -138,6 +139,7 @@ class GPTSubject:
         told: dict[str, list[Tensor]] = {}
         after: list[dict[str, Tensor]] = []
         for step in steps:
+            mark_step(step)
             data = microbatches_of(inputs, step)
             for name, value in self._step(trainer, step, data, after).items():
                 told.setdefault(name, []).append(value)

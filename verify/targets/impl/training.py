@@ -30,6 +30,7 @@ from impl.optimizer.sgd import SGD
 from impl.parameters import of_expert
 from impl.partition import split
 from verify.case import Case
+from verify.cluster.history import mark_step
 from verify.placement import Placements, Shard
 from verify.targets.impl.subject import Builder, OperationSubject, Tensors, common, switches
 from verify.targets.megatron_attributes import placements_of
@@ -147,6 +148,7 @@ class TrainingSubject:
         told: dict[str, list[Tensor]] = {}
         after: list[dict[str, Tensor]] = []
         for step in range(self.case.shape["steps"]):
+            mark_step(step)
             mine = {name: tensor[step] for name, tensor in inputs.items()}
             found = self._step(step, mine, data_parallel, optimizer, after)
             for name, value in found.items():

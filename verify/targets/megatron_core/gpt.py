@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from verify.case import Case
+from verify.cluster.history import mark_step
 from verify.oracle.layer import LATENT
 from verify.placement import Placements
 from verify.targets.megatron_core import stand_ins
@@ -114,6 +115,7 @@ class GPTSubject:
         told: dict[str, list[Tensor]] = {}
         after: list[dict[str, Tensor]] = []
         for step in range(self.case.shape["steps"]):
+            mark_step(step)
             mine = {name: tensor[step] for name, tensor in inputs.items()}
             for name, value in self._step(training, mine, after).items():
                 told.setdefault(name, []).append(value)

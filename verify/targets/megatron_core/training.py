@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import Parameter, RMSNorm
 
 from verify.case import Case
+from verify.cluster.history import mark_step
 from verify.placement import Placements
 from verify.targets.megatron_attributes import placements_of
 from verify.targets.megatron_core.subjects import OperationSubject, Tensors, config_of
@@ -115,6 +116,7 @@ class TrainingSubject:
         told: dict[str, list[Tensor]] = {}
         after: list[dict[str, Tensor]] = []
         for step in range(self.case.shape["steps"]):
+            mark_step(step)
             mine = {name: tensor[step] for name, tensor in inputs.items()}
             found = self._step(step, mine, model, optimizer, schedule, after)
             for name, value in found.items():
