@@ -10,8 +10,8 @@ parameters of training that was never interrupted; (3) what another model, optim
 schedule has saved is refused; (4) so is what is not there, or not all of it, or not as it was
 saved; (5) a run that is killed at any moment of a save, and a machine that stops then and loses
 what was not flushed to the disk, leave a whole checkpoint, which is the new one once it was said to
-be saved; what they leave besides is in the way of nothing, a folder that is not there is made, and
-no file stays open.
+be saved, or, where it was the first, may leave none; what they leave besides is in the way of
+nothing, a folder that is not there is made, and no file stays open.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def test_what_is_damaged_is_refused(check: CheckCase, case: Case) -> None:
 def test_an_interrupted_save_leaves_a_checkpoint(check: CheckCase, case: Case) -> None:
     """Law 5. Must catch: the newest checkpoint named before it is whole, or in a file that is
     written to in its place; one before that is gone before the new one is there; a draft that was
-    left and stops the next save; files, names in folders, a new folder's own too, that were not
-    flushed before something names them, or not before the save has ended; files that stay open."""
+    left and stops the next save; files, names in folders, a new folder's own too, whoever made it,
+    that were not flushed before something names them, or not before the save has ended; files that
+    stay open."""
     check("equivalence", case)

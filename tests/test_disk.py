@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from verify.disk import Disk
+from verify.errors import HarnessError
 
 OLD, NEW = b"the old one", b"the new one"
 
@@ -112,3 +113,34 @@ def test_what_stays_open_and_when_it_was_stopped_is_told(tmp_path):
     assert disk.stop(random.Random(0), machine=False).left_open == ""
     # Nothing is watched any more.
     assert not hasattr(os.open, "func")
+
+
+def test_all_is_flushed_by_sync_and_the_files_of_others_as_ever(tmp_path):
+    root, other = tmp_path / "root", tmp_path / "other"
+    root.mkdir()
+    other.write_bytes(OLD)
+    for seed in range(20):
+        disk = Disk(root)
+        with disk.watching():
+            (root / "file").write_bytes(b"%d" % seed)
+            os.sync()
+            with open(other, "rb") as file:
+                os.fsync(fd=file.fileno())
+                os.fsync(file)
+        if disk.stop(random.Random(seed), machine=True).ended:
+            assert (root / "file").read_bytes() == b"%d" % seed
+
+
+def test_one_disk_at_a_time_is_watched_and_what_outlives_that_watches_nothing(tmp_path):
+    disk = Disk(tmp_path)
+    before = os.fsync, open
+    with disk.watching():
+        kept = os.fsync
+        with pytest.raises(HarnessError, match="one disk at a time"), Disk(tmp_path).watching():
+            pass
+        assert kept is os.fsync
+    assert (os.fsync, open) == before
+    with open(tmp_path / "file", "wb") as file:
+        kept(file)
+    assert disk.stop(random.Random(0), machine=False).ended
+    assert not (tmp_path / "file").exists()

@@ -105,7 +105,7 @@ _PROFILES = "; ".join(
 @click.option(
     "--adversary/--no-adversary",
     default=None,
-    help="Whether sim delays and reorders what ranks do. Default: yes.",
+    help="Whether sim delays and reorders what ranks do, and stops machines. Default: yes.",
 )
 @click.option("--database", metavar="DIR", help="Keep failing examples in Hypothesis' form there.")
 @click.option("--again", is_flag=True, default=None, help="Run only the examples of --database.")

@@ -12,7 +12,11 @@ Not Created Equal (OSDI 2014), of what programs may rely on:
 
 A `Disk` looks at a folder before and after every call of Python by which files are opened, flushed,
 renamed or removed, in every thread of this process. So it sees what other code has written too
-(safetensors in Rust, torch in C++), though not in how many steps; flushes only by Python.
+(safetensors in Rust, torch in C++), though not in how many steps.
+
+Flushes are those by `os.fsync`, `os.fdatasync` and `os.sync`. What is flushed otherwise (files
+opened with O_SYNC or O_DSYNC, `mmap.flush`, other languages), or by one of these that was imported
+by its name before anything was watched, is taken for not flushed.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import os
 import random
 import shutil
 import stat
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -30,13 +35,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from verify.errors import HarnessError
+
 _CHANGING: tuple[tuple[Any, str], ...] = (
     *((os, name) for name in ("open", "mkdir", "rename", "replace", "unlink", "remove", "rmdir")),
     *((os, name) for name in ("link", "symlink", "truncate", "ftruncate")),
     (builtins, "open"),
     (io, "open"),
 )
-_FLUSHING: tuple[tuple[Any, str], ...] = ((os, "fsync"), (os, "fdatasync"))
+_FLUSHING: tuple[tuple[Any, str], ...] = tuple(
+    (os, name) for name in ("fsync", "fdatasync", "sync")
+)
 # How likely it is that a content that was not flushed is there, one of these each time.
 _LIKELY = (0.0, 0.5, 0.5, 1.0)
 _MOST_SAID = 3
@@ -93,17 +102,23 @@ class Disk:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Look at what is done while inside. One at a time in a process."""
-        plain = [(place, name, getattr(place, name)) for place, name in (*_CHANGING, *_FLUSHING)]
-        for place, name, call in plain:
-            flushes = (place, name) in _FLUSHING
-            watched = self._flushing if flushes else partial(self._changing, call)
-            setattr(place, name, partial(watched, name))
+        """Look at what is done while inside. HarnessError where another disk of this process is
+        being watched."""
+        if not _Present.taken.acquire(blocking=False):
+            raise HarnessError("one disk at a time can be watched, and another one is")
+        # Not every system has all of them.
+        every = (each for each in (*_CHANGING, *_FLUSHING) if hasattr(*each))
+        plain = [(place, name, getattr(place, name)) for place, name in every]
+        _Present.disk = self
         try:
+            for place, name, call in plain:
+                setattr(place, name, partial(_watched, (place, name) in _FLUSHING, call, name))
             yield
         finally:
+            _Present.disk = None
             for place, name, call in plain:
                 setattr(place, name, call)
+            _Present.taken.release()
         self._look()
 
     def pass_over(self) -> None:
@@ -129,7 +144,7 @@ class Disk:
         return Stop(text, ended=at == last, left_open=left_open)
 
     def _open(self) -> str:
-        """The name of something that this process has open; empty for nothing."""
+        """The name of something that this process, and no other, has open; empty for nothing."""
         found = [""]
         for number in os.listdir("/dev/fd"):
             # The one of the list itself is closed.
@@ -147,9 +162,9 @@ class Disk:
             moments = [made for made, _ in node.contents]
             turning += [made for made in moments[1:] if made > first >= moments[0]]
         kind = numbers.randrange(8)
-        if 0 < kind < 4 and turning:
-            return numbers.choice(turning)
-        return numbers.randint(first, last) if kind else last
+        if kind < 2:
+            return last
+        return numbers.choice(turning) if kind < 5 and turning else numbers.randint(first, last)
 
     def _restart(self) -> None:
         """What is there is on the disk."""
@@ -179,18 +194,24 @@ class Disk:
         finally:
             self._look(said)
 
-    def _flushing(self, name: str, file: Any) -> None:
-        # The disk is this object: to flush to a real one takes long, and is left out.
-        key = _key(os.fstat(file if isinstance(file, int) else file.fileno()))
+    def _flushing(self, call: Callable[..., Any], name: str, *args: Any, **named: Any) -> Any:
+        """Note what is flushed: all there is, or the file or folder that is given."""
+        given = [*args, *named.values()][:1]
+        keys = [_key(os.fstat(each if isinstance(each, int) else each.fileno())) for each in given]
         self._look()
-        if key not in self._live:
-            return
-        node, moment = self._live[key], len(self._calls)
-        node.flushed += [(moment, content) for _, content in node.contents[-1:]]
+        nodes = [self._live[key] for key in keys if key in self._live]
+        if not nodes and name != "sync":
+            return call(*args, **named)
+        moment = len(self._calls)
+        for node in nodes or self._live.values():
+            node.flushed += [(moment, content) for _, content in node.contents[-1:]]
         for change in self._changes:
-            if change.flushed is None and any(folder is node for folder, _, _ in change.names):
+            folders = {folder for folder, _, _ in change.names}
+            if change.flushed is None and (not nodes or folders & {*nodes}):
                 change.flushed = moment
-        self._calls.append(f"{name}({_name(self._names, node)})")
+        self._calls.append(f"{name}({', '.join(_name(self._names, node) for node in nodes)})")
+        # The disk is this object: to flush a file of it to a real one takes long.
+        return None if nodes else call(*args, **named)
 
     def _may_have(self, path: str) -> bool:
         return not os.path.isabs(path) or Path(path).is_relative_to(self.root)
@@ -222,7 +243,9 @@ class Disk:
         names: _Names,
         contents: dict[_Node, bytes],
     ) -> None:
-        for entry in os.scandir(path):
+        with os.scandir(path) as entries:
+            found = list(entries)
+        for entry in found:
             # Other processes may be writing here.
             with suppress(FileNotFoundError):
                 key = _key(entry.stat(follow_symlinks=False))
@@ -268,6 +291,23 @@ class Disk:
             if contents[node] != now:
                 lost.append(f"the content of {_name(names, node)}")
         return names, contents, lost
+
+
+class _Present:
+    """The disk that is watched in this process."""
+
+    taken = threading.Lock()
+    disk: Disk | None = None
+
+
+def _watched(
+    flushes: bool, call: Callable[..., Any], name: str, /, *args: Any, **named: Any
+) -> Any:
+    """A call that the present disk sees. A module that is imported now may keep this for good."""
+    disk = _Present.disk
+    if disk is None:
+        return call(*args, **named)
+    return (disk._flushing if flushes else disk._changing)(call, name, *args, **named)
 
 
 def _key(status: os.stat_result) -> _Key:

@@ -45,7 +45,12 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         ("--known-strict", "known_strict", True, "fail where a known finding no longer fails"),
         ("--again", "again", True, "run only the failing examples of --database"),
         ("--require-pairs", "require_pairs", True, "fail where a pair of values is not exercised"),
-        ("--no-adversary", "adversary", False, "run the ranks in sim without an adversary"),
+        (
+            "--no-adversary",
+            "adversary",
+            False,
+            "run what other clusters run: no adversary, and no machine stops",
+        ),
     ):
         group.addoption(
             name, dest=f"{NAME}_{dest}", action="store_const", const=value, default=None, help=words

@@ -52,9 +52,9 @@ class Draft:
 
 
 def begin_draft(root: Path, *, step: int) -> Draft:
-    """An empty draft of a checkpoint after `step` steps, whose name no other has, in a folder that
-    is on the disk; drafts that were never finished go away. One rank calls it, and no save may be
-    under way."""
+    """An empty draft of a checkpoint after `step` steps, whose name no other has, in a folder whose
+    name is on the disk; drafts that were never finished go away. One rank calls it, and no save may
+    be under way."""
     _make(root)
     for left in root.glob(".step-*.partial"):
         shutil.rmtree(left)
@@ -67,11 +67,12 @@ def begin_draft(root: Path, *, step: int) -> Draft:
 
 
 def _make(folder: Path) -> None:
-    """Make a folder that is not there, and those above it, and have their names on the disk."""
-    if not folder.is_dir():
+    """Have a folder and its name on the disk, whether it is there or not; so with each one above it
+    that is not there."""
+    if not folder.parent.is_dir():
         _make(folder.parent)
-        folder.mkdir()
-        synchronise(folder.parent)
+    folder.mkdir(exist_ok=True)
+    synchronise(folder.parent)
 
 
 def find(folder: Path) -> Path:

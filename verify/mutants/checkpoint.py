@@ -291,8 +291,19 @@ _INTERRUPTED = (
     _saved(
         name="checkpoint-new-folder-not-flushed",
         wrong="Of a folder that is made to save to, the name is not flushed to the disk.",
-        snippet="        folder.mkdir()\n        synchronise(folder.parent)\n",
-        replacement="        folder.mkdir()\n",
+        snippet="    folder.mkdir(exist_ok=True)\n    synchronise(folder.parent)\n",
+        replacement="    folder.mkdir(exist_ok=True)\n",
+    ),
+    _saved(
+        name="checkpoint-folder-there-not-flushed",
+        wrong="Of a folder that is there its name is taken to be on the disk, whoever has just made"
+        " it.",
+        snippet="    folder.mkdir(exist_ok=True)\n",
+        replacement="""\
+    if folder.is_dir():
+        return
+    folder.mkdir()
+""",
     ),
     _saved(
         name="checkpoint-named-before-it-is-flushed",

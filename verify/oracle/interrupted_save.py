@@ -1,14 +1,19 @@
 """The contract of saves that are interrupted: training goes on from a whole checkpoint, and ends
 where it would have ended.
 
-A run is that of `checkpoint`, whose options it has, and saves into a folder that is not there. A
-step adds one to all that it has (parameters, states of Adam, counts) and draws one number of every
-stream. After each of the next `STOPS` steps it is saved and, at any moment of that, stopped. Then
-the other run, the layouts `saved` and that of the case by turns, loads what is left in the folder
-and goes on: from the checkpoint before or from the new one, and from the new one if it had been
-saved. After as many steps as there were stops it is saved once more and loaded. No save leaves a
-file open. Option `stopped` is what stops: the `run`, whose processes are killed; or the `machine`,
-which loses what it did not flush (`verify.disk`).
+A run is that of `checkpoint`, whose options it has, and saves into a folder that is not there, or
+by the seed of the case one that was just made. A step adds one to all that it has (parameters,
+states of Adam, counts) and draws one number of every stream. The run is saved and, at any moment of
+that, stopped. Then the other run, the layouts `saved` and that of the case by turns, loads what is
+left in the folder: the checkpoint before or the new one, and the new one if it had been saved. It
+goes on for a step and is saved, and so on. Where there was none before and the new one had not been
+saved, there may be none to load, which is refused, and the other run begins anew. After `STOPS`
+stops and as many steps it is saved once more and loaded.
+
+No save leaves a file open, as far as the process of the first rank can tell. Option `stopped` is
+what stops: the `run`, whose processes are killed; or the `machine`, which loses what it did not
+flush. `verify.disk` says what counts as flushed. Adapters have the loop in common
+(`verify.targets.interrupted_saves`).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from verify.case import LENSES, Case, Lens
 @dataclass(frozen=True)
 class Limits:
     """The largest world of the cluster (None: whatever is drawn), the wanted lenses, and whether
-    cases have an adversary."""
+    cases have an adversary, or a machine that stops."""
 
     max_world_size: int | None = None
     lenses: tuple[Lens, ...] = LENSES
@@ -32,10 +32,11 @@ class Limits:
             return f"it needs more than the {self.max_world_size} ranks of this run"
         if case.lens not in self.lenses:
             return f"the lens {case.lens} is not one of --lens {','.join(self.lenses)}"
-        # What ranks flush to a disk that then stops is seen where all are in one process.
-        hard = case.adversary or case.options.get("stopped") == "machine"
-        if hard and not self.adversaries:
+        if case.adversary and not self.adversaries:
             return "this run has no adversary"
+        # What all ranks flush is seen in one process only, and runs elsewhere draw the same.
+        if case.options.get("stopped") == "machine" and not self.adversaries:
+            return "no machine stops in this run: that is for the cluster sim with an adversary"
         return None
 
 
