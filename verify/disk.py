@@ -162,9 +162,9 @@ class Disk:
             moments = [made for made, _ in node.contents]
             turning += [made for made in moments[1:] if made > first >= moments[0]]
         kind = numbers.randrange(8)
-        if kind < 2:
+        if kind < 3:
             return last
-        return numbers.choice(turning) if kind < 5 and turning else numbers.randint(first, last)
+        return numbers.choice(turning) if kind < 6 and turning else numbers.randint(first, last)
 
     def _restart(self) -> None:
         """What is there is on the disk."""
@@ -280,7 +280,9 @@ class Disk:
         """What was flushed, and some of the rest."""
         made = [change for change in self._changes if change.made <= at]
         unsure = [each for each in made if each.flushed is None or each.flushed > at]
-        gone = _some(unsure, numbers)
+        # What has ended was to be flushed, all of it.
+        all_of_it = at == len(self._calls) - 1 and numbers.random() < 1 / 2
+        gone = unsure if all_of_it else _some(unsure, numbers)
         lost = [str(change) for change in made if change in gone]
         likely = numbers.choice(_LIKELY)
         names, contents = _named([change for change in made if change not in gone]), {}
@@ -330,13 +332,14 @@ def _operations(
 
 
 def _some(changes: Sequence[_Change], numbers: random.Random) -> list[_Change]:
-    """Some of them: each or not, all but one, one, none or all."""
+    """Some of them: each or not, all but one, one (as often one that renames), or all."""
     if not changes:
         return []
-    one = numbers.choice(changes)
+    renames = [change for change in changes if change.renames]
+    one = numbers.choice(numbers.choice((changes, renames)) or changes)
     each_or_not = [change for change in changes if numbers.random() < 1 / 2]
     all_but_one = [change for change in changes if change is not one]
-    return numbers.choice((each_or_not, all_but_one, [one], [], list(changes)))
+    return numbers.choice((each_or_not, all_but_one, [one], [one], list(changes)))
 
 
 def _named(changes: Sequence[_Change]) -> _Names:

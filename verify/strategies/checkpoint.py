@@ -118,7 +118,8 @@ def interrupted_cases(draw: st.DrawFn) -> Case:
     case = draw(round_trip_cases(worlds=(2, 2, 4)))
     alone = {name: value for name, value in case.options.items() if name != "another"}
     found = dataclasses.replace(case, concept="interrupted_save", options=alone)
-    possible = STOPPED if limits().adversaries else STOPPED[:1]
+    # There is more to see of a machine.
+    possible = (*STOPPED, STOPPED[1]) if limits().adversaries else STOPPED[:1]
     return with_option(found, "stopped", chosen(draw, "stopped", possible), default=STOPPED[0])
 
 
