@@ -28,13 +28,13 @@ from verify.tolerance import EFFORTS, Tolerance
 _EXACT = """
     _conj _local_scalar_dense _to_copy _unsafe_view abs alias amax amin any arange argmax argsort
     as_strided bitwise_and bitwise_and_ bitwise_not bitwise_or cat clamp clamp_min clone
-    constant_pad_nd copy_ detach embedding empty_like eq expand fill_ flip full full_like gather ge
-    gt index index_select isfinite le lift_fresh lt masked_fill max maximum min minimum narrow ne
-    neg new_empty new_empty_strided new_zeros ones ones_like permute polar promote_types randint
-    repeat
-    repeat_interleave roll scalar_tensor scatter select select_backward sign slice slice_backward
-    sort split split_with_sizes squeeze stack t topk transpose unbind unsqueeze unsqueeze_ view
-    view_as_complex view_as_real where zero_ zeros zeros_like
+    constant_pad_nd copy_ detach diagonal diagonal_backward embedding empty_like eq expand fill_
+    flip full full_like gather ge gt index index_select isfinite le lift_fresh lt masked_fill max
+    maximum min minimum narrow ne neg new_empty new_empty_strided new_zeros ones ones_like permute
+    polar promote_types randint repeat repeat_interleave roll scalar_tensor scatter select
+    select_backward sign slice slice_backward sort split split_with_sizes squeeze stack t topk
+    transpose unbind unsqueeze unsqueeze_ view view_as_complex view_as_real where zero_ zeros
+    zeros_like
 """
 EXACT = frozenset(_EXACT.split())
 

@@ -6,7 +6,7 @@ for the input x and `grad weight` for the parameter weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,7 +79,9 @@ class Reference:
     def rounded(self, dtype: torch.dtype, draw: int) -> Results:
         """Full results computed in `dtype`; for a draw above 0, with the operands of all arithmetic
         moved by one unit roundoff up or down, as the draw has it. What ranks have parts of is moved
-        by that of all parts: they compute with these, which are larger than their sum."""
+        by that of all parts: they compute with these, which are larger than their sum. So backward
+        goes from two upstream gradients that are as large as all parts together, and their sum the
+        gradient: what cancels on the way leaves the errors of parts."""
         if draw == 0:
             return self.evaluate(dtype)
         generator = torch.Generator().manual_seed(draw)
@@ -92,11 +94,14 @@ class Reference:
             return given.full + given.magnitude * roundoff * signs
 
         with Disturbing(generator):
-            return self.evaluate(dtype, change)
+            return self.evaluate(dtype, change, in_parts=True)
 
-    def evaluate(self, dtype: torch.dtype, change: Change | None = None) -> Results:
+    def evaluate(
+        self, dtype: torch.dtype, change: Change | None = None, *, in_parts: bool = False
+    ) -> Results:
         """Full results in `dtype`; `change` gives other values for what is generated, by name
-        (`grad y` for the upstream gradient of y)."""
+        (`grad y` for the upstream gradient of y). With `in_parts` backward goes twice, as
+        `rounded` says, where an upstream gradient is a sum."""
         inputs = {n: self._leaf(n, g, dtype, change) for n, g in self.problem.inputs.items()}
         parameters = {
             n: self._leaf(n, g, dtype, change) for n, g in self.problem.parameters.items()
@@ -115,7 +120,7 @@ class Reference:
         results = {name: outputs[name].detach() for name in self.contract.outputs}
         leaves = {f"grad {n}": t for n, t in (*inputs.items(), *parameters.items())}
         leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-        return results | self._gradients(outputs, leaves, dtype, change)
+        return results | self._gradients(outputs, leaves, dtype, change, in_parts=in_parts)
 
     def _gradients(
         self,
@@ -123,22 +128,32 @@ class Reference:
         leaves: Mapping[str, Tensor],
         dtype: torch.dtype,
         change: Change | None,
+        *,
+        in_parts: bool,
     ) -> Results:
         names = [name for name in self.problem.upstream if outputs[name].requires_grad]
         if not names or not leaves:
             return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        given = [self.problem.upstream[name] for name in names]
         upstream = [
-            self._leaf(f"grad {n}", self.problem.upstream[n], dtype, change).to(outputs[n].dtype)
-            for n in names
+            self._leaf(f"grad {n}", g, dtype, change).to(outputs[n].dtype)
+            for n, g in zip(names, given, strict=True)
         ]
-        found = torch.autograd.grad(
-            [outputs[name] for name in names],
-            list(leaves.values()),
-            upstream,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        return dict(zip(leaves, found, strict=True))
+        passes: list[Sequence[Tensor]] = [upstream]
+        if in_parts and any(each.parts is not None for each in given):
+            passes = list(zip(*map(_halves, upstream, given), strict=True))
+        found = [
+            torch.autograd.grad(
+                [outputs[name] for name in names],
+                list(leaves.values()),
+                each,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for each in passes
+        ]
+        return {name: sum(own[1:], own[0]) for name, *own in zip(leaves, *found, strict=True)}
 
     @staticmethod
     def _leaf(name: str, given: Generated, dtype: torch.dtype, change: Change | None) -> Tensor:
@@ -169,3 +184,12 @@ class Reference:
                     f"lens: {name} of {self.case} reaches {float(value.max()):.3g}; the exact lens"
                     f" needs every sum below {limit:.3g}"
                 )
+
+
+def _halves(upstream: Tensor, given: Generated) -> tuple[Tensor, Tensor]:
+    """Two tensors as large as the parts of an upstream gradient, whose sum it is; of one without
+    parts itself and nothing."""
+    if given.parts is None:
+        return upstream, torch.zeros_like(upstream)
+    size = given.magnitude.to(upstream.dtype)
+    return (upstream + size) / 2, (upstream - size) / 2
