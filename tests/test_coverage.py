@@ -220,6 +220,12 @@ def test_the_simplest_case_is_drawn_once(as_in_a_run):
     assert sum(case.layout == Layout() for case in seen) < 10
 
 
+def test_a_case_that_a_filter_rejects_makes_no_pairs_with_the_next(as_in_a_run):
+    steering = drawn(cases("column_linear").filter(lambda case: case.layout.tp % 2), 30)
+    assert steering.offered["column_linear"]
+    assert all(one != other for one, _, other, _ in steering.offered["column_linear"])
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_number_before_the_simplest_case_may_be_drawn_again(monkeypatch, seed):
     """With it the draws go on as those of the first case did, or Hypothesis calls them flaky."""

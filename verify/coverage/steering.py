@@ -111,9 +111,9 @@ class Steering:
         return self._random.choices(range(len(gains)), weights)[0]
 
     def chose(self, factor: str, value: str) -> None:
-        """A choice is made."""
+        """A choice is made; that of a concept begins a case, as where a filter wants another."""
         if factor == CONCEPT:
-            self._concept = value
+            self._case, self._plan, self._concept = {}, {}, value
             self._concepts[value] += 1
             return
         drawn = self.drawn[self._concept]
