@@ -4,7 +4,8 @@ Laws: (1) output and all gradients are those of one device, with a latent of the
 without; the gradients of the narrow weights, which every rank has, are complete; (2) copies on
 several ranks are equal; (3) ranks drop different shares; (4) what is summed or gathered is narrow;
 (5) memory order, (6) the layout and (7) running twice change nothing; (8) what cannot be computed
-is refused. Sequence parallelism is on or off.
+is refused. Sequence parallelism is on or off; what most implementations have is asked for alone:
+keys that share the part with positions, which turns in pairs of neighbours.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ PLAIN: Choices = {
     "layer_number": (None,),
 }
 ANY: Choices = {"strides": STRIDES[:1]}
+TURNED: Choices = {**PLAIN, "rotary": (True,), "interleaved": (True,), "scale": (None,)}
+NORMALISED: Choices = {**TURNED, "norm": ("rms", "layer")}
 
 
 @given(case=attention_cases(CONCEPT, options=PLAIN))
@@ -35,6 +38,20 @@ def test_output_and_gradients(check: CheckCase, case: Case) -> None:
     weights with the gradient of this rank's tokens under sequence parallelism, or summed where it
     is complete; the split of latent and shared key, or of a head's key and value, elsewhere; a
     scale of a part of the key."""
+    check("equivalence", case)
+
+
+@given(case=attention_cases(CONCEPT, options=TURNED))
+def test_positions_of_most_models(check: CheckCase, case: Case) -> None:
+    """Laws 1 and 2. Must catch: a gradient of the shared key of this rank's heads only; positions
+    in the part of a head that has none, or in one of query and key only."""
+    check("equivalence", case)
+
+
+@given(case=attention_cases(CONCEPT, min_tp=2, sequence_parallel=(True,), options=NORMALISED))
+def test_split_sequences_of_most_models(check: CheckCase, case: Case) -> None:
+    """Laws 1 and 2. Must catch: a norm of a latent, or a narrow weight, whose gradient is of this
+    rank's tokens; latents of one rank's tokens for those of all; a shared key that is cut."""
     check("equivalence", case)
 
 

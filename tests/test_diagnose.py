@@ -259,6 +259,17 @@ def test_a_lower_precision(low):
     assert name in first(summed)
 
 
+def test_an_error_that_is_no_rounding_elsewhere():
+    def way(tensor, largest):
+        noise = torch.rand(tensor.shape, dtype=tensor.dtype, generator=_seeded(5))
+        return tensor + noise * largest
+
+    spoilt = of_tp().spoil("y", lambda t, r: way(t, 0.01))
+    assert "the error is of the size of bfloat16" in first(spoilt)
+    spoilt.spoil("grad x", lambda t, r: way(t, 1.0))
+    assert all(each.score < LIKELY for each in explain(spoilt))
+
+
 def test_where_it_is_wrong_if_nothing_explains_it():
     spoilt = of_tp()
 

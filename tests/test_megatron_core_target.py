@@ -341,6 +341,10 @@ def test_a_group_brings_together_the_ranks_it_names(cluster, layout: Layout) -> 
         ("vocab_cross_entropy", {}, "float64", "computes in float32"),
         ("vocab_cross_entropy", {"strides": "transposed"}, "float32", "not contiguous"),
         ("vocab_cross_entropy", {"label_smoothing": 0.1}, "float32", None),
+        ("latent_attention", {"rotary": True, "interleaved": True}, "float32", None),
+        ("latent_attention", {"rotary": True}, "float32", "pairs of neighbours"),
+        ("latent_attention", {"interleaved": True}, "float32", "always turns"),
+        ("latent_attention", {"rotary": True}, "float64", "angles are float32"),
     ],
 )
 def test_what_is_not_supported_is_declared(concept, options, dtype, reason) -> None:
@@ -401,6 +405,8 @@ _DEFECTS = {
     "a bias beside a frozen weight gets no gradient": "_bias_beside_frozen_weight",
     "a hidden size that does not divide is exchanged all the same": "_odd_exchange",
     "a loss per token leaves 1 / tp of an auxiliary loss": "_auxiliary_loss_per_token",
+    "the key that heads share has the gradient of a rank's heads": "_shared_key_of_latents",
+    "the gradient of a norm of queries' latents is summed": "_norm_of_latents",
 }
 
 
@@ -485,6 +491,42 @@ def _auxiliary_loss_per_token(session, layout: Layout) -> tuple[object, object]:
         gradient = subject.forward(inputs)["gradient layers.mlp.router.weight"]
         found.append(round(float(gradient.square().sum()), 4))
     return found[0], found[1]
+
+
+def _latent_gradients(session, layout: Layout) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Of every parameter of latent attention, before they are finished and after."""
+    shape = {"sequence": 4, "batch": 1, "hidden": 4, "heads": 2, "kv_lora": 4, "q_lora": 4}
+    case = Case(
+        concept="latent_attention",
+        layout=layout,
+        shape={**shape, "head_size": 2, "rope_size": 2, "value_size": 2},
+        options={"rotary": True, "interleaved": True, "norm": "rms"},
+        dtype="float32",
+    )
+    subject = session.build(case)
+    alike, own = (torch.Generator().manual_seed(seed) for seed in (0, 1 + dist.get_rank()))
+    x = torch.randn(4, 1, 4, generator=alike)
+    parameters = {name: each for name, (each, _) in subject.parameters().items()}
+    with torch.no_grad():
+        for each, placements in subject.parameters().values():
+            each.copy_(torch.randn(each.shape, generator=own if placements else alike))
+    subject.forward({"x": x})["y"].square().sum().backward()
+    before = {name: each.grad.clone() for name, each in parameters.items()}
+    subject.finish_gradients()
+    return {name: (before[name], each.grad) for name, each in parameters.items()}
+
+
+def _shared_key_of_latents(session, layout: Layout) -> tuple[object, object]:
+    _, mine = _latent_gradients(session, layout)["kv_down.weight"]
+    everyone = [torch.empty_like(mine) for _ in range(layout.tp)]
+    dist.all_gather(everyone, mine)
+    return everyone[0].tolist(), everyone[1].tolist()
+
+
+def _norm_of_latents(session, layout: Layout) -> tuple[object, object]:
+    # A column-parallel layer follows, which sums it in backward.
+    before, after = _latent_gradients(session, layout)["query_norm.weight"]
+    return after.tolist(), before.tolist()
 
 
 def _observe(name: str) -> tuple[object, object]:

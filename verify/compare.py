@@ -7,7 +7,7 @@ reference and the others with it, bit for bit. Parts of a `Partial` tensor are s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -212,8 +212,13 @@ class Comparison:
             detail=worst.detail,
             **({} if worst.excess is None else vars(worst.excess)),
         )
-        if not self.divergences and kind == "value":
-            self.evidence = self._evidence(name, worst.rank, divergence.ranks)
+        if kind == "value":
+            evidence = self._evidence(name, worst.rank, divergence.ranks)
+            if not self.divergences:
+                self.evidence = evidence
+            elif self.evidence is not None:
+                later = max(self.evidence.later, evidence.relative)
+                self.evidence = replace(self.evidence, later=later)
         self.divergences.append(divergence)
 
     def _evidence(self, name: str, rank: int, wrong: tuple[int, ...]) -> Evidence:

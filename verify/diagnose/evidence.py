@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +22,8 @@ class Evidence:
 
     `candidate` holds float64 local tensors of the expected shapes, by rank, already summed where
     the placement is `Partial`; `wrong` names those ranks on which it differs. `reference` computes
-    variants, for which `parameters` says how the target places its weights.
+    variants, for which `parameters` says how the target places its weights. `later` is the largest
+    `relative` error of what is wrong after it.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Evidence:
     dtype: torch.dtype
     reference: Reference | None = None
     parameters: Mapping[str, Placements] = field(default_factory=dict)
+    later: float = 0.0
 
     def cut(self, full: Tensor, rank: int, placements: Placements | None = None) -> Tensor:
         """A rank's part of a full tensor, by the tensor's own placements or by others."""
@@ -48,6 +51,13 @@ class Evidence:
     def error(self) -> float:
         """Norm of the difference, over the wrong ranks."""
         return self._norm({rank: self.expected[rank] for rank in self.wrong})
+
+    @cached_property
+    def relative(self) -> float:
+        """The error over the norm of what is expected; infinite where that is no number."""
+        norm = sum(float(self.expected[rank].norm()) ** 2 for rank in self.wrong) ** 0.5
+        found = self.error / norm if norm else math.inf
+        return found if math.isfinite(found) else math.inf
 
     @cached_property
     def groups(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:

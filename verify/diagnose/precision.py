@@ -15,6 +15,10 @@ _SURE, _SIZED, _WHERE = 0.95, 0.8, 0.0
 _LOWER = ("float32", "bfloat16", "float16")
 # A rounding error of a sum lies between a small part and some multiples of one unit roundoff.
 _LEAST, _MOST = 1 / 32, 16
+# The size of the errors of fewer elements tells nothing.
+_ENOUGH = 8
+# By how much it may have grown in what is computed of its result.
+_GROWN = 4
 # One in 2 ** so many tensors would be of a lower precision's values by chance.
 _CHANCE = 10
 # An element's error below this part of the largest is taken for rounding.
@@ -22,19 +26,20 @@ _ABOVE = 1e-3
 
 
 def lower_precision(evidence: Evidence) -> Iterator[Explanation]:
-    """The error is everywhere and of the size of a lower precision's rounding; sure where the
-    values are of that dtype."""
+    """The error is everywhere, and of the size of a lower precision's rounding, as are those of
+    what is wrong after it; sure where the values are of that dtype."""
     expected = torch.cat([evidence.expected[rank].reshape(-1) for rank in evidence.wrong])
     found = torch.cat([evidence.candidate[rank].reshape(-1) for rank in evidence.wrong])
-    apart, norm = (found - expected).abs(), float(expected.norm())
-    widespread = float((apart > apart.max() * _ABOVE).double().mean()) > 0.5
+    apart = (found - expected).abs()
+    widespread = int((apart > apart.max() * _ABOVE).sum()) > max(len(apart) / 2, _ENOUGH - 1)
     if not evidence.dtype.is_floating_point:
         return
     own = torch.finfo(evidence.dtype).eps / 2
     fitting = []
-    for name in _LOWER if norm and widespread else ():
+    for name in _LOWER if widespread else ():
         roundoff = torch.finfo(getattr(torch, name)).eps / 2
-        if roundoff > own and _LEAST * roundoff <= evidence.error / norm <= _MOST * roundoff:
+        fits = _LEAST * roundoff <= evidence.relative <= _MOST * roundoff
+        if roundoff > own and fits and evidence.later <= _GROWN * _MOST * roundoff:
             fitting.append(name)
     for name in fitting:
         if _is_rounded(found, getattr(torch, name), own):

@@ -14,7 +14,7 @@ from verify.oracle.norm import normalised
 from verify.oracle.positions import BASE, rotated
 from verify.oracle.terms import one_of, switches
 
-IN_BLOCKS = ("norm", "rotary")
+IN_BLOCKS = ("norm", "rotary", "interleaved")
 NORMS = ("none", "rms", "layer")
 
 
@@ -38,13 +38,19 @@ def in_norm(case: Case, x: Tensor, parameters: Tensors, name: str) -> Tensor:
 
 def check_rotary(case: Case, size: int) -> None:
     """Raise BadArgument for the option `rotary` with heads whose features are no pairs."""
-    if switches(case, {"rotary": False})["rotary"] and size % 2:
+    if _switches(case)["rotary"] and size % 2:
         raise BadArgument(f"case.options.rotary: {size} features of a head are not pairs")
 
 
 def positioned(case: Case, x: Tensor) -> Tensor:
-    """`x` [sequence, batch, heads, features] turned, where the option `rotary` is on."""
-    if not switches(case, {"rotary": False})["rotary"]:
+    """`x` [sequence, batch, heads, features] turned, where the option `rotary` is on; with
+    `interleaved` the pairs are neighbours."""
+    on = _switches(case)
+    if not on["rotary"]:
         return x
     places = torch.arange(x.shape[0], dtype=torch.float64)
-    return rotated(x, places, dim=None, base=BASE, interleaved=False)
+    return rotated(x, places, dim=None, base=BASE, interleaved=on["interleaved"])
+
+
+def _switches(case: Case) -> dict[str, bool]:
+    return switches(case, {"rotary": False, "interleaved": False})

@@ -49,7 +49,7 @@ def latent_attention(case: Case) -> Contract:
 
     Option `norm`: the latents are normalised, with weights of query_norm and kv_norm, Replicate.
     `rotary`: the last rope_size features of queries, and the shared part of keys, are turned by
-    position.
+    position; with `interleaved` in pairs of neighbours.
     """
     known_options(case, *IN_BLOCKS, *SCORING)
     given = scoring(case)

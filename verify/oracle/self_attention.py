@@ -45,7 +45,7 @@ def self_attention(case: Case) -> Contract:
 
     Option `norm`: each head of q and of k is normalised first, with weights [head_size] of
     query_norm and key_norm, Replicate, whose gradients are sums over the ranks. `rotary`: both are
-    turned by position then.
+    turned by position then, with `interleaved` in pairs of neighbours.
     """
     known_options(case, "bias", *IN_BLOCKS, *SCORING)
     given, biased = scoring(case), switches(case, {"bias": True})["bias"]

@@ -34,13 +34,19 @@ _SCORING: Choices = {
     "scale": (None, 0.25),
     "dropout": (0.0, 0.1, 0.5),
 }
-_BEFORE: Choices = {"norm": ("none", "rms", "layer"), "rotary": (False, True)}
+_BEFORE: Choices = {
+    "norm": ("none", "rms", "layer"),
+    "rotary": (False, True),
+    "interleaved": (False, True),
+}
 OPTIONS: Mapping[str, Choices] = {
     "core_attention": _SCORING,
     "self_attention": {"bias": (True, False), **_BEFORE, **_SCORING},
     "latent_attention": {**_BEFORE, **_SCORING},
 }
 BLOCKS = ("self_attention", "latent_attention")
+# The features that are enough for a norm: see `_applies`.
+_NORMALISED = 4
 # Nothing at random, so that two layouts can be compared.
 CERTAIN: Choices = {"dropout": (0.0,), "strides": STRIDES[:1]}
 
@@ -60,7 +66,9 @@ def attention_cases(
     concept = chosen(draw, CONCEPT, concepts)
     flags = sequence_parallel if concept in BLOCKS else (False,)
     layout = draw(layouts(min_tp=min_tp, sequence_parallel=flags, max_world_size=MAX_WORLD_SIZE))
-    case = Case(concept=concept, layout=layout, shape=draw(_SHAPES[concept](layout)))
+    # Where a norm has to be, its options have no value that goes with any size.
+    least = 1 if "none" in options.get("norm", ("none",)) else _NORMALISED
+    case = Case(concept=concept, layout=layout, shape=draw(_SHAPES[concept](layout, least)))
     for option, values in {**OPTIONS[concept], "strides": STRIDES, "magnitude": (1,)}.items():
         wanted = options.get(option, values)
         if not _applies(option, case):
@@ -77,13 +85,16 @@ def _applies(option: str, case: Case) -> bool:
     shape = case.shape
     if option == "rotary":
         return shape.get("rope_size", shape["head_size"]) % 2 == 0
+    if option == "interleaved":
+        return bool(case.options.get("rotary"))
     if option == "norm" and case.concept == "latent_attention":
-        return min(shape["hidden"], shape["kv_lora"], shape.get("q_lora", 4)) >= 4
-    return option != "norm" or shape["head_size"] >= 4
+        latents = (shape["kv_lora"], shape.get("q_lora", _NORMALISED))
+        return min(shape["hidden"], *latents) >= _NORMALISED
+    return option != "norm" or shape["head_size"] >= _NORMALISED
 
 
 @st.composite
-def _core(draw: st.DrawFn, layout: Layout) -> Shape:
+def _core(draw: st.DrawFn, layout: Layout, least: int) -> Shape:
     heads = layout.tp * draw(st.integers(1, 4))
     groups = [n for n in _divisors(heads) if n == 1 or n % layout.tp == 0]
     shape = {
@@ -91,46 +102,47 @@ def _core(draw: st.DrawFn, layout: Layout) -> Shape:
         "batch": draw(st.integers(1, 3)),
         "heads": heads,
         "groups": draw(st.sampled_from(groups)),
-        "head_size": draw(st.integers(1, 5)),
+        "head_size": draw(st.integers(least, 5)),
     }
     optional = {"key_sequence": draw(st.integers(0, 7)), "value_size": draw(st.integers(0, 5))}
     return shape | {name: size for name, size in optional.items() if size}
 
 
 @st.composite
-def _self(draw: st.DrawFn, layout: Layout) -> Shape:
+def _self(draw: st.DrawFn, layout: Layout, least: int) -> Shape:
     tp = layout.tp
     heads = tp * draw(st.integers(1, 4))
     # Simplest first: as many groups as heads.
     valid = [n for n in _divisors(heads)[::-1] if n % tp == 0 or tp % n == 0]
     groups = draw(st.sampled_from(valid))
-    least = tp // gcd(tp, heads + 2 * groups)
+    unit = tp // gcd(tp, heads + 2 * groups)
+    fewest = -(-least // unit)
     return {
         "sequence": draw(_sequences(layout)),
         "batch": draw(st.integers(1, 3)),
         "hidden": draw(st.integers(1, 7)),
         "heads": heads,
         "groups": groups,
-        "head_size": least * draw(st.integers(1, max(5 // least, 1))),
+        "head_size": unit * draw(st.integers(fewest, max(5 // unit, fewest))),
     }
 
 
 @st.composite
-def _latent(draw: st.DrawFn, layout: Layout) -> Shape:
+def _latent(draw: st.DrawFn, layout: Layout, least: int) -> Shape:
     shape = {
         "sequence": draw(_sequences(layout)),
         "batch": draw(st.integers(1, 3)),
-        "hidden": draw(st.integers(1, 8)),
+        "hidden": draw(st.integers(least, 8)),
         "heads": layout.tp * draw(st.integers(1, 3)),
-        "kv_lora": draw(st.integers(1, 8)),
+        "kv_lora": draw(st.integers(least, 8)),
     }
     parts = ("head_size", "rope_size", "value_size")
     shape |= {name: draw(st.integers(1, 5)) for name in parts}
-    inner = draw(st.integers(0, 8))
+    inner = draw(st.sampled_from((0, *range(least, 9))))
     return shape | ({"q_lora": inner} if inner else {})
 
 
-_SHAPES: Mapping[str, Callable[[Layout], st.SearchStrategy[Shape]]] = {
+_SHAPES: Mapping[str, Callable[[Layout, int], st.SearchStrategy[Shape]]] = {
     "core_attention": _core,
     "self_attention": _self,
     "latent_attention": _latent,

@@ -18,13 +18,14 @@ from impl.random import parallel_tracker, stream_of
 from impl.rotary import RotaryEmbedding, Rotation
 from verify.case import Case
 from verify.oracle.attention import SCORING
+from verify.oracle.attention_block import IN_BLOCKS
 from verify.oracle.terms import in_training
 from verify.targets.impl.subject import Builder, ModuleSubject, Tensors, common, switches
 
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "core_attention": SCORING,
-    "self_attention": ("bias", "norm", "rotary", *SCORING),
-    "latent_attention": ("norm", "rotary", *SCORING),
+    "self_attention": ("bias", *IN_BLOCKS, *SCORING),
+    "latent_attention": (*IN_BLOCKS, *SCORING),
 }
 
 
@@ -55,7 +56,8 @@ def _rotary(case: Case, size: int) -> Rotation | None:
     if not case.options.get("rotary", False):
         return None
     positions = torch.arange(case.shape["sequence"])
-    return RotaryEmbedding(dim=size).rotation(positions, dtype=getattr(torch, case.dtype))
+    embedding = RotaryEmbedding(dim=size, **switches(case, "interleaved"))
+    return embedding.rotation(positions, dtype=getattr(torch, case.dtype))
 
 
 def core_attention(case: Case, groups: Groups) -> ModuleSubject:

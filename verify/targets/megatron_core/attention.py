@@ -1,4 +1,4 @@
-"""megatron-core's own attention, and self-attention by its local specification, as subjects.
+"""megatron-core's own attention, and the two blocks by its local specification, as subjects.
 
 TransformerEngine's attention needs CUDA; the local one is what runs on a CPU, without context
 parallelism. What is the transformer block's in Megatron, the stream of random numbers around hidden
@@ -17,19 +17,61 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
-from torch.nn import Parameter
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import (
+    MLASelfAttention,
+    MLASelfAttentionSubmodules,
+)
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from torch.nn import LayerNorm, Module, Parameter, RMSNorm
 
 from verify.case import Case
 from verify.oracle.terms import in_training
 from verify.placement import Placements, Shard
+from verify.targets.megatron_core import stand_ins
 from verify.targets.megatron_core.subjects import ModuleSubject, Tensors, config_of
 
 _SCORING = frozenset({"causal", "window", "sink", "layer_number", "scale", "dropout", "training"})
 OPTIONS: Mapping[str, frozenset[str]] = {
     "core_attention": _SCORING,
     "self_attention": _SCORING | {"bias"},
+    "latent_attention": (_SCORING - {"scale"}) | {"norm", "rotary", "interleaved"},
+}
+KINDS = {"layer": "LayerNorm", "rms": "RMSNorm"}
+NAMES = {
+    "linear_q_proj": "q",
+    "linear_q_down_proj": "q_down",
+    "linear_q_up_proj": "q_up",
+    "linear_kv_down_proj": "kv_down",
+    "linear_kv_up_proj": "kv_up",
+    "linear_proj": "proj",
+    "q_layernorm": "query_norm",
+    "kv_layernorm": "kv_norm",
+    "core_attention": "core",
 }
 _OFFSET = "softmax_offset"
+
+
+class Norm:
+    """torch's norm, marked as `FusedLayerNorm` is, for the wrapper of the local specification,
+    which refuses sequence parallelism. A class, because a specification calls no
+    functions."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float) -> Module:  # type: ignore[misc]
+        """The norm that the configuration asks for."""
+        kind = LayerNorm if config.normalization == "LayerNorm" else RMSNorm
+        module = kind(hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in module.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return module
+
+
+class CoreOfLatents(DotProductAttention):
+    """`DotProductAttention`, which refuses the sizes of keys and values that `MLASelfAttention`
+    gives every core. It reads those of keys off them, and those of values in the configuration."""
+
+    def __init__(self, *given: Any, k_channels: int = 0, v_channels: int = 0, **named: Any) -> None:
+        super().__init__(*given, **named)
 
 
 class AttentionSubject(ModuleSubject):
@@ -53,7 +95,8 @@ def _config(case: Case, **sizes: Any) -> TransformerConfig:
     return config_of(
         case,
         num_attention_heads=shape["heads"],
-        kv_channels=shape["head_size"],
+        # Which is that of a value, where a key has another.
+        kv_channels=shape.get("value_size", shape["head_size"]),
         window_size=around,
         softmax_type="learnable" if options.get("sink", False) else "vanilla",
         softmax_scale=options.get("scale"),
@@ -115,6 +158,75 @@ def self_attention(case: Case) -> AttentionSubject:
     return AttentionSubject(module, config, call, names=names)
 
 
+def latent_attention(case: Case) -> AttentionSubject:
+    """`MLASelfAttention` of Megatron's own linear layers and `DotProductAttention`."""
+    norm = str(case.options.get("norm", "none"))
+    config = _config(
+        case,
+        hidden_size=case.shape["hidden"],
+        add_bias_linear=False,
+        **({} if norm == "none" else {"normalization": KINDS[norm], "qk_layernorm": True}),
+        **latent_arguments(case),
+    )
+    module = MLASelfAttention(
+        config,
+        latent_parts(norm=IdentityOp if norm == "none" else Norm),
+        int(case.options.get("layer_number") or 1),
+        _mask_type(case),
+    ).train(in_training(case))
+
+    def call(inputs: Tensors) -> Tensors:
+        with forked(case):
+            output, _ = module(inputs["x"], None)
+        return {"y": output}
+
+    return AttentionSubject(module, config, call, names=NAMES)
+
+
+def latent_arguments(case: Case) -> dict[str, Any]:
+    """What a configuration says of latents: their sizes, those of heads, and plain positions."""
+    shape = case.shape
+    return {
+        "kind": MLATransformerConfig,
+        "q_lora_rank": shape.get("q_lora"),
+        "kv_lora_rank": shape["kv_lora"],
+        "qk_head_dim": shape["head_size"],
+        "qk_pos_emb_head_dim": shape["rope_size"],
+        "v_head_dim": shape["value_size"],
+        "rope_type": "rope",
+    }
+
+
+def latent_parts(*, norm: type) -> MLASelfAttentionSubmodules:
+    """The local specification but for the core, the norm of latents, and the narrow layers, which
+    are as TransformerEngine's specification has them."""
+    column, row = tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear
+    return MLASelfAttentionSubmodules(
+        linear_q_proj=column,
+        linear_q_down_proj=stand_ins.DuplicatedLinear,
+        linear_q_up_proj=column,
+        linear_kv_down_proj=stand_ins.DuplicatedLinear,
+        linear_kv_up_proj=column,
+        core_attention=CoreOfLatents,
+        linear_proj=row,
+        q_layernorm=norm,
+        kv_layernorm=norm,
+    )
+
+
+def _latents_lack(case: Case) -> str | None:
+    """Why there is no adapter for the latents of a case."""
+    if not case.options.get("rotary", False):
+        return "MLASelfAttention always turns by position"
+    if case.layout.cp > 1:
+        return "MLASelfAttention takes what a rank of cp has for a part of the sequence"
+    if case.dtype == "float64":
+        return "its rotary angles are float32"
+    if not case.options.get("interleaved", False):
+        return "MLASelfAttention turns pairs of neighbours"
+    return None
+
+
 def forked(case: Case) -> AbstractContextManager[Any]:
     """What `TransformerBlock` runs its layers in."""
     parallel = case.layout.sequence_parallel and case.layout.tp > 1
@@ -128,7 +240,10 @@ def lacks(case: Case) -> str | None:
     options, shape = case.options, case.shape
     if options.get("magnitude", 1) != 1:
         return "its masked scores are -10000, which large scores come near"
-    if shape and shape.get("value_size", shape["head_size"]) != shape["head_size"]:
+    if case.concept == "latent_attention":
+        if reason := _latents_lack(case):
+            return reason
+    elif shape and shape.get("value_size", shape["head_size"]) != shape["head_size"]:
         return "DotProductAttention has one size for keys and values"
     sequence = shape.get("sequence", 1)
     square = shape.get("key_sequence", sequence) == sequence or sequence == 1
@@ -149,4 +264,5 @@ def _out_of_range(options: Mapping[str, Any]) -> bool:
 BUILDERS: Mapping[str, Callable[[Case], ModuleSubject]] = {
     "core_attention": core_attention,
     "self_attention": self_attention,
+    "latent_attention": latent_attention,
 }

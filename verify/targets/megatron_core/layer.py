@@ -1,9 +1,8 @@
 """megatron-core's norms and its transformer layer, of the local specification, as subjects.
 
 The norm of that specification is torch's, behind a wrapper that refuses sequence parallelism. In
-the layer torch's norm takes its place, with the attribute `sequence_parallel` on its parameters
-that Megatron's own fused norm sets. What is the transformer block's, the stream of random numbers
-around hidden states and full recomputation, is done as it does it.
+the layer its place is taken by `Norm`. What is the transformer block's, the stream of random
+numbers around hidden states and full recomputation, is done as it does it.
 """
 
 from __future__ import annotations
@@ -26,13 +25,12 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 from torch import Tensor
-from torch.nn import LayerNorm, Module, RMSNorm
 
 from verify.case import Case
 from verify.oracle.context_costs import ALGORITHMS
 from verify.oracle.terms import in_training
 from verify.targets.megatron_core import stand_ins
-from verify.targets.megatron_core.attention import forked
+from verify.targets.megatron_core.attention import KINDS, Norm, forked
 from verify.targets.megatron_core.random import random_states
 from verify.targets.megatron_core.subjects import ACTIVATIONS, ModuleSubject, Tensors, config_of
 
@@ -57,7 +55,6 @@ OPTIONS: Mapping[str, frozenset[str]] = {
         }
     ),
 }
-_KINDS = {"layer": "LayerNorm", "rms": "RMSNorm"}
 NAMES = {
     "input_layernorm": "input_norm",
     "self_attention.linear_qkv": "attention.qkv",
@@ -75,19 +72,6 @@ def norm(case: Case) -> ModuleSubject:
     config = _config(case, "kind", hidden_size=case.shape["hidden"])
     module = WrappedTorchNorm(config, case.shape["hidden"]).to(config.params_dtype)
     return ModuleSubject(module, config, lambda inputs: {"y": module(inputs["x"])})
-
-
-class Norm:
-    """torch's norm, marked as `FusedLayerNorm` is. A class, because a specification calls no
-    functions."""
-
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float) -> Module:  # type: ignore[misc]
-        """The norm that the configuration asks for."""
-        kind = LayerNorm if config.normalization == "LayerNorm" else RMSNorm
-        module = kind(hidden_size, eps=eps, dtype=config.params_dtype)
-        for parameter in module.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        return module
 
 
 class _LayerSubject(ModuleSubject):
@@ -148,7 +132,7 @@ def layer_config(case: Case, **given: Any) -> TransformerConfig:
 
 
 def _config(case: Case, kind: str, **given: Any) -> TransformerConfig:
-    return config_of(case, normalization=_KINDS[str(case.options.get(kind, "layer"))], **given)
+    return config_of(case, normalization=KINDS[str(case.options.get(kind, "layer"))], **given)
 
 
 def parts_of(case: Case, mlp: ModuleSpec | None = None) -> TransformerLayerSubmodules:
@@ -193,7 +177,7 @@ def layer_lacks(case: Case) -> str | None:
     """Why there is no adapter for the layer of a case."""
     options = case.options
     # On one rank of cp a sequence is whole, however it would be cut and attended to on several.
-    allowed = {"activation": ACTIVATIONS, "norm": _KINDS, "algorithm": ALGORITHMS}
+    allowed = {"activation": ACTIVATIONS, "norm": KINDS, "algorithm": ALGORITHMS}
     for name, values in allowed.items():
         if options.get(name, next(iter(values))) not in values:
             return f"no adapter for {name} {options[name]}"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Linear
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -153,6 +154,31 @@ class _NotAboutTheSharedGenerator(logging.Filter):
         return record.getMessage() != "CPU RNG state changed within GPU RNG context"
 
 
+class DuplicatedLinear(Linear):
+    """x weight^T, of which every rank of tp has the weight, as `TELinear` in its parallel mode
+    `duplicated`: with sequence parallelism its gradient is of this rank's tokens."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        parallel_mode: str,
+        config: Any,
+        bias: bool,
+        **of_engine: Any,
+    ) -> None:
+        if parallel_mode != "duplicated":
+            raise ValueError(f"parallel_mode: {parallel_mode!r} has no stand-in; give 'duplicated'")
+        super().__init__(input_size, output_size, bias=bias, dtype=config.params_dtype)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """The product, and no bias to add."""
+        return super().forward(x), None
+
+
 _UNDEFINED = object()
 _SHARED_GENERATOR = _NotAboutTheSharedGenerator()
 _RNG_MODULE = "megatron.core.tensor_parallel.random"
@@ -206,6 +232,11 @@ _LIST: tuple[tuple[str, tuple[_Replacement, ...]], ...] = (
         "te_general_gemm is None in moe_utils: without TransformerEngine 0.16.1 does not define it "
         "and every router raises a NameError",
         (("megatron.core.transformer.moe.moe_utils", "te_general_gemm", None),),
+    ),
+    (
+        "TELinear is torch's linear in multi_latent_attention, with the attributes of one that all "
+        "ranks have: without TransformerEngine 0.16.1 defines none there and cannot build a module",
+        (("megatron.core.transformer.multi_latent_attention", "TELinear", DuplicatedLinear),),
     ),
 )
 _WRAPPED: tuple[tuple[str, str, Callable[..., Any]], ...] = (

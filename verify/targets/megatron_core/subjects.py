@@ -48,8 +48,10 @@ ACTIVATIONS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def config_of(case: Case, **sizes: Any) -> TransformerConfig:
-    """The configuration of a module in `case.dtype`, on `case.layout`.
+def config_of(
+    case: Case, *, kind: type[TransformerConfig] = TransformerConfig, **sizes: Any
+) -> TransformerConfig:
+    """The configuration, of this kind, of a module in `case.dtype`, on `case.layout`.
 
     Sequence parallelism over one rank is left out, because Megatron's configuration refuses it
     where it would have no effect.
@@ -65,7 +67,7 @@ def config_of(case: Case, **sizes: Any) -> TransformerConfig:
         "params_dtype": getattr(torch, case.dtype),
         **sizes,
     }
-    return TransformerConfig(**given)
+    return kind(**given)
 
 
 class ModuleSubject:
