@@ -11,7 +11,9 @@ twice change nothing; (10) what cannot be computed is refused; (11) a layer of a
 sequence parallelism and cp together has the gradients of one device, and only the collectives of
 its parts; (12) with dropout of shares the output and the gradients are those under the union of the
 masks, which differ on all ranks, and backward moves no random stream; (13) inputs of which one does
-not fit the others are not computed, (14) nor are packed sequences whose lengths do not add up.
+not fit the others are not computed, (14) nor are packed sequences whose lengths do not add up;
+(15) the tokens further on that multi-token prediction asks for are those of the whole sequence, on
+whichever rank they lie, and of no other one.
 """
 
 from __future__ import annotations
@@ -167,10 +169,28 @@ def test_inputs_that_do_not_fit(check: CheckCase, case: Case) -> None:
 
 @given(
     case=misfit_cases(
-        attention_cases(packed=PACKED) | split_cases(packed=PACKED), how=HOW, tensors=LENGTHS
+        attention_cases(packed=PACKED)
+        | split_cases(packed=PACKED)
+        | split_cases("tokens_ahead", packed=PACKED),
+        how=HOW,
+        tensors=LENGTHS,
     )
 )
 def test_lengths_that_do_not_add_up(check: CheckCase, case: Case) -> None:
     """Law 14. Must catch: a sequence whose padding is another's; more tokens than places; places
     that belong to no sequence."""
     check("misfit", case)
+
+
+@given(case=split_cases("tokens_ahead", placements=("zigzag",), padded=False))
+def test_tokens_ahead(check: CheckCase, case: Case) -> None:
+    """Law 15. Must catch: what is at the other end of a chunk, or on the neighbour of another; the
+    first token of the next packed sequence; depths that do not go on from each other."""
+    check("equivalence", case)
+
+
+@given(case=split_cases("tokens_ahead", packed=PACKED))
+def test_tokens_ahead_beside_padding(check: CheckCase, case: Case) -> None:
+    """Law 15. Must catch: padding for a token further on; sequences that are taken to begin where
+    they would without padding."""
+    check("equivalence", case)

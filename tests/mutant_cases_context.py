@@ -83,8 +83,7 @@ def cases() -> Iterator[tuple[str, Case]]:
     options = {"packed": 2, "misfit": "cu_seqlens 13 index"}
     yield "misfit", Case(concept="context_split", layout=TWICE, shape=shape, options=options)
     for options in ({}, {"packed": 2}):
-        shape = {"sequence": 12, "batch": 1, "hidden": 2}
-        yield (
-            "equivalence",
-            Case(concept="context_split", layout=TWICE, shape=shape, options=options),
-        )
+        for concept, size in (("context_split", "hidden"), ("tokens_ahead", "depths")):
+            shape = {"sequence": 12, "batch": 1, size: 2}
+            case = Case(concept=concept, layout=TWICE, shape=shape, options=options)
+            yield "equivalence", case

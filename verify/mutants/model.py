@@ -10,6 +10,7 @@ _model = partial(Mutant, family="model", module="impl.model", caught_by=("gpt_tr
 _config = partial(_model, module="impl.model_config")
 _training = partial(_model, module="impl.training")
 _further = partial(_model, module="impl.multi_token")
+_ahead = partial(_further, caught_by=("tokens_ahead",))
 _gradients = partial(_model, module="impl.gradients")
 _parallel = partial(_model, module="impl.data_parallel")
 
@@ -330,20 +331,20 @@ PACKED = (
     ),
 )
 MULTI_TOKEN = (
-    _further(
+    _ahead(
         name="multi-token-one-too-few",
         wrong="Tokens and targets of a depth are those one place nearer.",
         snippet="ahead = mine + k",
         replacement="ahead = mine + k - 1",
     ),
-    _further(
+    _ahead(
         name="multi-token-rolled-in-the-chunk",
         wrong="Each rank rolls its own chunks of the sequence.",
         snippet=_AHEAD,
         replacement="yield rows.roll(-k, -1), ahead < ends",
         seen="CP-04",
     ),
-    _further(
+    _ahead(
         name="multi-token-contiguous",
         wrong="What is gathered of zigzag chunks is taken for the sequence.",
         snippet="gathered[..., torch.cat(order).argsort().to(rows.device)]",
@@ -397,14 +398,14 @@ MULTI_TOKEN = (
         snippet="            h = module(h, embedded, packed=packed)\n",
         replacement="            h = module(h, embedded.detach(), packed=packed)\n",
     ),
-    _further(
+    _ahead(
         name="multi-token-across-sequences",
         wrong="Tokens further on are also those of the next of several packed sequences.",
         snippet="ends = [sum(each) for",
         replacement="ends = [whole.total for",
         seen="CP-04",
     ),
-    _further(
+    _ahead(
         name="multi-token-padding-follows",
         wrong="What pads a sequence is taken for tokens that follow.",
         snippet="zip(whole.starts, whole.lengths,",

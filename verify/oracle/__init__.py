@@ -9,7 +9,7 @@ from collections.abc import Callable
 from verify.case import Case
 from verify.oracle.attention import core_attention
 from verify.oracle.checkpoint import resumed_training, round_trip
-from verify.oracle.context import context_attention, context_split
+from verify.oracle.context import context_attention, context_split, tokens_ahead
 from verify.oracle.context_block import context_attention_block
 from verify.oracle.contract import Contract
 from verify.oracle.cross_entropy import vocab_cross_entropy
@@ -49,6 +49,7 @@ CONTRACTS: dict[str, Callable[[Case], Contract]] = {
     "batches": batches,
     "sample_order": sample_order,
     "context_split": context_split,
+    "tokens_ahead": tokens_ahead,
     "context_attention": context_attention,
     "context_attention_block": context_attention_block,
     "core_attention": core_attention,

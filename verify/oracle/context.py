@@ -38,6 +38,7 @@ from verify.placement import Partial, Placement, Placements, Replicate, Shard, Z
 PLACEMENTS = ("zigzag", "contiguous")
 MASKS = ("causal", "full", "sliding_window")
 Pattern = tuple[str, int | None]
+_VOCABULARY = 1000
 OPTIONS = ("algorithm", "placement", "mask", "window", *SHARED, "dropout", "packed", "blocks")
 
 
@@ -129,6 +130,39 @@ def context_split(case: Case) -> Contract:
         forward=(),
         backward=(),
         finish=(),
+    )
+
+
+def tokens_ahead(case: Case) -> Contract:
+    """y [depths, batch, sequence] of x [batch, sequence], int64: what lies 1, 2, ... places further
+    on in the same sequence, -1 where that has no such token. All lie over cp as `context_split`
+    cuts the sequence, so that what is looked for may be on any rank; options as there, and that
+    packed ones are not `padded`."""
+    known_options(case, "placement", "packed", "padded")
+    sequence, batch, depths = sizes(case, "sequence", "batch", "depths")
+    placement, padded = one_of(case, "placement", PLACEMENTS), switches(case, {"padded": True})
+    sequences = sequences_of(case, sequence, placement, **padded)
+    cut = sequences.cut(placement)
+    ends = torch.tensor(sequences.real).repeat_interleave(torch.tensor(sequences.padded))
+
+    def reference(inputs: Tensors, parameters: Tensors) -> Tensors:
+        sequences.check(inputs)
+        x = inputs["x"]
+        fit("x", x, (batch, sequence))
+        found = torch.full((depths, *x.shape), -1, dtype=x.dtype)
+        for depth in range(1, depths + 1):
+            places = torch.nonzero(sequences.positions + depth < ends)[:, 0]
+            found[depth - 1, :, places] = x[:, places + depth]
+        return {"y": found}
+
+    given = TensorSpec((batch, sequence), {"cp": replace(cut, dim=1)}, None, high=_VOCABULARY)
+    return Contract(
+        inputs={"x": given, **sequences.inputs},
+        parameters={},
+        outputs={"y": TensorSpec((depths, batch, sequence), {"cp": replace(cut, dim=2)}, None)},
+        reference=reference,
+        axes=("cp",),
+        linear=True,
     )
 
 
@@ -267,10 +301,12 @@ def whole_sequence(case: Case, length: int, mask: Pattern) -> tuple[Shard | Zigz
     return whole.cut(one_of(case, "placement", PLACEMENTS)), whole.allowed(*mask)
 
 
-def sequences_of(case: Case, length: int, placement: str, *, draw: int = 0) -> Sequences:
+def sequences_of(
+    case: Case, length: int, placement: str, *, draw: int = 0, padded: bool = True
+) -> Sequences:
     """With option packed, lengths that depend on the seed: multiples of the number of chunks, and
-    up to that much padding, more in one of four. A rest that is left belongs to the last. Each
-    `draw` has the same places, and other padding in them."""
+    if they are to be `padded` up to that much padding, more in one of four. A rest that is left
+    belongs to the last. Each `draw` has the same places, and other padding in them."""
     count = whole_number(case, "packed", least=1)
     if count is None:
         return Sequences((length,), (length,), False)
@@ -280,14 +316,16 @@ def sequences_of(case: Case, length: int, placement: str, *, draw: int = 0) -> S
         exclude(case, "packed", count, why=f"a sequence of {length} has {units} times {unit} only")
     drawn = random.Random(f"{case.seed}/cu_seqlens")
     ends = [*sorted(drawn.sample(range(1, units), count - 1)), units]
-    padded = [(end - start) * unit for start, end in zip([0, *ends], ends, strict=False)]
-    padded[-1] += rest
+    places = [(end - start) * unit for start, end in zip([0, *ends], ends, strict=False)]
+    places[-1] += rest
+    if not padded:
+        return Sequences(tuple(places), tuple(places), True)
     drawn = random.Random(f"{case.seed}/cu_seqlens/{draw}") if draw else drawn
     real = [
         each - drawn.randint(0, each if drawn.random() < 0.25 else min(unit - 1, each - 1))
-        for each in padded
+        for each in places
     ]
     # A query that attends to one key only has no gradient: something has to show.
-    longest = padded.index(max(padded))
-    real[longest] = max(real[longest], min(2, padded[longest]))
-    return Sequences(tuple(real), tuple(padded), True)
+    longest = places.index(max(places))
+    real[longest] = max(real[longest], min(2, places[longest]))
+    return Sequences(tuple(real), tuple(places), True)

@@ -145,19 +145,28 @@ def block_cases(
 
 
 @st.composite
-def split_cases(draw: st.DrawFn, *, min_cp: int = 1, packed: Sequence[int] = (0, 1, 2, 3)) -> Case:
-    """Cases of a sequence, or of as many packed ones, that is cut into the chunks of the ranks."""
-    concept = chosen(draw, CONCEPT, ("context_split",))
+def split_cases(
+    draw: st.DrawFn,
+    concept: str = "context_split",
+    *,
+    min_cp: int = 1,
+    placements: Sequence[str] = PLACEMENTS,
+    packed: Sequence[int] = (0, 1, 2, 3),
+    **fixed: Any,
+) -> Case:
+    """Cases of a sequence, or of as many packed ones, that is cut into the chunks of the ranks: of
+    context_split, or of tokens_ahead. Options in `fixed` are as given."""
+    concept = chosen(draw, CONCEPT, (concept,))
     layout = draw(layouts(min_cp=min_cp))
-    options: dict[str, Any] = {"placement": chosen(draw, "placement", ("zigzag", "contiguous"))}
+    options: dict[str, Any] = {"placement": chosen(draw, "placement", placements)}
     count = draw(st.sampled_from(packed))
     unit = layout.cp * (2 if options["placement"] == "zigzag" else 1)
     shape = {
         "sequence": unit * draw(st.integers(max(count, 1), count + 2)),
         "batch": draw(st.integers(1, 2)),
-        "hidden": draw(st.integers(1, 3)),
+        "hidden" if concept == "context_split" else "depths": draw(st.integers(1, 3)),
     }
-    options |= {"packed": count} if count else {}
+    options |= {"packed": count, **fixed} if count else {}
     return draw(_case(concept, layout, shape, options, LENSES))
 
 

@@ -18,6 +18,7 @@ from impl.context_parallel.zigzag import Chunk, PackedSequences, positions, spli
 from impl.gradients import sum_gradients
 from impl.groups import Groups
 from impl.masking import alibi_slopes
+from impl.multi_token import NOTHING, look_ahead
 from impl.random import stream_of
 from verify.case import Case
 from verify.oracle.context_shares import SHARED
@@ -33,6 +34,7 @@ from verify.targets.impl.subject import (
 
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "context_split": ("placement", "packed"),
+    "tokens_ahead": ("placement", "packed", "padded"),
     "context_attention": (
         "algorithm",
         "placement",
@@ -70,6 +72,22 @@ def context_split(case: Case, groups: Groups) -> OperationSubject:
             "y": split_sequence(inputs["x"], **given),
             "positions": positions(length, **given),
         }
+
+    return OperationSubject(call)
+
+
+def tokens_ahead(case: Case, groups: Groups) -> OperationSubject:
+    """`look_ahead`, and -1 where it says that nothing is."""
+
+    def call(inputs: Tensors) -> Tensors:
+        found = look_ahead(
+            inputs["x"],
+            depths=case.shape["depths"],
+            group=groups.cp,
+            placement=placement_of(case),
+            packed=packed_of(inputs),
+        )
+        return {"y": torch.stack([moved.where(inside, NOTHING) for moved, inside in found])}
 
     return OperationSubject(call)
 
@@ -154,6 +172,7 @@ def padding_of(inputs: Mapping[str, Tensor]) -> Tensor | None:
 
 BUILDERS: Mapping[str, Builder] = {
     "context_split": context_split,
+    "tokens_ahead": tokens_ahead,
     "context_attention": context_attention,
     "context_attention_block": context_attention_block,
 }

@@ -44,7 +44,17 @@ _NEEDS_CUDA = (
 )
 
 # Each has BUILDERS and OPTIONS by concept, and `lacks`, why a case is not supported.
-_ADAPTERS = ("subjects", "random", "experts", "attention", "training", "layer", "pipeline", "gpt")
+_ADAPTERS = (
+    "subjects",
+    "random",
+    "experts",
+    "attention",
+    "training",
+    "layer",
+    "pipeline",
+    "gpt",
+    "multi_token",
+)
 
 
 class Session:
