@@ -14,6 +14,7 @@ import torch.distributed as dist
 from verify.case import Case
 from verify.cluster import open_cluster
 from verify.layout import Layout
+from verify.targets import megatron_core
 from verify.targets.megatron_core import Target, rank_state, stand_ins
 
 needs_megatron = pytest.mark.skipif(
@@ -408,6 +409,32 @@ _DEFECTS = {
     "the key that heads share has the gradient of a rank's heads": "_shared_key_of_latents",
     "the gradient of a norm of queries' latents is summed": "_norm_of_latents",
 }
+
+
+@needs_megatron
+@pytest.mark.parametrize("name", ["megatron.core.of_another_version", "of_this_project"])
+def test_another_version_lacks_what_an_adapter_imports(monkeypatch, name) -> None:
+    def import_module(wanted: str) -> ModuleType:
+        if wanted.endswith(".experts"):
+            raise ImportError("cannot import name 'router'", name=name)
+        return original(wanted)
+
+    original = importlib.import_module
+    megatron_core._imported.cache_clear()
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    try:
+        case = Case(concept="moe_router", layout=Layout())
+        if name == "of_this_project":
+            with pytest.raises(ImportError, match="'router'"):
+                Target().supports(case)
+        else:
+            answer = str(Target().supports(case))
+            assert answer.startswith("no adapter for moe_router; this version does not fit")
+            assert answer.endswith("experts: cannot import name 'router'")
+            other = replace(case, concept="copy_to_tp", dtype="float32")
+            assert Target().supports(other) is None
+    finally:
+        megatron_core._imported.cache_clear()
 
 
 def _transposed(shape: tuple[int, int, int], scale: float) -> torch.Tensor:

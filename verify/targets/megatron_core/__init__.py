@@ -132,8 +132,9 @@ class Target:
     def supports(self, case: Case) -> str | None:
         """None, or why megatron-core or this adapter cannot do the case."""
         concepts = {concept for each in _adapters() for concept in each.BUILDERS}
-        if case.concept not in concepts | {"random_streams", "recomputed_function"}:
-            return f"no adapter for {case.concept}"
+        concepts |= set() if "random" in _unfit() else {"random_streams", "recomputed_function"}
+        if case.concept not in concepts:
+            return "; ".join((f"no adapter for {case.concept}", *_unfit().values()))
         options = {c: names for each in _adapters() for c, names in each.OPTIONS.items()}
         known = options.get(case.concept, frozenset()).union(HARNESS_OPTIONS)
         if foreign := set(case.options) - known:
@@ -187,13 +188,31 @@ def _needs_cuda(found: Found) -> bool:
     return stand_ins.needed() and found.owner.startswith(_NEEDS_CUDA)
 
 
-@cache
 def _adapters() -> tuple[ModuleType, ...]:
-    """The modules of adapters, which import all of megatron-core that is in use. What it warns of
-    then is that TransformerEngine and apex are missing, and neither runs on a CPU."""
+    """The modules of adapters, which import all of megatron-core that is in use."""
+    return tuple(each for each in _imported().values() if isinstance(each, ModuleType))
+
+
+def _unfit() -> Mapping[str, str]:
+    """Of adapters that do not fit the installed version, why, by their names."""
+    return {name: each for name, each in _imported().items() if isinstance(each, str)}
+
+
+@cache
+def _imported() -> Mapping[str, ModuleType | str]:
+    """Every adapter, or what another version of megatron-core lacks for it. What is warned of
+    meanwhile is that TransformerEngine and apex are missing, and neither runs on a CPU."""
+    found: dict[str, ModuleType | str] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return tuple(importlib.import_module(f"{__name__}.{name}") for name in _ADAPTERS)
+        for name in _ADAPTERS:
+            try:
+                found[name] = importlib.import_module(f"{__name__}.{name}")
+            except ImportError as error:
+                if not (error.name or "").startswith(PACKAGE):
+                    raise
+                found[name] = f"this version does not fit the adapter {name}: {error.msg}"
+    return found
 
 
 @cache

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from itertools import combinations
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed.finalize_model_grads import (
-    _update_router_expert_bias,
-    reset_model_temporary_tensors,
-)
+from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -53,6 +51,8 @@ _ROUTING = {
     *AUXILIARY,
     "loss_scale",
 }
+# In versions before 0.15 the update of biases begins to count anew by itself.
+_FINALISATION = import_module("megatron.core.distributed.finalize_model_grads")
 OPTIONS: Mapping[str, frozenset[str]] = {
     "moe_router": frozenset(_ROUTING),
     "moe_layer": frozenset({*_ROUTING, "dispatcher", "activation"}),
@@ -234,7 +234,9 @@ def moe_expert_bias(case: Case) -> ExpertSubject:
             found["weights"].append(step(x))
             found["counts"].append(router.local_tokens_per_expert.clone())
             _update_router_expert_bias([router], config)
-            reset_model_temporary_tensors(config, [router])
+            reset = getattr(_FINALISATION, "reset_model_temporary_tensors", None)
+            if reset is not None:
+                reset(config, [router])
             found["biases"].append(router.expert_bias.clone())
         return {name: torch.stack(values) for name, values in found.items()}
 

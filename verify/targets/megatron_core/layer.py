@@ -7,7 +7,7 @@ numbers around hidden states and full recomputation, is done as it does it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from megatron.core import tensor_parallel
@@ -177,6 +177,7 @@ def layer_lacks(case: Case) -> str | None:
     """Why there is no adapter for the layer of a case."""
     options = case.options
     # On one rank of cp a sequence is whole, however it would be cut and attended to on several.
+    allowed: Mapping[str, Collection[str]]
     allowed = {"activation": ACTIVATIONS, "norm": KINDS, "algorithm": ALGORITHMS}
     for name, values in allowed.items():
         if options.get(name, next(iter(values))) not in values:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.activations import squared_relu
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import (
     _allreduce_non_tensor_model_parallel_grads,
@@ -40,12 +40,16 @@ OPTIONS: Mapping[str, frozenset[str]] = {
     "gather_from_sp": frozenset({"tensor_parallel_output_grad"}),
 }
 # The arguments of a configuration.
-ACTIVATIONS: Mapping[str, Mapping[str, Any]] = {
+ACTIVATIONS: dict[str, Mapping[str, Any]] = {
     "gelu": {"activation_func": torch.nn.functional.gelu},
-    "squared_relu": {"activation_func": squared_relu},
     "swiglu": {"activation_func": torch.nn.functional.silu, "gated_linear_unit": True},
     "geglu": {"activation_func": torch.nn.functional.gelu, "gated_linear_unit": True},
 }
+# Versions before 0.14 have none.
+if find_spec("megatron.core.activations"):
+    from megatron.core.activations import squared_relu
+
+    ACTIVATIONS["squared_relu"] = {"activation_func": squared_relu}
 
 
 def config_of(
