@@ -270,6 +270,22 @@ def test_an_error_that_is_no_rounding_elsewhere():
     assert all(each.score < LIKELY for each in explain(spoilt))
 
 
+@pytest.mark.parametrize(("count", "told"), [(7, False), (8, True)])
+def test_the_size_of_few_errors_tells_nothing(count, told):
+    spec = TensorSpec((count,), {}, {})
+    contract = Contract(
+        inputs={"x": spec},
+        parameters={},
+        outputs={"y": spec},
+        reference=lambda given, _: {"y": given["x"] * 3},
+    )
+    case = Case(concept="fake_row", layout=Layout(), lens="fp64", dtype="float64")
+    spoilt = Scene(case, contract, parameters={})
+    spoilt.spoil("y", lambda t, r: t + t.abs().max() / 200)
+    sentences = " ".join(each.sentence for each in explain(spoilt))
+    assert ("the error is of the size of bfloat16" in sentences) is told
+
+
 def test_where_it_is_wrong_if_nothing_explains_it():
     spoilt = of_tp()
 

@@ -344,7 +344,7 @@ def test_a_group_brings_together_the_ranks_it_names(cluster, layout: Layout) -> 
         ("vocab_cross_entropy", {"label_smoothing": 0.1}, "float32", None),
         ("latent_attention", {"rotary": True, "interleaved": True}, "float32", None),
         ("latent_attention", {"rotary": True}, "float32", "pairs of neighbours"),
-        ("latent_attention", {"interleaved": True}, "float32", "always turns"),
+        ("latent_attention", {}, "float32", "always turns"),
         ("latent_attention", {"rotary": True}, "float64", "angles are float32"),
     ],
 )
@@ -406,7 +406,7 @@ _DEFECTS = {
     "a bias beside a frozen weight gets no gradient": "_bias_beside_frozen_weight",
     "a hidden size that does not divide is exchanged all the same": "_odd_exchange",
     "a loss per token leaves 1 / tp of an auxiliary loss": "_auxiliary_loss_per_token",
-    "the key that heads share has the gradient of a rank's heads": "_shared_key_of_latents",
+    "the key that heads share, of latents, has a rank's gradient": "_shared_key_of_latents",
     "the gradient of a norm of queries' latents is summed": "_norm_of_latents",
 }
 

@@ -57,9 +57,10 @@ class Comparison:
     """Compares the observations of all ranks with the expectation of each replica.
 
     `divergences` are the wrong tensors in the order of execution; `evidence` is of the first of
-    them, where its values are wrong; `elements` is how many were compared. Raises HarnessError if
-    it did not see every tensor, and BeyondRange if nothing is wrong with what it could judge, and
-    something is that the reference cannot be computed of in the case's dtype.
+    them, where its values are wrong, and knows how far off those after it are; `elements` is how
+    many were compared. Raises HarnessError if it did not see every tensor, and BeyondRange if
+    nothing is wrong with what it could judge, and something is that the reference cannot be
+    computed of in the case's dtype.
     """
 
     contract: Contract
@@ -212,11 +213,11 @@ class Comparison:
             detail=worst.detail,
             **({} if worst.excess is None else vars(worst.excess)),
         )
-        if kind == "value":
+        if kind == "value" and (self.evidence or not self.divergences):
             evidence = self._evidence(name, worst.rank, divergence.ranks)
-            if not self.divergences:
+            if self.evidence is None:
                 self.evidence = evidence
-            elif self.evidence is not None:
+            else:
                 later = max(self.evidence.later, evidence.relative)
                 self.evidence = replace(self.evidence, later=later)
         self.divergences.append(divergence)

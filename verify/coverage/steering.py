@@ -205,14 +205,14 @@ def chosen(
     """Draw one of these values of a factor. The first is the simplest; `key` is what a value comes
     to, where that is not the value itself."""
     strategy = st.sampled_from(list(values))
-    steering = _Present.steering
+    steering, number = _Present.steering, 0
     if steering is not None and factor == CONCEPT:
         # Hypothesis itself chooses as much as it needs to repeat nothing: with this, no more.
-        draw(st.integers(0, _MANY))
+        number = draw(st.integers(0, _MANY))
     if steering is None or not steering.active:
         return draw(strategy)
     data = current_build_context().data
-    if factor == CONCEPT and _is_the_simplest_again(data):
+    if number and _is_the_simplest_from_here(data):
         reject()
     texts = [text_of(value if key is None else key(value)) for value in values]
     index = steering.best(data, factor, texts)
@@ -225,12 +225,12 @@ def chosen(
     return value
 
 
-def _is_the_simplest_again(data: Any) -> bool:
-    """Whether all that follows is the simplest, as it was in the first example of all: Hypothesis
-    begins with several of these, and mostly the number that repeats nothing is all they differ in.
-    Where none of them is valid, it goes on to others. With a number that there was before, other
-    choices come first, and it is none of these."""
-    follows = data.prefix[data.index : data.index + 1] if data.index else ()
+def _is_the_simplest_from_here(data: Any) -> bool:
+    """Whether all that follows is the simplest: Hypothesis begins with several examples of which it
+    is, and behind a number other than the simplest that is mostly all they differ in. Where none of
+    them is valid, it goes on to others. What is rejected here is never shrunk to, as that has the
+    simplest number."""
+    follows = data.prefix[data.index : data.index + 1]
     return any(isinstance(each, ChoiceTemplate) for each in follows)
 
 

@@ -54,9 +54,10 @@ class Evidence:
 
     @cached_property
     def relative(self) -> float:
-        """The error over the norm of what is expected; infinite where that is no number."""
+        """The error over the norm of what is expected: 0 where zeros are, infinite where it is no
+        number."""
         norm = sum(float(self.expected[rank].norm()) ** 2 for rank in self.wrong) ** 0.5
-        found = self.error / norm if norm else math.inf
+        found = self.error / norm if norm else 0.0
         return found if math.isfinite(found) else math.inf
 
     @cached_property

@@ -26,25 +26,28 @@ _ABOVE = 1e-3
 
 
 def lower_precision(evidence: Evidence) -> Iterator[Explanation]:
-    """The error is everywhere, and of the size of a lower precision's rounding, as are those of
-    what is wrong after it; sure where the values are of that dtype."""
+    """The error is everywhere and of the size of a lower precision's rounding: sure where the
+    values are of that dtype, else told of enough elements if what is wrong after it fits too."""
     expected = torch.cat([evidence.expected[rank].reshape(-1) for rank in evidence.wrong])
     found = torch.cat([evidence.candidate[rank].reshape(-1) for rank in evidence.wrong])
     apart = (found - expected).abs()
-    widespread = int((apart > apart.max() * _ABOVE).sum()) > max(len(apart) / 2, _ENOUGH - 1)
+    errors = int((apart > apart.max() * _ABOVE).sum())
     if not evidence.dtype.is_floating_point:
         return
     own = torch.finfo(evidence.dtype).eps / 2
     fitting = []
-    for name in _LOWER if widespread else ():
+    for name in _LOWER if errors > len(apart) / 2 else ():
         roundoff = torch.finfo(getattr(torch, name)).eps / 2
-        fits = _LEAST * roundoff <= evidence.relative <= _MOST * roundoff
-        if roundoff > own and fits and evidence.later <= _GROWN * _MOST * roundoff:
+        if roundoff > own and _LEAST * roundoff <= evidence.relative <= _MOST * roundoff:
             fitting.append(name)
     for name in fitting:
         if _is_rounded(found, getattr(torch, name), own):
             yield Explanation(f"{evidence.name} was rounded to {name}: all its values are", _SURE)
-    if fitting:
+    grown = _GROWN * _MOST
+    fitting = [
+        n for n in fitting if evidence.later <= grown * torch.finfo(getattr(torch, n)).eps / 2
+    ]
+    if fitting and errors >= _ENOUGH:
         names = " or ".join(fitting)
         yield Explanation(
             f"the error is of the size of {names} rounding: something under {evidence.name} is"

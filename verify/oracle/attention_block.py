@@ -12,7 +12,7 @@ from verify.errors import BadArgument
 from verify.oracle.contract import Tensors
 from verify.oracle.norm import normalised
 from verify.oracle.positions import BASE, rotated
-from verify.oracle.terms import one_of, switches
+from verify.oracle.terms import exclude, one_of, switches
 
 IN_BLOCKS = ("norm", "rotary", "interleaved")
 NORMS = ("none", "rms", "layer")
@@ -37,8 +37,12 @@ def in_norm(case: Case, x: Tensor, parameters: Tensors, name: str) -> Tensor:
 
 
 def check_rotary(case: Case, size: int) -> None:
-    """Raise BadArgument for the option `rotary` with heads whose features are no pairs."""
-    if _switches(case)["rotary"] and size % 2:
+    """Raise BadArgument for the option `rotary` with heads whose features are no pairs, and for
+    pairs that are `interleaved` where none turn."""
+    on = _switches(case)
+    if on["interleaved"] and not on["rotary"]:
+        exclude(case, "interleaved", True, why="rotary is off; the two go together")
+    if on["rotary"] and size % 2:
         raise BadArgument(f"case.options.rotary: {size} features of a head are not pairs")
 
 

@@ -136,8 +136,8 @@ def context_split(case: Case) -> Contract:
 def tokens_ahead(case: Case) -> Contract:
     """y [depths, batch, sequence] of x [batch, sequence], int64: what lies 1, 2, ... places further
     on in the same sequence, -1 where that has no such token. All lie over cp as `context_split`
-    cuts the sequence, so that what is looked for may be on any rank; options as there, and that
-    packed ones are not `padded`."""
+    cuts the sequence, so that what is looked for may be on any rank; how it comes is not promised.
+    Options as there, and `padded` (on): packed sequences have padding."""
     known_options(case, "placement", "packed", "padded")
     sequence, batch, depths = sizes(case, "sequence", "batch", "depths")
     placement, padded = one_of(case, "placement", PLACEMENTS), switches(case, {"padded": True})
@@ -152,7 +152,7 @@ def tokens_ahead(case: Case) -> Contract:
         found = torch.full((depths, *x.shape), -1, dtype=x.dtype)
         for depth in range(1, depths + 1):
             places = torch.nonzero(sequences.positions + depth < ends)[:, 0]
-            found[depth - 1, :, places] = x[:, places + depth]
+            found[depth - 1][:, places] = x[:, places + depth]
         return {"y": found}
 
     given = TensorSpec((batch, sequence), {"cp": replace(cut, dim=1)}, None, high=_VOCABULARY)
@@ -304,11 +304,13 @@ def whole_sequence(case: Case, length: int, mask: Pattern) -> tuple[Shard | Zigz
 def sequences_of(
     case: Case, length: int, placement: str, *, draw: int = 0, padded: bool = True
 ) -> Sequences:
-    """With option packed, lengths that depend on the seed: multiples of the number of chunks, and
-    if they are to be `padded` up to that much padding, more in one of four. A rest that is left
-    belongs to the last. Each `draw` has the same places, and other padding in them."""
+    """With option packed, lengths that depend on the seed: multiples of the number of chunks, and,
+    if they are `padded`, up to that much padding, more in one of four. A rest that is left belongs
+    to the last. Each `draw` has the same places, and other padding in them."""
     count = whole_number(case, "packed", least=1)
     if count is None:
+        if not padded:
+            exclude(case, "padded", padded, why="nothing is packed")
         return Sequences((length,), (length,), False)
     unit = case.layout.cp * (2 if placement == "zigzag" else 1)
     units, rest = divmod(length, unit)

@@ -46,7 +46,7 @@ OPTIONS: Mapping[str, Choices] = {
 }
 BLOCKS = ("self_attention", "latent_attention")
 # The features that are enough for a norm: see `_applies`.
-_NORMALISED = 4
+_LEAST_NORMALISED = 4
 # Nothing at random, so that two layouts can be compared.
 CERTAIN: Choices = {"dropout": (0.0,), "strides": STRIDES[:1]}
 
@@ -66,9 +66,7 @@ def attention_cases(
     concept = chosen(draw, CONCEPT, concepts)
     flags = sequence_parallel if concept in BLOCKS else (False,)
     layout = draw(layouts(min_tp=min_tp, sequence_parallel=flags, max_world_size=MAX_WORLD_SIZE))
-    # Where a norm has to be, its options have no value that goes with any size.
-    least = 1 if "none" in options.get("norm", ("none",)) else _NORMALISED
-    case = Case(concept=concept, layout=layout, shape=draw(_SHAPES[concept](layout, least)))
+    case = Case(concept=concept, layout=layout, shape=draw(_shapes(concept, layout, options)))
     for option, values in {**OPTIONS[concept], "strides": STRIDES, "magnitude": (1,)}.items():
         wanted = options.get(option, values)
         if not _applies(option, case):
@@ -88,13 +86,13 @@ def _applies(option: str, case: Case) -> bool:
     if option == "interleaved":
         return bool(case.options.get("rotary"))
     if option == "norm" and case.concept == "latent_attention":
-        latents = (shape["kv_lora"], shape.get("q_lora", _NORMALISED))
-        return min(shape["hidden"], *latents) >= _NORMALISED
-    return option != "norm" or shape["head_size"] >= _NORMALISED
+        latents = (shape["kv_lora"], shape.get("q_lora", _LEAST_NORMALISED))
+        return min(shape["hidden"], *latents) >= _LEAST_NORMALISED
+    return option != "norm" or shape["head_size"] >= _LEAST_NORMALISED
 
 
 @st.composite
-def _core(draw: st.DrawFn, layout: Layout, least: int) -> Shape:
+def _core(draw: st.DrawFn, layout: Layout) -> Shape:
     heads = layout.tp * draw(st.integers(1, 4))
     groups = [n for n in _divisors(heads) if n == 1 or n % layout.tp == 0]
     shape = {
@@ -102,20 +100,21 @@ def _core(draw: st.DrawFn, layout: Layout, least: int) -> Shape:
         "batch": draw(st.integers(1, 3)),
         "heads": heads,
         "groups": draw(st.sampled_from(groups)),
-        "head_size": draw(st.integers(least, 5)),
+        "head_size": draw(st.integers(1, 5)),
     }
     optional = {"key_sequence": draw(st.integers(0, 7)), "value_size": draw(st.integers(0, 5))}
     return shape | {name: size for name, size in optional.items() if size}
 
 
 @st.composite
-def _self(draw: st.DrawFn, layout: Layout, least: int) -> Shape:
+def _self(draw: st.DrawFn, layout: Layout, least: int, pairs: bool) -> Shape:
     tp = layout.tp
     heads = tp * draw(st.integers(1, 4))
     # Simplest first: as many groups as heads.
     valid = [n for n in _divisors(heads)[::-1] if n % tp == 0 or tp % n == 0]
     groups = draw(st.sampled_from(valid))
     unit = tp // gcd(tp, heads + 2 * groups)
+    unit = lcm(unit, 2) if pairs else unit
     fewest = -(-least // unit)
     return {
         "sequence": draw(_sequences(layout)),
@@ -128,7 +127,7 @@ def _self(draw: st.DrawFn, layout: Layout, least: int) -> Shape:
 
 
 @st.composite
-def _latent(draw: st.DrawFn, layout: Layout, least: int) -> Shape:
+def _latent(draw: st.DrawFn, layout: Layout, least: int, pairs: bool) -> Shape:
     shape = {
         "sequence": draw(_sequences(layout)),
         "batch": draw(st.integers(1, 3)),
@@ -136,17 +135,23 @@ def _latent(draw: st.DrawFn, layout: Layout, least: int) -> Shape:
         "heads": layout.tp * draw(st.integers(1, 3)),
         "kv_lora": draw(st.integers(least, 8)),
     }
-    parts = ("head_size", "rope_size", "value_size")
-    shape |= {name: draw(st.integers(1, 5)) for name in parts}
+    shape |= {name: draw(st.integers(1, 5)) for name in ("head_size", "value_size")}
+    shape["rope_size"] = draw(st.sampled_from((2, 4) if pairs else range(1, 6)))
     inner = draw(st.sampled_from((0, *range(least, 9))))
     return shape | ({"q_lora": inner} if inner else {})
 
 
-_SHAPES: Mapping[str, Callable[[Layout, int], st.SearchStrategy[Shape]]] = {
-    "core_attention": _core,
-    "self_attention": _self,
-    "latent_attention": _latent,
-}
+def _shapes(concept: str, layout: Layout, options: Choices) -> st.SearchStrategy[Shape]:
+    """If every allowed value of an option needs them, features are enough, or pairs."""
+    least = 1 if "none" in options.get("norm", ("none",)) else _LEAST_NORMALISED
+    pairs = False not in options.get("rotary", (False,))
+    if concept == "core_attention":
+        return _core(layout)
+    return (
+        _self(layout, least, pairs)
+        if concept == "self_attention"
+        else _latent(layout, least, pairs)
+    )
 
 
 def _sequences(layout: Layout) -> st.SearchStrategy[int]:

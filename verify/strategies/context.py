@@ -44,6 +44,7 @@ _DEFAULTS: Mapping[str, object] = {
     **{name: values[0] for name, values in SCORED.items()},
     "blocks": False,
     "packed": 0,
+    "padded": True,
 }
 
 
@@ -147,18 +148,16 @@ def block_cases(
 @st.composite
 def split_cases(
     draw: st.DrawFn,
-    concept: str = "context_split",
-    *,
+    *concepts: str,
     min_cp: int = 1,
-    placements: Sequence[str] = PLACEMENTS,
     packed: Sequence[int] = (0, 1, 2, 3),
-    **fixed: Any,
+    padded: bool = True,
 ) -> Case:
     """Cases of a sequence, or of as many packed ones, that is cut into the chunks of the ranks: of
-    context_split, or of tokens_ahead. Options in `fixed` are as given."""
-    concept = chosen(draw, CONCEPT, (concept,))
+    context_split, or of tokens_ahead, which may have packed ones that are not `padded`."""
+    concept = chosen(draw, CONCEPT, concepts)
     layout = draw(layouts(min_cp=min_cp))
-    options: dict[str, Any] = {"placement": chosen(draw, "placement", placements)}
+    options: dict[str, Any] = {"placement": chosen(draw, "placement", PLACEMENTS)}
     count = draw(st.sampled_from(packed))
     unit = layout.cp * (2 if options["placement"] == "zigzag" else 1)
     shape = {
@@ -166,7 +165,7 @@ def split_cases(
         "batch": draw(st.integers(1, 2)),
         "hidden" if concept == "context_split" else "depths": draw(st.integers(1, 3)),
     }
-    options |= {"packed": count, **fixed} if count else {}
+    options |= {"packed": count, "padded": padded} if count else {}
     return draw(_case(concept, layout, shape, options, LENSES))
 
 

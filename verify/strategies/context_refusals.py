@@ -34,7 +34,8 @@ def refusable_cases(about: str) -> st.SearchStrategy[Case]:
 @st.composite
 def _odd_sequence(draw: st.DrawFn) -> Case:
     """Every rank's part is odd, so it does not fall into the two chunks of zigzag."""
-    case = draw(attention_cases(masks=("causal", "full"), min_cp=2))
+    attention = attention_cases(masks=("causal", "full"), min_cp=2)
+    case = draw(attention | split_cases("tokens_ahead", packed=(0,), min_cp=2))
     odd = case.layout.cp * (2 * draw(st.integers(0, 3)) + 1)
     return _changed(_without(case, "placement"), sequence=odd)
 
@@ -49,7 +50,7 @@ def _packed_rest(draw: st.DrawFn) -> Case:
 
 @st.composite
 def _split_rest(draw: st.DrawFn) -> Case:
-    case = draw(split_cases(min_cp=2))
+    case = draw(split_cases("context_split", min_cp=2))
     chunks = case.layout.cp * (1 if "placement" in case.options else 2)
     return _changed(case, sequence=case.shape["sequence"] + draw(st.integers(1, chunks - 1)))
 

@@ -23,12 +23,14 @@ from megatron.core.transformer.multi_latent_attention import (
     MLASelfAttentionSubmodules,
 )
 from megatron.core.transformer.transformer_config import MLATransformerConfig
-from torch.nn import LayerNorm, Module, Parameter, RMSNorm
+from torch import Tensor
+from torch.nn import Parameter
 
 from verify.case import Case
 from verify.oracle.terms import in_training
 from verify.placement import Placements, Shard
 from verify.targets.megatron_core import stand_ins
+from verify.targets.megatron_core.norm import NORMALISATIONS, Norm
 from verify.targets.megatron_core.subjects import ModuleSubject, Tensors, config_of
 
 _SCORING = frozenset({"causal", "window", "sink", "layer_number", "scale", "dropout", "training"})
@@ -37,8 +39,7 @@ OPTIONS: Mapping[str, frozenset[str]] = {
     "self_attention": _SCORING | {"bias"},
     "latent_attention": (_SCORING - {"scale"}) | {"norm", "rotary", "interleaved"},
 }
-KINDS = {"layer": "LayerNorm", "rms": "RMSNorm"}
-NAMES = {
+_LATENT_NAMES = {
     "linear_q_proj": "q",
     "linear_q_down_proj": "q_down",
     "linear_q_up_proj": "q_up",
@@ -52,23 +53,18 @@ NAMES = {
 _OFFSET = "softmax_offset"
 
 
-class Norm:
-    """torch's norm, marked as `FusedLayerNorm` is, for the wrapper of the local specification,
-    which refuses sequence parallelism. A class, because a specification calls no
-    functions."""
+class _Up(tensor_parallel.ColumnParallelLinear):
+    """`ColumnParallelLinear` of latents, which are parts of one product."""
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float) -> Module:  # type: ignore[misc]
-        """The norm that the configuration asks for."""
-        kind = LayerNorm if config.normalization == "LayerNorm" else RMSNorm
-        module = kind(hidden_size, eps=eps, dtype=config.params_dtype)
-        for parameter in module.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        return module
+    def forward(self, input_: Tensor, *given: Any, **named: Any) -> Any:
+        """The layer of a contiguous copy, as layers of TransformerEngine take what is not."""
+        return super().forward(input_.contiguous(), *given, **named)
 
 
-class CoreOfLatents(DotProductAttention):
+class _CoreOfLatents(DotProductAttention):
     """`DotProductAttention`, which refuses the sizes of keys and values that `MLASelfAttention`
-    gives every core. It reads those of keys off them, and those of values in the configuration."""
+    gives every core. It takes the size of keys from the tensors, that of values from the
+    configuration's `kv_channels`."""
 
     def __init__(self, *given: Any, k_channels: int = 0, v_channels: int = 0, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -87,16 +83,16 @@ class AttentionSubject(ModuleSubject):
         return found
 
 
-def _config(case: Case, **sizes: Any) -> TransformerConfig:
-    """The configuration of attention with the sizes and options of a case."""
+def _config(case: Case, *, values: str = "head_size", **sizes: Any) -> TransformerConfig:
+    """The configuration of attention with the sizes and options of a case, of which the size
+    `values` is that of a head's value."""
     options, shape = case.options, case.shape
     window, causal = options.get("window"), bool(options.get("causal", True))
     around = None if window is None else (int(window) - 1, 0 if causal else int(window) - 1)
     return config_of(
         case,
         num_attention_heads=shape["heads"],
-        # Which is that of a value, where a key has another.
-        kv_channels=shape.get("value_size", shape["head_size"]),
+        kv_channels=shape[values],
         window_size=around,
         softmax_type="learnable" if options.get("sink", False) else "vanilla",
         softmax_scale=options.get("scale"),
@@ -163,14 +159,16 @@ def latent_attention(case: Case) -> AttentionSubject:
     norm = str(case.options.get("norm", "none"))
     config = _config(
         case,
+        values="value_size",
+        kind=MLATransformerConfig,
         hidden_size=case.shape["hidden"],
         add_bias_linear=False,
-        **({} if norm == "none" else {"normalization": KINDS[norm], "qk_layernorm": True}),
-        **latent_arguments(case),
+        **({} if norm == "none" else {"normalization": NORMALISATIONS[norm], "qk_layernorm": True}),
+        **_latent_sizes(case),
     )
     module = MLASelfAttention(
         config,
-        latent_parts(norm=IdentityOp if norm == "none" else Norm),
+        _latent_parts(norm=IdentityOp if norm == "none" else Norm),
         int(case.options.get("layer_number") or 1),
         _mask_type(case),
     ).train(in_training(case))
@@ -180,14 +178,13 @@ def latent_attention(case: Case) -> AttentionSubject:
             output, _ = module(inputs["x"], None)
         return {"y": output}
 
-    return AttentionSubject(module, config, call, names=NAMES)
+    return AttentionSubject(module, config, call, names=_LATENT_NAMES)
 
 
-def latent_arguments(case: Case) -> dict[str, Any]:
+def _latent_sizes(case: Case) -> dict[str, Any]:
     """What a configuration says of latents: their sizes, those of heads, and plain positions."""
     shape = case.shape
     return {
-        "kind": MLATransformerConfig,
         "q_lora_rank": shape.get("q_lora"),
         "kv_lora_rank": shape["kv_lora"],
         "qk_head_dim": shape["head_size"],
@@ -197,18 +194,17 @@ def latent_arguments(case: Case) -> dict[str, Any]:
     }
 
 
-def latent_parts(*, norm: type) -> MLASelfAttentionSubmodules:
-    """The local specification but for the core, the norm of latents, and the narrow layers, which
-    are as TransformerEngine's specification has them."""
-    column, row = tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear
+def _latent_parts(*, norm: type) -> MLASelfAttentionSubmodules:
+    """The parts of TransformerEngine's specification, which has narrow layers on every rank of tp,
+    or what stands for them here."""
     return MLASelfAttentionSubmodules(
-        linear_q_proj=column,
+        linear_q_proj=tensor_parallel.ColumnParallelLinear,
         linear_q_down_proj=stand_ins.DuplicatedLinear,
-        linear_q_up_proj=column,
+        linear_q_up_proj=_Up,
         linear_kv_down_proj=stand_ins.DuplicatedLinear,
-        linear_kv_up_proj=column,
-        core_attention=CoreOfLatents,
-        linear_proj=row,
+        linear_kv_up_proj=_Up,
+        core_attention=_CoreOfLatents,
+        linear_proj=tensor_parallel.RowParallelLinear,
         q_layernorm=norm,
         kv_layernorm=norm,
     )
@@ -216,6 +212,8 @@ def latent_parts(*, norm: type) -> MLASelfAttentionSubmodules:
 
 def _latents_lack(case: Case) -> str | None:
     """Why there is no adapter for the latents of a case."""
+    if not stand_ins.needed():
+        return "the narrow layers of TransformerEngine have a stand-in on the CPU only"
     if not case.options.get("rotary", False):
         return "MLASelfAttention always turns by position"
     if case.layout.cp > 1:

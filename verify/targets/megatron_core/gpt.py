@@ -37,11 +37,11 @@ from verify.targets.megatron_core.experts import (
 )
 from verify.targets.megatron_core.layer import (
     NAMES,
-    Norm,
     layer_config,
     layer_lacks,
     parts_of,
 )
+from verify.targets.megatron_core.norm import Norm
 from verify.targets.megatron_core.pipeline import schedule_lacks
 from verify.targets.megatron_core.random import random_states
 from verify.targets.megatron_core.subjects import Tensors

@@ -30,7 +30,8 @@ from verify.case import Case
 from verify.oracle.context_costs import ALGORITHMS
 from verify.oracle.terms import in_training
 from verify.targets.megatron_core import stand_ins
-from verify.targets.megatron_core.attention import KINDS, Norm, forked
+from verify.targets.megatron_core.attention import forked
+from verify.targets.megatron_core.norm import NORMALISATIONS, Norm
 from verify.targets.megatron_core.random import random_states
 from verify.targets.megatron_core.subjects import ACTIVATIONS, ModuleSubject, Tensors, config_of
 
@@ -132,7 +133,9 @@ def layer_config(case: Case, **given: Any) -> TransformerConfig:
 
 
 def _config(case: Case, kind: str, **given: Any) -> TransformerConfig:
-    return config_of(case, normalization=KINDS[str(case.options.get(kind, "layer"))], **given)
+    return config_of(
+        case, normalization=NORMALISATIONS[str(case.options.get(kind, "layer"))], **given
+    )
 
 
 def parts_of(case: Case, mlp: ModuleSpec | None = None) -> TransformerLayerSubmodules:
@@ -178,7 +181,7 @@ def layer_lacks(case: Case) -> str | None:
     options = case.options
     # On one rank of cp a sequence is whole, however it would be cut and attended to on several.
     allowed: Mapping[str, Collection[str]]
-    allowed = {"activation": ACTIVATIONS, "norm": KINDS, "algorithm": ALGORITHMS}
+    allowed = {"activation": ACTIVATIONS, "norm": NORMALISATIONS, "algorithm": ALGORITHMS}
     for name, values in allowed.items():
         if options.get(name, next(iter(values))) not in values:
             return f"no adapter for {name} {options[name]}"

@@ -19,22 +19,21 @@ from verify.targets.megatron_core.subjects import OperationSubject, Tensors
 OPTIONS: Mapping[str, frozenset[str]] = {
     "tokens_ahead": frozenset({"placement", "packed", "padded"})
 }
-# It leaves zeros where no token is.
-_NOTHING = -1
 
 
 def tokens_ahead(case: Case) -> OperationSubject:
     """`roll_tensor`, of what it gave for the depth before."""
 
     def call(inputs: Tensors) -> Tensors:
-        rows, found = inputs["x"] - _NOTHING, []
+        # It leaves 0 where no token is, which is one here: all are raised by one meanwhile.
+        rows, found = inputs["x"] + 1, []
         for _ in range(case.shape["depths"]):
             rows, _ = roll_tensor(
                 rows,
                 cp_group=parallel_state.get_context_parallel_group(),
                 packed_seq_params=_packed(inputs),
             )
-            found.append(rows + _NOTHING)
+            found.append(rows - 1)
         return {"y": torch.stack(found)}
 
     return OperationSubject(call)

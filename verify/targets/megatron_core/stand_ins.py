@@ -1,4 +1,5 @@
-"""What stands in for CUDA while a rank of a CPU cluster runs megatron-core. Nothing else does.
+"""What stands in for CUDA, and what only runs there, while a rank of a CPU cluster runs
+megatron-core. Nothing else does.
 
 `applied()` is entered by each rank and left by it. Functions are replaced in the process when the
 first rank enters and put back when the last one leaves, because ranks may be threads of one
@@ -156,7 +157,8 @@ class _NotAboutTheSharedGenerator(logging.Filter):
 
 class DuplicatedLinear(Linear):
     """x weight^T, of which every rank of tp has the weight, as `TELinear` in its parallel mode
-    `duplicated`: with sequence parallelism its gradient is of this rank's tokens."""
+    `duplicated`: with sequence parallelism its gradient is of this rank's tokens. What initialises
+    the weight has no effect, as the harness writes it."""
 
     def __init__(
         self,
@@ -165,14 +167,24 @@ class DuplicatedLinear(Linear):
         *,
         parallel_mode: str,
         config: Any,
+        init_method: object,
         bias: bool,
-        **of_engine: Any,
+        skip_bias_add: bool,
+        is_expert: bool,
+        skip_weight_param_allocation: bool,
+        tp_comm_buffer_name: str,
+        tp_group: object = None,
     ) -> None:
-        if parallel_mode != "duplicated":
+        if parallel_mode != "duplicated" or tp_group is not None:
             raise ValueError(f"parallel_mode: {parallel_mode!r} has no stand-in; give 'duplicated'")
-        super().__init__(input_size, output_size, bias=bias, dtype=config.params_dtype)
-        for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        if bias or skip_bias_add or is_expert or skip_weight_param_allocation:
+            raise ValueError(f"{tp_comm_buffer_name}: only a weight of no expert has a stand-in")
+        super().__init__(input_size, output_size, bias=False, dtype=config.params_dtype)
+        for name, value in {
+            "allreduce": True,
+            "sequence_parallel": config.sequence_parallel,
+        }.items():
+            setattr(self.weight, name, value)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """The product, and no bias to add."""
@@ -235,7 +247,7 @@ _LIST: tuple[tuple[str, tuple[_Replacement, ...]], ...] = (
     ),
     (
         "TELinear is torch's linear in multi_latent_attention, with the attributes of one that all "
-        "ranks have: without TransformerEngine 0.16.1 defines none there and cannot build a module",
+        "ranks have: without TransformerEngine it is a mock, of which isinstance cannot be asked",
         (("megatron.core.transformer.multi_latent_attention", "TELinear", DuplicatedLinear),),
     ),
 )
