@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -50,6 +51,12 @@ OPTIONS: Mapping[str, frozenset[str]] = {
     },
 }
 MAXIMUM, NO_CLIPPING, NO_END = 2.0**-8, 1e30, 10**6
+# Weights of one dimension and biases too; versions before 0.16 are told so by a condition.
+_ALL_DECAY: Mapping[str, Any] = (
+    {"config_overrides": {}}
+    if "config_overrides" in signature(get_megatron_optimizer).parameters
+    else {"no_weight_decay_cond": lambda name, parameter: False}
+)
 _STYLES = {"wsd": "WSD", "inverse_square_root": "inverse-square-root"}
 
 
@@ -243,9 +250,7 @@ def optimizer_of(case: Case, models: list[DistributedDataParallel]) -> Any:
         use_distributed_optimizer=distributed,
         overlap_param_gather=distributed and bool(options.get("overlap", False)),
     )
-    return get_megatron_optimizer(
-        config, models, config_overrides={}, use_gloo_process_groups=False
-    )
+    return get_megatron_optimizer(config, models, **_ALL_DECAY, use_gloo_process_groups=False)
 
 
 class _Groups:
