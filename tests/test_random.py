@@ -43,6 +43,13 @@ def _draw(count=1):
     return torch.rand(count).tolist()
 
 
+def test_states_are_copies(tracker):
+    for state in tracker.states().values():
+        state.zero_()
+    with tracker.fork("a"):
+        assert _draw() == _numbers(2, 1)
+
+
 def test_a_stream_is_one_sequence_however_it_is_forked(tracker):
     drawn = {DEFAULT: _draw(), "a": [], "b": []}
     with tracker.fork("a"):

@@ -50,7 +50,7 @@ _LATENT_NAMES = {
     "kv_layernorm": "kv_norm",
     "core_attention": "core",
 }
-_OFFSET = "softmax_offset"
+_OFFSET, _SINKS = "softmax_offset", "softmax_type"
 
 
 class _Up(tensor_parallel.ColumnParallelLinear):
@@ -88,13 +88,14 @@ def _config(case: Case, *, values: str = "head_size", **sizes: Any) -> Transform
     `values` is that of a head's value."""
     options, shape = case.options, case.shape
     window, causal = options.get("window"), bool(options.get("causal", True))
+    if options.get("sink", False):
+        sizes[_SINKS] = "learnable"
     around = None if window is None else (int(window) - 1, 0 if causal else int(window) - 1)
     return config_of(
         case,
         num_attention_heads=shape["heads"],
         kv_channels=shape[values],
         window_size=around,
-        softmax_type="learnable" if options.get("sink", False) else "vanilla",
         softmax_scale=options.get("scale"),
         apply_query_key_layer_scaling=options.get("layer_number") is not None,
         attention_dropout=float(options.get("dropout", 0.0) or 0.0),
@@ -236,6 +237,8 @@ def lacks(case: Case) -> str | None:
     if case.concept not in BUILDERS:
         return None
     options, shape = case.options, case.shape
+    if options.get("sink", False) and not hasattr(TransformerConfig, _SINKS):
+        return "this version has no sinks"
     if options.get("magnitude", 1) != 1:
         return "its masked scores are -10000, which large scores come near"
     if case.concept == "latent_attention":

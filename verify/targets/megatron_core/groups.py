@@ -59,7 +59,8 @@ def initialise(layout: Layout) -> None:
 
 def destroy() -> None:
     """Forget Megatron's groups and destroy them, in the order they were made."""
-    made = mpu._global_process_group_list or []
+    # Versions before 0.15 note none.
+    made = getattr(mpu, "_global_process_group_list", None) or []
     for group in made:
         if group is not None:
             dist.destroy_process_group(group)
