@@ -194,6 +194,6 @@ def refusable_training_cases(draw: st.DrawFn, *, names: Sequence[str] = ()) -> C
         return dataclasses.replace(case, shape={**case.shape, "ffn": ffn})
     name = draw(st.sampled_from(sorted(names or _FAULTS)))
     given: dict[str, Option] = {"loss_scale": "dynamic"} if name in OF_SCALES else {}
-    given |= _SCHEDULED if name in ("minimum", "decay", "warmup") else {}
+    given |= _SCHEDULED if name in ("schedule", "minimum", "decay", "warmup") else {}
     given[name] = draw(st.sampled_from(_FAULTS[name]))
     return dataclasses.replace(case, options={**case.options, **given})
