@@ -149,11 +149,12 @@ def tokens_ahead(case: Case) -> Contract:
         sequences.check(inputs)
         x = inputs["x"]
         fit("x", x, (batch, sequence))
-        found = torch.full((depths, *x.shape), -1, dtype=x.dtype)
+        found = []
         for depth in range(1, depths + 1):
-            places = torch.nonzero(sequences.positions + depth < ends)[:, 0]
-            found[depth - 1][:, places] = x[:, places + depth]
-        return {"y": found}
+            outside = sequences.positions + depth >= ends
+            places = (torch.arange(sequence) + depth).clamp(max=sequence - 1)
+            found.append(x[:, places].masked_fill(outside, -1))
+        return {"y": torch.stack(found)}
 
     given = TensorSpec((batch, sequence), {"cp": replace(cut, dim=1)}, None, high=_VOCABULARY)
     return Contract(
