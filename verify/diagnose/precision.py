@@ -37,16 +37,13 @@ def lower_precision(evidence: Evidence) -> Iterator[Explanation]:
     own = torch.finfo(evidence.dtype).eps / 2
     fitting = []
     for name in _LOWER if errors > len(apart) / 2 else ():
-        roundoff = torch.finfo(getattr(torch, name)).eps / 2
+        roundoff = _roundoff(name)
         if roundoff > own and _LEAST * roundoff <= evidence.relative <= _MOST * roundoff:
             fitting.append(name)
     for name in fitting:
         if _is_rounded(found, getattr(torch, name), own):
             yield Explanation(f"{evidence.name} was rounded to {name}: all its values are", _SURE)
-    grown = _GROWN * _MOST
-    fitting = [
-        n for n in fitting if evidence.later <= grown * torch.finfo(getattr(torch, n)).eps / 2
-    ]
+    fitting = [n for n in fitting if evidence.later <= _GROWN * _MOST * _roundoff(n)]
     if fitting and errors >= _ENOUGH:
         names = " or ".join(fitting)
         yield Explanation(
@@ -54,6 +51,11 @@ def lower_precision(evidence: Evidence) -> Iterator[Explanation]:
             f" computed, accumulated or sent in {names}",
             _SIZED,
         )
+
+
+def _roundoff(name: str) -> float:
+    """The unit roundoff of a dtype."""
+    return torch.finfo(getattr(torch, name)).eps / 2
 
 
 def _is_rounded(found: Tensor, dtype: torch.dtype, own: float) -> bool:

@@ -61,6 +61,13 @@ class Sequences:
         """The position of every place in its sequence, int64."""
         return torch.cat([torch.arange(length) for length in self.padded])
 
+    def ahead(self, distance: int) -> tuple[Tensor, Tensor]:
+        """For each place the one that is so much further on, and whether that has a token of the
+        same sequence."""
+        places = torch.arange(sum(self.padded)) + distance
+        ends = torch.tensor(self.real).repeat_interleave(torch.tensor(self.padded))
+        return places.clamp(max=len(places) - 1), self.positions + distance < ends
+
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
         """The cumulative lengths, for a packed dimension."""
@@ -143,17 +150,13 @@ def tokens_ahead(case: Case) -> Contract:
     placement, padded = one_of(case, "placement", PLACEMENTS), switches(case, {"padded": True})
     sequences = sequences_of(case, sequence, placement, **padded)
     cut = sequences.cut(placement)
-    ends = torch.tensor(sequences.real).repeat_interleave(torch.tensor(sequences.padded))
 
     def reference(inputs: Tensors, parameters: Tensors) -> Tensors:
         sequences.check(inputs)
         x = inputs["x"]
         fit("x", x, (batch, sequence))
-        found = []
-        for depth in range(1, depths + 1):
-            outside = sequences.positions + depth >= ends
-            places = (torch.arange(sequence) + depth).clamp(max=sequence - 1)
-            found.append(x[:, places].masked_fill(outside, -1))
+        ahead = (sequences.ahead(depth) for depth in range(1, depths + 1))
+        found = [x[:, places].masked_fill(~inside, -1) for places, inside in ahead]
         return {"y": torch.stack(found)}
 
     given = TensorSpec((batch, sequence), {"cp": replace(cut, dim=1)}, None, high=_VOCABULARY)

@@ -154,7 +154,7 @@ class Training:
         for depth in range(self.model.depths if training else 0):
             own = _members(weights, self.stacks, "multi_token.", depth)
             h = self._further(h, tokens, depth, own, weights, kept, routers, sequences)
-            places, inside = _ahead(sequences, depth)
+            places, inside = sequences.ahead(depth + 1)
             states = self.model.layer.normalised(h, own, "final_norm.")
             counts = mask[places] * inside[:, None]
             sums.append(self._sum(states, weights, targets[places], counts))
@@ -193,7 +193,7 @@ class Training:
         """The hidden states of a depth, counted from 0, of those before it: arXiv:2412.19437,
         equations 21 and 22. At the end of a sequence there is no token to look up, and zeros
         instead."""
-        model, (places, inside) = self.model, _ahead(sequences, depth)
+        model, (places, inside) = self.model, sequences.ahead(depth + 1)
         embedded = F.embedding(tokens[places], weights["embedding.tokens.weight"][0])
         embedded = embedded.masked_fill(~inside[:, None, None], 0.0)
         embedded = model.layer.normalised(embedded, own, "embedding_norm.")
@@ -225,15 +225,6 @@ def _update(
 
 def _count(inputs: Tensors, step: int) -> Tensor:
     return inputs["mask"][step].sum().clamp_min(1)
-
-
-def _ahead(sequences: Sequences, depth: int) -> tuple[Tensor, Tensor]:
-    """For each place the one that is `depth` + 1 further on, and whether that has a token of the
-    same sequence."""
-    places = torch.arange(sum(sequences.padded)) + depth + 1
-    ends = torch.tensor(sequences.real).repeat_interleave(torch.tensor(sequences.padded))
-    inside = sequences.positions + depth + 1 < ends
-    return places.clamp(max=len(places) - 1), inside
 
 
 def _members(
