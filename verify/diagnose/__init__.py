@@ -17,9 +17,7 @@ Explain = Callable[[Evidence], Iterable[Explanation]]
 # The more specific first.
 EXPLAINERS: tuple[Explain, ...] = (
     scale.not_written,
-    shares.own_share,
-    shares.one_share,
-    shares.wrong_count,
+    shares.shares_of_ranks,
     scale.bias,
     scale.factor,
     order.one_chunk,

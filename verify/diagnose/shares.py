@@ -7,7 +7,7 @@ summands), or of the parameters (the columns of a weight, the rows of an embeddi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -15,17 +15,28 @@ from torch import Tensor
 
 from verify.diagnose.evidence import Evidence
 from verify.finding import Explanation
-from verify.lens import Generated
+from verify.lens import Generated, Problem
 from verify.oracle.contract import Contract
 from verify.placement import Partial, Placements, Shard, ZigzagShard, pieces
 from verify.reference import Change, Reference
 
 ADDITIVE = 1e-6
 
+# By axis, the shares of its ranks.
+AllShares = Sequence[tuple[str, Sequence[Tensor]]]
 
-def own_share(evidence: Evidence) -> Iterator[Explanation]:
+
+def shares_of_ranks(evidence: Evidence) -> Iterator[Explanation]:
+    """Shares are there, left out or added otherwise than all of them once. They take a run of the
+    reference each, which is of no use where nothing is split."""
+    found = list(_all_shares(evidence))
+    for explain in (_own_share, _one_share, _wrong_count):
+        yield from explain(evidence, found)
+
+
+def _own_share(evidence: Evidence, found: AllShares) -> Iterator[Explanation]:
     """Every rank has its own share: the sum over the group is missing."""
-    for axis, shares in _all_shares(evidence):
+    for axis, shares in found:
         predicted = {
             rank: evidence.cut(shares[evidence.ranks.coordinates[rank][axis]], rank)
             for rank in evidence.wrong
@@ -37,9 +48,9 @@ def own_share(evidence: Evidence) -> Iterator[Explanation]:
         )
 
 
-def one_share(evidence: Evidence) -> Iterator[Explanation]:
+def _one_share(evidence: Evidence, found: AllShares) -> Iterator[Explanation]:
     """All ranks have the share of one; or that share is left out, or is counted twice."""
-    for axis, shares in _all_shares(evidence):
+    for axis, shares in found:
         total = torch.stack(shares).sum(0)
         adds_up = _near(total, evidence.full)
         name, whose = evidence.name, [f"{axis}={index}" for index in range(len(shares))]
@@ -75,9 +86,9 @@ def missing_sum(evidence: Evidence) -> Iterator[Explanation]:
             )
 
 
-def wrong_count(evidence: Evidence) -> Iterator[Explanation]:
+def _wrong_count(evidence: Evidence, found: AllShares) -> Iterator[Explanation]:
     """A copied summand was added by every rank: the result is the sum of one tensor, n times."""
-    for axis, shares in _all_shares(evidence):
+    for axis, shares in found:
         size = evidence.ranks.sizes[axis]
         for index, share in enumerate(shares):
             full = share * size
@@ -116,14 +127,18 @@ def _only_in_batch(index: int, name: str, given: Generated) -> Tensor:
 
 
 def _all_shares(evidence: Evidence) -> Iterator[tuple[str, list[Tensor]]]:
-    """By axis, the shares of its ranks: of what is given, then of the parameters."""
+    """By axis, the shares of its ranks: of what is given, then of the parameters, then of both,
+    where they are split."""
     reference = evidence.reference
     if reference is None:
         return
     for axis in evidence.groups:
         size = evidence.ranks.sizes[axis]
         given, weights = _placements(reference.contract), dict(evidence.parameters)
-        for placements in (given, weights, given | weights):
+        ways = [each for each in (given, weights) if _splits(reference.problem, each, axis)]
+        if len(ways) > 1:
+            ways.append(given | weights)
+        for placements in ways:
             shares = [
                 _share(reference, evidence.name, partial(_only, placements, axis, size, index))
                 for index in range(size)
@@ -134,6 +149,16 @@ def _all_shares(evidence: Evidence) -> Iterator[tuple[str, list[Tensor]]]:
 
 def _share(reference: Reference, name: str, change: Change) -> Tensor:
     return reference.evaluate(torch.float64, change)[name]
+
+
+def _splits(problem: Problem, placements: Mapping[str, Placements], axis: str) -> bool:
+    """Whether ranks of an axis hold different parts of something that is no index."""
+    upstream = {f"grad {name}": each for name, each in problem.upstream.items()}
+    return any(
+        isinstance(placements.get(name, {}).get(axis), Shard | ZigzagShard | Partial)
+        for name, each in (problem.inputs | problem.parameters | upstream).items()
+        if each.full.is_floating_point()
+    )
 
 
 def _placements(contract: Contract) -> dict[str, Placements]:
