@@ -100,6 +100,23 @@ def test_end_to_end(check: CheckCase, case: Case) -> None:
 
 
 @given(
+    case=telling(
+        model_cases(
+            model={"multi_token": (0,), "hidden_dropout": (0.0, 0.25)},
+            uneven=(False, False, True),
+            dtypes=DOUBLE,
+            worlds=(2,),
+        )
+    )
+)
+def test_on_two_ranks(check: CheckCase, case: Case) -> None:
+    """Laws 1 to 3 and 5. Must catch: what shows where one axis is split in two, sooner than among
+    many ranks: tokens, targets or positions of others; an embedding that is dropped alike; a norm
+    that is not there, or not summed; gradients of the step before."""
+    check("equivalence", case)
+
+
+@given(
     case=model_cases(
         options={**CLIPPED, **SHARDED}, model={"tied": (True,)}, min_pp=2, dtypes=DOUBLE
     )

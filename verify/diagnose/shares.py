@@ -23,7 +23,7 @@ from verify.reference import Change, Reference
 ADDITIVE = 1e-6
 
 # By axis, the shares of its ranks.
-AllShares = Sequence[tuple[str, Sequence[Tensor]]]
+AllShares = Sequence[tuple[str, list[Tensor]]]
 
 
 def shares_of_ranks(evidence: Evidence) -> Iterator[Explanation]:
@@ -154,9 +154,10 @@ def _share(reference: Reference, name: str, change: Change) -> Tensor:
 def _splits(problem: Problem, placements: Mapping[str, Placements], axis: str) -> bool:
     """Whether ranks of an axis hold different parts of something that is no index."""
     upstream = {f"grad {name}": each for name, each in problem.upstream.items()}
+    given = {**problem.inputs, **problem.parameters, **upstream}
     return any(
         isinstance(placements.get(name, {}).get(axis), Shard | ZigzagShard | Partial)
-        for name, each in (problem.inputs | problem.parameters | upstream).items()
+        for name, each in given.items()
         if each.full.is_floating_point()
     )
 

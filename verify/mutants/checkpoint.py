@@ -51,6 +51,7 @@ _PLACES = (
         wrong="Rows of padding, which depend on the layout, are saved as a part of the vocabulary.",
         snippet="size[0] = size[0] if rows is None else min(rows, size[0])",
         replacement="size[0] = size[0]",
+        caught_by=("checkpoint", "resumed_training"),
     ),
     _planner(
         name="checkpoint-read-to-start",

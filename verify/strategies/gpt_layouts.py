@@ -23,6 +23,8 @@ from verify.strategies.layouts import (
 # Few ranks show most of what can be wrong, soon; the largest worlds are those of a long run.
 SMALL, LARGE = (2, 4, 4, 4), (2, 4, 4, 4, 8, 8, 16, 16, 64)
 AXES = {"pp": (1, 2, 2, 3, 4), "dp": (1, 2, 2, 3), "tp": (1, 1, 2, 2, 3), "cp": (1, 1, 2, 3)}
+# Of two ranks, each axis as often as another.
+OF_TWO = {"pp": (1, 1, 1, 2), "dp": (1, 2, 2), "tp": (1, 2, 2), "cp": (1, 2, 2)}
 WIDE = {"pp": (2, 3, 4), "dp": (2, 3, 4), "tp": (2, 3, 4), "cp": (1, 2, 4)}
 MOST_CHUNKS = 12
 _FLAGS = (False, True)
@@ -48,7 +50,7 @@ def model_layouts(
     that are not `anywhere` have etp as tp where ep is one, and ep comes behind tp in the order."""
     fitting = [n for n in worlds if limits().world_size(n) == n]
     left = draw(st.sampled_from(fitting or [limits().world_size(min(worlds))]))
-    wanted = dict(WIDE if left > 16 else AXES)
+    wanted = dict(WIDE if left > 16 else AXES if left > 2 else OF_TWO)
     wanted["pp"] = tuple(n for n in wanted["pp"] if n >= min_pp)
     if not split:
         wanted["cp"] = (1,)
