@@ -61,6 +61,7 @@ OVERLAPPED: Choices = {**PLAIN_TRAINING, "overlap": (True,)}
 OF_MOST: Mapping[str, Any] = {
     "model": PLAIN,
     "plain": True,
+    "latent": (False,),
     "uneven": (False,),
     "dtypes": ("float32", "bfloat16"),
 }
@@ -70,6 +71,14 @@ EXPERTS: Mapping[str, Any] = {
     "experts": (True,),
     "anywhere": False,
     "dtypes": ("float32",),
+}
+# As most models do that have latents; many of those have experts, too.
+LATENTS: Mapping[str, Any] = {
+    **EXPERTS,
+    "model": {**PLAIN_EXPERTS, "positions": ("rotary",), "interleaved": (True,)},
+    "experts": (False, True),
+    "latent": (True,),
+    "sequence_parallel": (True,),
 }
 BALANCED: Choices = {
     **PLAIN_EXPERTS,
@@ -242,6 +251,15 @@ def test_recomputed_attention_of_most_models(check: CheckCase, case: Case) -> No
 def test_dropout_of_most_models(check: CheckCase, case: Case) -> None:
     """Laws 5 and 7. Must catch: an embedding whose parts on the ranks of tp are dropped alike;
     copies that are not."""
+    check("equivalence", case)
+
+
+@given(case=model_cases(options=PLAIN_TRAINING, steps=(1,), **LATENTS))
+def test_latents_of_most_models(check: CheckCase, case: Case) -> None:
+    """Laws 1, 2, 6 and 7, with sequence parallelism. Must catch: gradients of narrow weights, or of
+    norms of latents, that are of this rank's tokens; a gradient of the shared key of this rank's
+    heads only; narrow weights that count once for each rank of tp in the norm of all gradients;
+    scores scaled by a part of the key."""
     check("equivalence", case)
 
 

@@ -399,6 +399,30 @@ def test_what_is_not_supported_of_models_with_experts_is_declared(layout, option
     assert (answer is None) if reason is None else (answer is not None and reason in answer)
 
 
+@needs_megatron
+@pytest.mark.parametrize("concept", ["transformer_layer", "gpt_training"])
+@pytest.mark.parametrize(
+    ("layout", "options", "dtype", "reason"),
+    [
+        (Layout(tp=2, pp=2), {}, "float32", None),
+        (Layout(tp=2, sequence_parallel=True), {"qk_norm": True}, "bfloat16", None),
+        (Layout(cp=2), {}, "float32", "no context parallelism"),
+        (Layout(tp=2), {"bias": True}, "float32", "the projection of MLASelfAttention has one"),
+        (Layout(tp=2), {"rotary_dim": None}, "float32", "always turns"),
+        (Layout(tp=2), {"interleaved": False}, "float32", "pairs of neighbours"),
+        (Layout(tp=2), {}, "float64", "float32"),
+    ],
+)
+def test_what_is_not_supported_of_latents_is_declared(
+    concept, layout, options, dtype, reason
+) -> None:
+    shape = {"vocabulary": 4, "kv_lora": 4, "head_size": 2, "rope_size": 2, "value_size": 3}
+    given = {"bias": False, "interleaved": True, "rotary_dim": 2, **options}
+    case = Case(concept=concept, layout=layout, shape=shape, options=given, dtype=dtype)
+    answer = Target().supports(case)
+    assert (answer is None) if reason is None else (answer is not None and reason in answer)
+
+
 _DEFECTS = {
     "a sum of a tensor that is not contiguous is dropped": "_reduce_of_transposed",
     "a gradient that is not contiguous is not summed": "_copy_of_transposed",

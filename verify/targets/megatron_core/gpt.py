@@ -26,7 +26,6 @@ from torch.nn import Parameter
 
 from verify.case import Case
 from verify.cluster.history import mark_step
-from verify.oracle.layer import LATENT
 from verify.placement import Placements
 from verify.targets.megatron_core import stand_ins
 from verify.targets.megatron_core.experts import (
@@ -265,8 +264,6 @@ def lacks(case: Case) -> str | None:
     options, layout, shape = case.options, case.layout, case.shape
     if "experts" in shape and (reason := _experts_lack(case)):
         return reason
-    if foreign := sorted(set(shape) & set(LATENT)):
-        return f"no adapter for {', '.join(foreign)}"
     if layout.cp > 1:
         return "its local attention, and so the model, has no context parallelism"
     unit = layout.tp * int(options.get("multiple", 1) or 1)
