@@ -46,7 +46,8 @@ def model_layouts(
     """Layouts of all axes in any order, of at most one of `worlds` ranks, with one of `chunks` a
     stage; none over cp unless sequences may be `split`. One of `algorithms` is chosen later, where
     cp is above one. Sequence parallelism is one of `sequence_parallel`; a `plain` one has it where
-    there are experts and tp. Experts that are not `anywhere` have etp as tp where ep is one, and ep comes behind tp in the order."""
+    there are experts and tp. Experts that are not `anywhere` have etp as tp where ep is one, and ep
+    comes behind tp in the order."""
     fitting = [n for n in worlds if limits().world_size(n) == n]
     left = draw(st.sampled_from(fitting or [limits().world_size(min(worlds))]))
     wanted = dict(WIDE if left > 16 else AXES)
