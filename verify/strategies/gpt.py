@@ -160,6 +160,7 @@ class _Choices:
             **({} if routed else {name: MODEL[name][:1] for name in ROUTED}),
             "interleaved": None if turned else (False,),
             "multi_token_scaling": None if self["multi_token"] else SCALINGS[:1],
+            "multi_token_normalised": None if self["multi_token"] else (False,),
             "pipeline": None if case.layout.vpp == 1 else PIPELINES[:1],
         }
         for name in self.values:
