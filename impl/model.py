@@ -152,12 +152,16 @@ class GPTModel(Module):
         `h` is what the last chunk gave; `tokens`, the `targets` that should follow them and `mask`,
         how much each counts, are int [batch, sequence].
         """
-        sums = [self._sum(self.final_norm(h), targets, mask)]
+        ended = self.final_norm(h)
+        sums = [self._sum(ended, targets, mask)]
         if self.multi_token is not None and self.training:
             rows = torch.stack([tokens, targets, mask])
             lookup = self.embedding.tokens if self.pre_process else self.lookup
             for states, (_, later, counts) in self.multi_token(
-                h, rows, embedding=lookup, packed=packed
+                ended if self.config.multi_token_normalised else h,
+                rows,
+                embedding=lookup,
+                packed=packed,
             ):
                 sums.append(self._sum(states, later, counts))
         return torch.stack(sums)
@@ -197,7 +201,10 @@ class GPTModel(Module):
             return
         further = range(config.layers, config.layers + config.multi_token_layers)
         self.multi_token = MultiTokenPrediction(
-            [config.layer_at(k) for k in further], layers_before=config.layers, **own
+            [config.layer_at(k) for k in further],
+            layers_before=config.layers,
+            normalised=config.multi_token_normalised,
+            **own,
         )
         if not self.pre_process:
             self.lookup = VocabParallelEmbedding(

@@ -25,7 +25,7 @@ class ModelConfig:
 
     `multi_token_layers` modules predict tokens further on, see `impl.multi_token`; their layers are
     numbered on from the model's. The mean of their losses, times `multi_token_scaling`, is added to
-    what is trained.
+    what is trained. With `multi_token_normalised` they are given states behind a last norm.
 
     Chunks have equally many layers; or the first stage has `first_stage_layers`, the last
     `last_stage_layers`, and those between have what is left, each stage's in its chunks alike, as
@@ -42,6 +42,7 @@ class ModelConfig:
     experts_every: int = 1
     multi_token_layers: int = 0
     multi_token_scaling: float = 0.1
+    multi_token_normalised: bool = False
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
     split: tuple[int, ...] | None = None

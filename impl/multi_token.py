@@ -2,11 +2,12 @@
 
     h[k] = layer(weight [norm(h[k - 1]), norm(embedding(t[i + k]))]),   k = 1 .. D
 
-h[0] are the hidden states that the model ends with, before its last norm. The logits of norm(h[k])
-are of the token after t[i + k], by the model's own output weights; its own embedding, too, looks up
-the tokens. So a loss of depth k has nothing to say of the last k tokens of a sequence, also of one
-of several that are packed. DeepSeek-AI, arXiv:2412.19437, section 2.2, equations 21 to 25; a module
-has a last norm of its own, as in their checkpoints and in Megatron-LM.
+h[0] are the hidden states that the model ends with, before its last norm; or every h[k - 1] is
+taken behind a last norm, as logits are made of it, which is what Megatron-LM does. The logits of
+norm(h[k]) are of the token after t[i + k], by the model's own output weights; its own embedding,
+too, looks up the tokens. So a loss of depth k has nothing to say of the last k tokens of a
+sequence, also of one of several that are packed. DeepSeek-AI, arXiv:2412.19437, section 2.2,
+equations 21 to 25; a module has a last norm of its own, as in their checkpoints and in Megatron-LM.
 """
 
 from __future__ import annotations
@@ -82,16 +83,23 @@ class PredictionModule(Module):
 
 class MultiTokenPrediction(ModuleList):
     """The modules of all depths, in their order, whose layers are as `configs` say, and numbered on
-    from the `layers_before`."""
+    from the `layers_before`. With `normalised` each is given states behind a last norm."""
 
     def __init__(
-        self, configs: Sequence[LayerConfig], *, groups: Groups, layers_before: int, **own: Any
+        self,
+        configs: Sequence[LayerConfig],
+        *,
+        groups: Groups,
+        layers_before: int,
+        normalised: bool,
+        **own: Any,
     ) -> None:
         super().__init__(
             PredictionModule(each, groups=groups, layer_number=number, **own)
             for number, each in enumerate(configs, layers_before + 1)
         )
         self.groups, self.placement = groups, configs[0].placement
+        self.normalised = normalised
 
     def forward(
         self,
@@ -103,10 +111,10 @@ class MultiTokenPrediction(ModuleList):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each depth the states to make logits of, normalised, and the `rows` that they are for.
 
-        `h` are the hidden states of this rank. `rows` [3, batch, sequence], int, are its tokens,
-        what should follow each, and how much that counts; those of a depth are k places further on,
-        and count nothing where there are none. Forward: an all-gather of `rows` over cp, and the
-        collectives of the parts.
+        `h` are the hidden states of this rank, as modules are given them. `rows` [3, batch,
+        sequence], int, are its tokens, what should follow each, and how much that counts; those of
+        a depth are k places further on, and count nothing where there are none. Forward: an
+        all-gather of `rows` over cp, and the collectives of the parts.
         """
         ahead = look_ahead(
             rows, depths=len(self), group=self.groups.cp, placement=self.placement, packed=packed
@@ -118,7 +126,9 @@ class MultiTokenPrediction(ModuleList):
             if not embedding.scatter_to_sequence:
                 embedded = embedded.transpose(0, 1)
             h = module(h, embedded, packed=packed)
-            yield module.final_norm(h), torch.stack([tokens, targets, counts * inside])
+            states = module.final_norm(h)
+            yield states, torch.stack([tokens, targets, counts * inside])
+            h = states if self.normalised else h
 
 
 def look_ahead(

@@ -33,6 +33,14 @@ def test_output_and_gradients(check: CheckCase, case: Case) -> None:
     check("equivalence", case)
 
 
+@given(case=layer_cases(plain=True, sequence_parallel=(True,), lenses=("native",)))
+def test_latents_of_most_layers(check: CheckCase, case: Case) -> None:
+    """Law 1, with sequence parallelism. Must catch: a norm of a latent, or a narrow weight, whose
+    gradient is of this rank's tokens; a gradient of the shared key of this rank's heads only;
+    positions of the first features of a head."""
+    check("equivalence", case)
+
+
 @given(
     case=telling(
         layer_cases(

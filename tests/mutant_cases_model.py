@@ -76,6 +76,8 @@ def cases() -> Iterator[tuple[str, Case]]:
         "gpt_training", Layout(pp=2), {**further, "layers": 2}, multi_token=1, tied=False, **PLAIN
     )
     yield "equivalence", apart
+    handed_on = {"multi_token": 2, "multi_token_normalised": True}
+    yield "equivalence", case_of("gpt_training", Layout(tp=2), further, **handed_on, **PLAIN)
     skipped = {"loss_scale": "dynamic", "overflow": 1, "tied": False}
     alone = case_of("gpt_training", Layout(pp=2), {**SMALL, "steps": 2}, **skipped, **PLAIN)
     yield "equivalence", alone

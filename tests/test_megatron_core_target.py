@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from verify.case import Case
+from verify.case import Case, Option
 from verify.cluster import open_cluster
 from verify.layout import Layout
 from verify.targets import megatron_core
@@ -21,6 +21,9 @@ needs_megatron = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None,
     reason="megatron-core is not installed: pip install 'shardproof[megatron-core]'",
 )
+
+# Modules of multi-token prediction as megatron-core has them.
+AHEAD = {"multi_token": 1, "multi_token_normalised": True}
 
 _SOURCES = {
     "__init__": "",
@@ -34,11 +37,15 @@ class Scaler:
     scale = None
     fixed = 3
     members = {}
+    named = {}
     @classmethod
     def set(cls, value):
         cls.scale = value
     def join(self, name):
         Scaler.members[name] = self
+    def name(key, value):
+        named = Scaler.named
+        named[key] = value
 def step():
     global COUNT
     COUNT += 1
@@ -87,6 +94,7 @@ def test_state_is_found_in_the_source(small: ModuleType) -> None:
         "small.state.QUEUE": "in place",
         "small.state.Scaler.scale": "class attribute",
         "small.state.Scaler.members": "class attribute",
+        "small.state.Scaler.named": "class attribute",
         "small.state.cached": "shared",
         "small.state.warn.done": "shared",
         "small.user.QUEUE": "in place",
@@ -106,10 +114,12 @@ def test_ranks_do_not_see_each_others_writes(small: ModuleType) -> None:
                 user.push(turn)
                 small.Scaler.set(10 * rank + turn)
                 small.Scaler().join(str(rank))
+                small.Scaler.name(str(rank), turn)
             values[rank] = state.save()
     state.load(values[2])
     assert (small.COUNT, small.TABLE, small.Scaler.scale) == (3, {2: 2}, 22)
     assert list(small.Scaler.members) == ["2"]
+    assert small.Scaler.named == {"2": 2}
     state.load(values[1])
     assert (small.COUNT, small.TABLE, small.Scaler.scale) == (0, {}, None)
     state.load(state.fresh())
@@ -139,6 +149,8 @@ def test_what_megatron_keeps_is_found() -> None:
         "megatron.core.num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR (global)",
         "megatron.core.transformer.moe.moe_utils._MOE_LAYER_WISE_LOGGING_TRACKER (global)",
         "megatron.core.transformer.moe.moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale"
+        " (class attribute)",
+        "megatron.core.transformer.multi_token_prediction.MTPLossLoggingHelper.tracker"
         " (class attribute)",
         "megatron.core.utils._nvtx_range_messages (in place)",
     ):
@@ -369,11 +381,17 @@ def test_what_is_not_supported_is_declared(concept, options, dtype, reason) -> N
         ("gpt_training", Layout(cp=2), {}, "no context parallelism"),
         ("gpt_training", Layout(pp=2), {"pipeline": "gpipe"}, "no schedule gpipe"),
         ("gpt_training", Layout(pp=2), {"hidden_dropout": 0.5}, None),
-        ("gpt_training", Layout(), {"multi_token": 1, "packed": 2}, "has no option multi_token"),
+        ("gpt_training", Layout(), {"multi_token": 1, "packed": 2}, "has no option packed"),
+        ("gpt_training", Layout(), {"multi_token": 1}, "states behind a last norm"),
+        ("gpt_training", Layout(pp=2), AHEAD, None),
+        ("gpt_training", Layout(), {**AHEAD, "positions": "learned"}, "refuses learned positions"),
+        ("gpt_training", Layout(), {**AHEAD, "mask": "full"}, "looks up token 0"),
+        ("gpt_training", Layout(), {**AHEAD, "hidden_dropout": 0.5}, "drops the embeddings"),
+        ("gpt_training", Layout(tp=4), AHEAD, "split over tp by hidden features"),
     ],
 )
 def test_what_is_not_supported_of_stages_is_declared(concept, layout, options, reason) -> None:
-    shape = {"vocabulary": 4}
+    shape = {"vocabulary": 4, "hidden": 6}
     case = Case(concept=concept, layout=layout, shape=shape, options=options, dtype="float32")
     answer = Target().supports(case)
     assert (answer is None) if reason is None else (answer is not None and reason in answer)
@@ -399,6 +417,30 @@ def test_what_is_not_supported_of_models_with_experts_is_declared(layout, option
     assert (answer is None) if reason is None else (answer is not None and reason in answer)
 
 
+@needs_megatron
+@pytest.mark.parametrize("concept", ["transformer_layer", "gpt_training"])
+@pytest.mark.parametrize(
+    ("layout", "options", "dtype", "reason"),
+    [
+        (Layout(tp=2, pp=2), {}, "float32", None),
+        (Layout(tp=2, sequence_parallel=True), {"qk_norm": True}, "bfloat16", None),
+        (Layout(cp=2), {}, "float32", "no context parallelism"),
+        (Layout(tp=2), {"bias": True}, "float32", "the projection of MLASelfAttention has one"),
+        (Layout(tp=2), {"rotary_dim": None}, "float32", "always turns"),
+        (Layout(tp=2), {"interleaved": False}, "float32", "pairs of neighbours"),
+        (Layout(tp=2), {}, "float64", "float32"),
+    ],
+)
+def test_what_is_not_supported_of_latents_is_declared(
+    concept, layout, options, dtype, reason
+) -> None:
+    shape = {"vocabulary": 4, "kv_lora": 4, "head_size": 2, "rope_size": 2, "value_size": 3}
+    given = {"bias": False, "interleaved": True, "rotary_dim": 2, **options}
+    case = Case(concept=concept, layout=layout, shape=shape, options=given, dtype=dtype)
+    answer = Target().supports(case)
+    assert (answer is None) if reason is None else (answer is not None and reason in answer)
+
+
 _DEFECTS = {
     "a sum of a tensor that is not contiguous is dropped": "_reduce_of_transposed",
     "a gradient that is not contiguous is not summed": "_copy_of_transposed",
@@ -408,6 +450,8 @@ _DEFECTS = {
     "a loss per token leaves 1 / tp of an auxiliary loss": "_auxiliary_loss_per_token",
     "the key that heads share, of latents, has a rank's gradient": "_shared_key_of_latents",
     "the gradient of a norm of queries' latents is summed": "_norm_of_latents",
+    "where no token further on counts, gradients are not numbers": "_no_token_further_on",
+    "a second module of distributed recomputation raises": "_distributed_modules",
 }
 
 
@@ -520,6 +564,43 @@ def _auxiliary_loss_per_token(session, layout: Layout) -> tuple[object, object]:
     return found[0], found[1]
 
 
+def _model_ahead(layout: Layout, **options: Option) -> Case:
+    names = ("microbatches", "batch", "layers", "groups", "heads", "head_size", "ffn")
+    shape = {**dict.fromkeys(names, 2), "steps": 1, "sequence": 4, "hidden": 4, "vocabulary": 4}
+    given = {"bias": False, **AHEAD, **options}
+    return Case(concept="gpt_training", layout=layout, shape=shape, options=given, dtype="float32")
+
+
+def _trained_ahead(subject, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What is told of a step in which tokens count by `mask` [sequence]."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter, _ in subject.parameters().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    tokens = torch.arange(16).view(1, 2, 2, 4) % 4
+    return subject.forward({"tokens": tokens, "targets": tokens, "mask": mask.expand(1, 2, 2, 4)})
+
+
+def _no_token_further_on(session, layout: Layout) -> tuple[object, object]:
+    subject = session.build(_model_ahead(layout))
+    for each in (subject.config, *subject.chunks[0].modules()):
+        if hasattr(each, "calculate_per_token_loss"):
+            # The default.
+            each.calculate_per_token_loss = False
+    told = _trained_ahead(subject, torch.tensor([1, 0, 0, 0]))
+    assert told["loss"].isfinite().all()
+    return bool(told["gradient layers.mlp.fc1.weight"].isfinite().all()), True
+
+
+def _distributed_modules(session, layout: Layout) -> tuple[object, object]:
+    case = _model_ahead(layout, multi_token=2, recompute="full_distributed")
+    try:
+        _trained_ahead(session.build(case), torch.ones(4, dtype=torch.int64))
+    except RuntimeError as error:
+        return str(error).partition(":")[0], "trained"
+    return "trained", "trained"
+
+
 def _latent_gradients(session, layout: Layout) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Of every parameter of latent attention, before they are finished and after."""
     shape = {"sequence": 4, "batch": 1, "hidden": 4, "heads": 2, "kv_lora": 4, "q_lora": 4}
@@ -556,6 +637,17 @@ def _norm_of_latents(session, layout: Layout) -> tuple[object, object]:
     return after.tolist(), before.tolist()
 
 
+def _saved(layout: Layout) -> str:
+    """What comes of a state to be saved of a model with tied embeddings."""
+    with Target().session(layout) as session:
+        (chunk,) = session.build(_model_ahead(layout)).chunks
+        try:
+            chunk.sharded_state_dict(metadata={"dp_cp_group": dist.group.WORLD})
+        except AssertionError as error:
+            return "its output has a weight" if "output_layer.weight" in str(error) else str(error)
+        return "saved"
+
+
 def _observe(name: str) -> tuple[object, object]:
     layout = Layout(tp=2)
     with Target().session(layout) as session:
@@ -572,3 +664,14 @@ def test_defects_of_megatron_are_visible_through_the_target(cluster, program: st
     """Observed by hand in 0.16.1; a target that hid one of them would be wrong."""
     results = cluster.run(_observe, program, world_size=2, rank_states=_states())
     assert any(observed != wanted for observed, wanted in results), results
+
+
+@needs_megatron
+@pytest.mark.skipif(
+    importlib.util.find_spec("megatron") is not None and Target().version() != "0.16.1",
+    reason="what was observed of megatron-core 0.16.1",
+)
+def test_a_tied_model_of_stages_that_predicts_further_cannot_be_saved(cluster) -> None:
+    """The last stage has a weight of the output beside the copy of the embedding that it uses."""
+    results = cluster.run(_saved, Layout(pp=2), world_size=2, rank_states=_states())
+    assert results == ["saved", "its output has a weight"]

@@ -47,4 +47,5 @@ def _choices(config: ModelConfig) -> dict[str, str]:
     of_layer = ("heads", "groups", "head_size", "norm", "zero_centered", "activation", "rotary")
     scores = ("mask", "scale", "alibi", "layer_scaling")
     found = {name: str(getattr(layer, name)) for name in (*of_layer, *scores)}
+    found |= {"multi_token": "normalised"} if config.multi_token_normalised else {}
     return found | ({} if layer.experts is None else {"choice": str(layer.experts.choice)})

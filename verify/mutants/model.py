@@ -27,7 +27,9 @@ _NEEDED = "self.config.tied, self.config.tied or self.config.multi_token_layers 
 _LOSSES = "last.losses(h, **vars(microbatches[m]))"
 _AHEAD = "yield in_order[..., ahead.clamp(max=length - 1)], ahead < ends"
 _ONE_BY_ONE = """h = module(h, embedded, packed=packed)
-            yield module.final_norm(h), """
+            states = module.final_norm(h)
+            yield states, """
+_HANDED_ON = "h = states if self.normalised else h"
 _EMBEDDING = "            embedding_group=self.groups.embedding,\n"
 _TOLD = "return all_reduce(all_reduce(told, group=self.groups.dp_cp), group=self.groups.pp)"
 _AUXILIARY = "scale * float(tokens.clamp_min(1)) / len(microbatches)"
@@ -366,18 +368,20 @@ MULTI_TOKEN = (
         name="multi-token-each-of-the-model",
         wrong="Every depth begins with the model's hidden states, not those of the one before.",
         snippet=_ONE_BY_ONE,
-        replacement=_ONE_BY_ONE.replace("h = module", "states = module").replace(
-            "(h),", "(states),"
-        ),
+        replacement="""states = module.final_norm(module(h, embedded, packed=packed))
+            yield states, """,
     ),
     _further(
         name="multi-token-normalised-on",
         wrong="A depth hands on states that are normalised for the logits.",
-        snippet=_ONE_BY_ONE,
-        replacement=_ONE_BY_ONE.replace(
-            "module(h, embedded, packed=packed)",
-            "module.final_norm(module(h, embedded, packed=packed))",
-        ).replace("module.final_norm(h)", "h"),
+        snippet=_HANDED_ON,
+        replacement="h = states",
+    ),
+    _model(
+        name="multi-token-before-the-norm",
+        wrong="The first module is given states before the last norm, whatever it is to be given.",
+        snippet="ended if self.config.multi_token_normalised else h,",
+        replacement="h,",
     ),
     _further(
         name="multi-token-halves-exchanged",

@@ -53,6 +53,7 @@ def layouts(
     draw: st.DrawFn,
     *,
     min_cp: int = 1,
+    most_cp: int | None = None,
     min_tp: int = 1,
     min_inner: int = 1,
     levels: bool = False,
@@ -64,7 +65,10 @@ def layouts(
     assume(min_cp * min_tp <= left)
     wanted = {"cp": (1, 2, 2, 3, 4, 4) if levels else (1, 2, 2, 3, 4), "tp": (1, 1, 2, 3)}
     for axis, least, beside in (("cp", min_cp, min_tp), ("tp", min_tp, 1)):
-        fit = [size for size in wanted[axis] if least <= size <= left // beside]
+        most = left // beside
+        if axis == "cp" and most_cp is not None:
+            most = min(most, most_cp)
+        fit = [size for size in wanted[axis] if least <= size <= most]
         sizes[axis] = chosen(draw, axis, fit)
         left //= sizes[axis]
     axis = draw(st.sampled_from(("dp", "dp", "pp")))

@@ -53,7 +53,9 @@ def model_cases(
     steps: Sequence[int] = (1, 1, 2),
     one_padding: bool = False,
     plain: bool = False,
+    latent: Sequence[bool] = LATENT,
     anywhere: bool = True,
+    sequence_parallel: Sequence[bool] = (False, True),
     min_pp: int = 1,
     chunks: Sequence[int] = (1, 1, 2),
     most_chunks: int = MOST_CHUNKS,
@@ -64,9 +66,10 @@ def model_cases(
     """Cases of `gpt_training`, or of a concept with its sizes. `options` names some of training and
     the values to draw, `model` some of the model instead of those of `MODEL`; float64 is seen
     through the lens `double`; with `one_padding` the vocabulary is padded to what it would be on
-    one rank. A `plain` one has no context parallelism, no latents, and no padding at all; of its
-    experts a token chooses several, as a single share is always 1 and nothing trains it. Where
-    experts are that are not `anywhere`, `model_layouts` says."""
+    one rank. A `plain` one has no context parallelism and no padding at all, of latents some
+    features with positions; of its experts a token chooses several, as a single share is always 1
+    and nothing trains it. `latent` says whether attention is multi-latent. Where experts are that
+    are not `anywhere`, `model_layouts` says."""
     chosen(draw, CONCEPT, (concept,))
     dtype, lens = _arithmetic(draw, double, dtypes)
     choices = _Choices(draw, {**MODEL, **model})
@@ -81,6 +84,7 @@ def model_cases(
             split=not (plain or choices["attention_dropout"]),
             plain=plain,
             anywhere=anywhere,
+            sequence_parallel=sequence_parallel,
             worlds=worlds,
             algorithms=[str(each) for each in choices.values["algorithm"]],
         )
@@ -102,6 +106,7 @@ def model_cases(
             least=least,
             packed=packed,
             plain=plain,
+            latent=latent,
         )
     )
     # A whole step of Adam for a gradient of rounding errors may turn what a router decides next.
@@ -155,6 +160,7 @@ class _Choices:
             **({} if routed else {name: MODEL[name][:1] for name in ROUTED}),
             "interleaved": None if turned else (False,),
             "multi_token_scaling": None if self["multi_token"] else SCALINGS[:1],
+            "multi_token_normalised": None if self["multi_token"] else (False,),
             "pipeline": None if case.layout.vpp == 1 else PIPELINES[:1],
         }
         for name in self.values:
@@ -208,10 +214,11 @@ def _sizes(
     least: int,
     packed: int,
     plain: bool,
+    latent: Sequence[bool],
 ) -> dict[str, int]:
     """Sizes that divide as the layout asks, and no larger than that by much; rows have `least`
-    tokens or more, and room for so many `packed` sequences; some that are not `plain` have
-    latents."""
+    tokens or more, and room for so many `packed` sequences; some have latents, as `latent`
+    says."""
     tp, chunks = layout.tp, layout.pp * layout.vpp
     unit = layout.cp * (2 if placement == "zigzag" else 1)
     # Without sequence parallelism, experts share out the tokens of a tp group.
@@ -228,8 +235,8 @@ def _sizes(
         "layers": chunks * draw(st.integers(1, 2 if chunks <= 2 else 1)),
         "vocabulary": draw(st.integers(2, 9)),
     }
-    if not plain and draw(st.sampled_from(LATENT)):
-        shape |= draw(sizes_of_latents(shape["heads"]))
+    if draw(st.sampled_from(latent)):
+        shape |= draw(sizes_of_latents(shape["heads"], least=2 if plain else 1))
     if routed:
         shape["ffn"] = lcm(tp, layout.expert_tp) * draw(st.integers(1, 2))
         fewest = 2 if plain else 1

@@ -64,6 +64,7 @@ MODEL: Choices = {
     "z_loss": (0.0, 0.25),
     "multi_token": (0, 0, 0, 1, 2),
     "multi_token_scaling": SCALINGS,
+    "multi_token_normalised": _FLAGS,
     "pipeline": PIPELINES,
 }
 

@@ -41,13 +41,15 @@ def model_layouts(
     split: bool = True,
     plain: bool = False,
     anywhere: bool = True,
+    sequence_parallel: Sequence[bool] = _FLAGS,
     worlds: Sequence[int] = SMALL,
     algorithms: Sequence[str] = ALGORITHMS,
 ) -> Layout:
     """Layouts of all axes in any order, of at most one of `worlds` ranks, with one of `chunks` a
     stage; none over cp unless sequences may be `split`. One of `algorithms` is chosen later, where
-    cp is above one. A `plain` one has sequence parallelism where there are experts and tp. Experts
-    that are not `anywhere` have etp as tp where ep is one, and ep comes behind tp in the order."""
+    cp is above one. Sequence parallelism is one of `sequence_parallel`; a `plain` one has it where
+    there are experts and tp. Experts that are not `anywhere` have etp as tp where ep is one, and ep
+    comes behind tp in the order."""
     fitting = [n for n in worlds if limits().world_size(n) == n]
     left = draw(st.sampled_from(fitting or [limits().world_size(min(worlds))]))
     wanted = dict(WIDE if left > 16 else AXES if left > 2 else OF_TWO)
@@ -67,7 +69,7 @@ def model_layouts(
     if experts:
         sizes |= chosen_experts(draw, few_experts(sizes, anywhere=anywhere), tp=sizes["tp"])
     order = draw(orders(pp_last=True).filter(lambda each: anywhere or _tp_before_ep(each)))
-    parallel = (True,) if plain and experts and sizes["tp"] > 1 else _FLAGS
+    parallel = (True,) if plain and experts and sizes["tp"] > 1 else sequence_parallel
     return Layout(**sizes, order=order, sequence_parallel=chosen(draw, "sp", parallel))
 
 

@@ -6,7 +6,7 @@ What every concept's strategies have in common is in `verify.strategies.cases`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import gcd
 
 from hypothesis import strategies as st
@@ -22,6 +22,14 @@ from verify.strategies.layouts import divisors
 
 RECOMPUTED = ("full", "full_distributed", "selective")
 _FLAGS = (False, True)
+_DEFAULTS: Mapping[str, Option] = {
+    "norm": KINDS[0],
+    "activation": ACTIVATIONS[0],
+    "bias": True,
+    "interleaved": False,
+    "zero_centered": False,
+    **{name: values[0] for name, values in SCORED.items()},
+}
 # An option, its value, its default.
 Given = tuple[str, Option, Option]
 
@@ -43,13 +51,16 @@ def layer_cases(
     latent: Sequence[bool] = (False, True),
     qk_norm: Sequence[bool] = _FLAGS,
     training: bool = True,
+    plain: bool = False,
 ) -> Case:
     """Cases of a whole layer, by any algorithm of context parallelism. Groups of heads are any that
     tp divides or that divide tp.
 
     Half of them may have what few layers have: latents in the place of groups (`latent` says which
     to draw), packed sequences, zero-centred norms, other ways of scoring. The others show, also of
-    targets that have none of it, what all layers have."""
+    targets that have none of it, what all layers have. A `plain` one has no context parallelism,
+    and latents as most layers do that have them: keys that share a part which turns in pairs of
+    neighbours, and no biases."""
     concept = chosen(draw, CONCEPT, ("transformer_layer",))
     shares = chosen(draw, "attention_dropout", attention_dropout)
     algorithm = chosen(draw, "algorithm", algorithms)
@@ -57,12 +68,14 @@ def layer_cases(
         layouts(
             min_tp=min_tp,
             min_cp=min_cp,
+            most_cp=1 if plain else None,
             levels=algorithm == "hierarchical",
             sequence_parallel=sequence_parallel,
         )
     )
     case = Case(concept=concept, layout=layout)
-    placement, rich = chosen(draw, "placement", PLACEMENTS), draw(st.booleans())
+    placement = chosen(draw, "placement", PLACEMENTS)
+    rich = not plain and draw(st.booleans())
     count = chosen(draw, "packed", packed if rich else packed[:1])
     again = chosen(draw, "recompute", recompute)
     if again == "full_distributed" and layout.sequence_parallel:
@@ -70,8 +83,8 @@ def layer_cases(
     shape = draw(_layer_sizes(layout, algorithm, placement, count))
     if again == "full_distributed":
         shape["hidden"] = layout.tp * -(-shape["hidden"] // layout.tp)
-    if rich and draw(st.sampled_from(latent)):
-        shape |= draw(latents(shape["heads"]))
+    if plain or (rich and draw(st.sampled_from(latent))):
+        shape |= draw(latents(shape["heads"], least=2 if plain else 1))
     given: list[Given] = [
         ("algorithm", algorithm, ALGORITHMS[0]),
         ("placement", placement, PLACEMENTS[0]),
@@ -81,7 +94,7 @@ def layer_cases(
         ("recompute", again, ""),
         ("training", training, True),
         ("strides", chosen(draw, "strides", strides), STRIDES[0]),
-        *draw(_parts(shape, rich, qk_norm)),
+        *draw(_parts(shape, qk_norm, rich=rich, plain=plain)),
     ]
     case = dataclasses.replace(case, shape=shape)
     for option, value, default in given:
@@ -95,9 +108,10 @@ def layer_cases(
 
 @st.composite
 def _parts(
-    draw: st.DrawFn, shape: dict[str, int], rich: bool, qk_norm: Sequence[bool]
+    draw: st.DrawFn, shape: dict[str, int], qk_norm: Sequence[bool], *, rich: bool, plain: bool
 ) -> list[Given]:
-    """What the parts of a layer of these sizes are, with what few layers have if it is `rich`."""
+    """What the parts of a layer of these sizes are, with what few layers have if it is `rich`, as
+    those with latents have them if it is `plain`."""
     pairs = shape.get("rope_size", shape["head_size"]) // 2
     mask = chosen(draw, "mask", MASKS)
     window = draw(st.integers(1, shape["sequence"] + 1)) if mask == "sliding_window" else None
@@ -105,17 +119,18 @@ def _parts(
     choices: dict[str, Sequence[Option]] = {
         "norm": KINDS,
         "activation": ACTIVATIONS,
-        "bias": (True, False),
-        "interleaved": _FLAGS,
+        "bias": (False,) if plain else (True, False),
+        "interleaved": (True,) if plain else _FLAGS,
         **{name: values if rich else values[:1] for name, values in few.items()},
     }
-    turned = draw(st.sampled_from((None, *(2 * n for n in range(1, pairs + 1)))))
+    dims = [2 * n for n in range(1, pairs + 1)]
+    turned = draw(st.sampled_from(dims if plain else [None, *dims]))
     return [
         ("mask", mask, MASKS[0]),
         ("window", window, None),
         ("rotary_dim", turned, None),
         ("qk_norm", chosen(draw, "qk_norm", qk_norm), False),
-        *((name, chosen(draw, name, each), each[0]) for name, each in choices.items()),
+        *((name, chosen(draw, name, each), _DEFAULTS[name]) for name, each in choices.items()),
     ]
 
 
@@ -153,10 +168,11 @@ def grouped_heads(draw: st.DrawFn, layout: Layout, algorithm: str, *, most: int)
 
 
 @st.composite
-def latents(draw: st.DrawFn, heads: int) -> dict[str, int]:
-    """Sizes of latent attention, of latents that can be normalised, in the place of groups."""
+def latents(draw: st.DrawFn, heads: int, *, least: int = 1) -> dict[str, int]:
+    """Sizes of latent attention, of latents that can be normalised, in the place of groups, and of
+    at `least` so many features that have positions."""
     found = {"groups": heads, "kv_lora": draw(st.integers(4, 6))}
-    found |= {"rope_size": draw(st.integers(1, 4)), "value_size": draw(st.integers(1, 4))}
+    found |= {"rope_size": draw(st.integers(least, 4)), "value_size": draw(st.integers(1, 4))}
     inner = draw(st.sampled_from((0, 4, 5)))
     return found | ({"q_lora": inner} if inner else {})
 

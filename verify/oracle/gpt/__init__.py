@@ -43,7 +43,8 @@ def gpt_training(case: Case) -> Contract:
 
     An embedding that is tied, or that `multi_token` modules look tokens up in, is on the first
     stage and on the last, and starts with what the first one has. Of their losses the mean times
-    `multi_token_scaling` is trained beside the main loss.
+    `multi_token_scaling` is trained beside the main loss. Each is given the states of the one
+    before it, with `multi_token_normalised` behind their last norm, as logits are made of them.
 
     In the step that is to `overflow`, the rank with the number that the seed is modulo their number
     multiplies the gradient of what its first chunk gives by infinity. `skipped` says of each step

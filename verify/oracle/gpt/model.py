@@ -59,6 +59,7 @@ OWN = (
     *AUXILIARY,
     "multi_token",
     "multi_token_scaling",
+    "multi_token_normalised",
     "layer_scaling",
     "evaluated",
     "order",
@@ -70,8 +71,8 @@ OPTIONS = (*OWN, *LAYER, *TRAINING)
 class Model:
     """A checked case. `counts` are the layers of every chunk in the order of the model; `rule` is
     how tokens choose experts, in every `every`-th layer, None without experts. `depths` are the
-    modules of multi-token prediction, whose layers are numbered on, and `scaling` is the weight of
-    the mean of their losses."""
+    modules of multi-token prediction, whose layers are numbered on, `scaling` is the weight of the
+    mean of their losses, and `normalised` says whether they are given normalised states."""
 
     case: Case
     layer: Layer
@@ -84,13 +85,15 @@ class Model:
     counts: tuple[int, ...]
     depths: int
     scaling: float
+    normalised: bool
 
     @staticmethod
     def of(case: Case) -> Model:
         """Raises BadArgument for what cannot be computed."""
         known_options(case, *OPTIONS)
         sizes(case, *SIZES, optional=("experts", "top_k", "shared_ffn", *LATENT))
-        given = switches(case, {"tied": True, "evaluated": False, "layer_scaling": False})
+        names = {"tied": True, "evaluated": False, "layer_scaling": False}
+        given = switches(case, {**names, "multi_token_normalised": False})
         every = whole_number(case, "every", least=1) or 1
         for name in ("every", *AUXILIARY):
             if "experts" not in case.shape and name in case.options:
@@ -120,6 +123,7 @@ class Model:
             counts=_counts(case),
             depths=whole_number(case, "multi_token", least=0) or 0,
             scaling=_scaling(case),
+            normalised=given["multi_token_normalised"],
         )
 
     @cached_property

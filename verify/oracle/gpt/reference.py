@@ -153,7 +153,8 @@ class Training:
         sums = [self._sum(states, weights, targets, mask)]
         for depth in range(self.model.depths if training else 0):
             own = _members(weights, self.stacks, "multi_token.", depth)
-            h = self._further(h, tokens, depth, own, weights, kept, routers, sequences)
+            before = states if self.model.normalised else h
+            h = self._further(before, tokens, depth, own, weights, kept, routers, sequences)
             places, inside = sequences.ahead(depth + 1)
             states = self.model.layer.normalised(h, own, "final_norm.")
             counts = mask[places] * inside[:, None]

@@ -63,7 +63,7 @@ def config_of(case: Case, groups: Groups) -> ModelConfig:
         vocabulary=case.shape["vocabulary"],
         max_sequence=case.options.get("max_sequence", case.shape["sequence"]),  # type: ignore[arg-type]
         positions=case.options.get("positions", "none"),  # type: ignore[arg-type]
-        **switches(case, "tied"),
+        **switches(case, "tied", "multi_token_normalised"),
         **given,
     )
 

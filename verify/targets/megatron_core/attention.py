@@ -39,7 +39,7 @@ OPTIONS: Mapping[str, frozenset[str]] = {
     "self_attention": _SCORING | {"bias"},
     "latent_attention": (_SCORING - {"scale"}) | {"norm", "rotary", "interleaved"},
 }
-_LATENT_NAMES = {
+LATENT_NAMES = {
     "linear_q_proj": "q",
     "linear_q_down_proj": "q_down",
     "linear_q_up_proj": "q_up",
@@ -161,15 +161,14 @@ def latent_attention(case: Case) -> AttentionSubject:
     config = _config(
         case,
         values="value_size",
-        kind=MLATransformerConfig,
         hidden_size=case.shape["hidden"],
         add_bias_linear=False,
         **({} if norm == "none" else {"normalization": NORMALISATIONS[norm], "qk_layernorm": True}),
-        **_latent_sizes(case),
+        **latent_sizes(case),
     )
     module = MLASelfAttention(
         config,
-        _latent_parts(norm=IdentityOp if norm == "none" else Norm),
+        latent_parts(normalised=norm != "none"),
         int(case.options.get("layer_number") or 1),
         _mask_type(case),
     ).train(in_training(case))
@@ -179,25 +178,29 @@ def latent_attention(case: Case) -> AttentionSubject:
             output, _ = module(inputs["x"], None)
         return {"y": output}
 
-    return AttentionSubject(module, config, call, names=_LATENT_NAMES)
+    return AttentionSubject(module, config, call, names=LATENT_NAMES)
 
 
-def _latent_sizes(case: Case) -> dict[str, Any]:
-    """What a configuration says of latents: their sizes, those of heads, and plain positions."""
-    shape = case.shape
+def latent_sizes(case: Case) -> dict[str, Any]:
+    """What a configuration says of latents: its kind, their sizes, those of heads, and plain
+    positions, of all that shares the part with positions unless the case has a rotary_dim."""
+    shape, rope = case.shape, case.shape["rope_size"]
     return {
+        "kind": MLATransformerConfig,
         "q_lora_rank": shape.get("q_lora"),
         "kv_lora_rank": shape["kv_lora"],
         "qk_head_dim": shape["head_size"],
-        "qk_pos_emb_head_dim": shape["rope_size"],
+        "qk_pos_emb_head_dim": rope,
         "v_head_dim": shape["value_size"],
         "rope_type": "rope",
+        "rotary_percent": int(case.options.get("rotary_dim") or rope) / rope,
     }
 
 
-def _latent_parts(*, norm: type) -> MLASelfAttentionSubmodules:
+def latent_parts(*, normalised: bool) -> MLASelfAttentionSubmodules:
     """The parts of TransformerEngine's specification, which has narrow layers on every rank of tp,
     or what stands for them here."""
+    norm: type = Norm if normalised else IdentityOp
     return MLASelfAttentionSubmodules(
         linear_q_proj=tensor_parallel.ColumnParallelLinear,
         linear_q_down_proj=stand_ins.DuplicatedLinear,
@@ -211,11 +214,11 @@ def _latent_parts(*, norm: type) -> MLASelfAttentionSubmodules:
     )
 
 
-def _latents_lack(case: Case) -> str | None:
-    """Why there is no adapter for the latents of a case."""
+def latents_lack(case: Case, *, turned: bool) -> str | None:
+    """Why there is no adapter for the latents of a case, of which keys are `turned` or not."""
     if not stand_ins.needed():
         return "the narrow layers of TransformerEngine have a stand-in on the CPU only"
-    if not case.options.get("rotary", False):
+    if not turned:
         return "MLASelfAttention always turns by position"
     if case.layout.cp > 1:
         return "MLASelfAttention takes what a rank of cp has for a part of the sequence"
@@ -242,7 +245,7 @@ def lacks(case: Case) -> str | None:
     if options.get("magnitude", 1) != 1:
         return "its masked scores are -10000, which large scores come near"
     if case.concept == "latent_attention":
-        if reason := _latents_lack(case):
+        if reason := latents_lack(case, turned=bool(options.get("rotary", False))):
             return reason
     elif shape and shape.get("value_size", shape["head_size"]) != shape["head_size"]:
         return "DotProductAttention has one size for keys and values"

@@ -26,7 +26,6 @@ from torch.nn import Parameter
 
 from verify.case import Case
 from verify.cluster.history import mark_step
-from verify.oracle.layer import LATENT
 from verify.placement import Placements
 from verify.targets.megatron_core import stand_ins
 from verify.targets.megatron_core.experts import (
@@ -41,6 +40,15 @@ from verify.targets.megatron_core.layer import (
     layer_lacks,
     parts_of,
 )
+from verify.targets.megatron_core.multi_token import (
+    JOIN,
+    depths_of,
+    modules_lack,
+    modules_of,
+    own_rows,
+    whole,
+)
+from verify.targets.megatron_core.multi_token import name_of as name_of_module
 from verify.targets.megatron_core.norm import Norm
 from verify.targets.megatron_core.pipeline import schedule_lacks
 from verify.targets.megatron_core.random import random_states
@@ -71,6 +79,9 @@ OPTIONS: Mapping[str, frozenset[str]] = {
         "attention_dropout",
         "every",
         "dispatcher",
+        "multi_token",
+        "multi_token_scaling",
+        "multi_token_normalised",
         *AUXILIARY,
     }
 }
@@ -98,16 +109,22 @@ class GPTSubject:
         dist.all_gather_object(
             layers, self._layers(), group=parallel_state.get_pipeline_model_parallel_group()
         )
-        self.stacks = Stacks(case, self._own(), layers=layers, copied=self._tied)
+        self.stacks = Stacks(case, self._own(), layers=layers, copied=self._copied)
+        self.join = whole(self.stacks.given[JOIN]) if depths_of(case) else None
 
     def parameters(self) -> Mapping[str, tuple[Parameter, Placements]]:
         """This stage's part of every stack."""
-        return self.stacks.parameters()
+        found = dict(self.stacks.parameters())
+        if self.join is not None:
+            found[JOIN] = (self.join, self.stacks.promised[JOIN].placements)
+        return found
 
     def forward(self, inputs: Tensors) -> Tensors:
         """All steps; what is told of each, stacked."""
+        if self.join is not None:
+            self.stacks.given[JOIN] = own_rows(self.join)
         self.stacks.fill()
-        if self._tied:
+        if self._copied:
             # A copy on the last stage gets its values from the first.
             for chunk in self.chunks:
                 chunk.setup_embeddings_and_output_layer()
@@ -120,7 +137,7 @@ class GPTSubject:
             for name, value in self._step(training, mine, after).items():
                 told.setdefault(name, []).append(value)
         training.complete_parameters()
-        after.append(self.stacks.values())
+        after.append(_as_promised(self.stacks.values()))
         for name in after[0]:
             told[name] = [each[name] for each in after[1:]]
         return {name: torch.stack(values) for name, values in told.items()}
@@ -136,6 +153,11 @@ class GPTSubject:
     def _tied(self) -> bool:
         return bool(self.case.options.get("tied", True))
 
+    @property
+    def _copied(self) -> bool:
+        """Whether the last stage has the embedding too, if it is not the first."""
+        return self._tied or depths_of(self.case) > 0
+
     def _chunk(self, index: int) -> GPTModel:
         case, vp_stage = self.case, index if self.vpp > 1 else None
         shape, options = case.shape, case.options
@@ -143,10 +165,7 @@ class GPTSubject:
         block = get_gpt_decoder_block_spec(
             self.config, use_transformer_engine=False, vp_stage=vp_stage
         )
-        layers = [
-            ModuleSpec(module=TransformerLayer, submodules=parts_of(case, each.submodules.mlp))
-            for each in block.layer_specs
-        ]
+        layers = [_layer_of(case, each.submodules.mlp) for each in block.layer_specs]
         vp_size = self.config.virtual_pipeline_model_parallel_size
         first = parallel_state.is_pipeline_first_stage() and is_vp_first_stage(vp_stage, vp_size)
         last = parallel_state.is_pipeline_last_stage() and is_vp_last_stage(vp_stage, vp_size)
@@ -160,6 +179,7 @@ class GPTSubject:
             share_embeddings_and_output_weights=self._tied,
             position_embedding_type=_POSITIONS[str(options.get("positions", "none"))],
             rotary_percent=1.0 if dim is None else int(dim) / shape["head_size"],
+            mtp_block_spec=modules_of(case, _layer_of(case)) if last else None,
             vp_stage=vp_stage,
         )
 
@@ -176,7 +196,8 @@ class GPTSubject:
         """The parameters of this stage by the contract's names, of experts those of a layer."""
         own: dict[str, list[Parameter]] = {}
         for (chunk, name), parameter in self.named.items():
-            own.setdefault(self._name(chunk, name), []).append(parameter)
+            if not self._is_unused(chunk, name):
+                own.setdefault(self._name(chunk, name), []).append(parameter)
         found: dict[str, Member] = {}
         for name, each in own.items():
             if ".experts." in name:
@@ -185,9 +206,19 @@ class GPTSubject:
                 (found[name],) = each
         return found
 
+    def _is_unused(self, chunk: int, name: str) -> bool:
+        """Whether a parameter is the output's own beside a copy of the embedding that it is tied
+        to, which megatron-core makes and leaves alone: docs/findings.md."""
+        twice = depths_of(self.case) > 0 and self._tied and not self.chunks[chunk].pre_process
+        return twice and name == "output_layer.weight"
+
     def _name(self, chunk: int, name: str) -> str:
         """The contract's name of a parameter of a chunk, the same of all experts of a layer."""
         name = name.replace("decoder.final_layernorm", "final_norm")
+        if found := re.fullmatch(r"mtp\.layers\.(\d+)\.(.+)\.(\w+)", name):
+            return name_of_module(*found.groups())
+        if name == "embedding.word_embeddings.weight" and not self.chunks[chunk].pre_process:
+            return "lookup.weight"
         if not (found := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.(\w+)", name)):
             return _OUTSIDE.get(name, name)
         index, module, last = found.groups()
@@ -205,19 +236,30 @@ class GPTSubject:
 
         def finalised() -> None:
             # What the forward passes of a step have seen is what the step before has left.
-            after.append(self.stacks.values())
+            after.append(_as_promised(self.stacks.values()))
             gradients = training.gradients(self.named.values())
-            found.update(self.stacks.gradients(gradients.__getitem__, dtype=wide))
+            given = self.stacks.gradients(gradients.__getitem__, dtype=wide)
+            found.update(_as_promised(given))
 
         rate = training.rate
-        loss = training.gradients_of_step(inputs, finalised)
+        loss, *further = training.gradients_of_step(inputs, finalised)
         taken, norm = training.update()
         report = {"scale": 1.0, "skipped": float(not taken), "rates": [rate]}
         found |= {name: torch.tensor(v, dtype=torch.float64) for name, v in report.items()}
         found |= {"loss": loss, "norm": torch.tensor(norm).to(wide)}
+        found |= {"further": torch.stack(further)} if further else {}
         if self.case.options.get("evaluated", False):
             found["evaluation"] = training.evaluation(inputs)
         return found
+
+
+def _as_promised(told: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is told of stacks, of joining weights as the contract has them."""
+    return {n: whole(each).detach() if n.endswith(f" {JOIN}") else each for n, each in told.items()}
+
+
+def _layer_of(case: Case, mlp: ModuleSpec | None = None) -> ModuleSpec:
+    return ModuleSpec(module=TransformerLayer, submodules=parts_of(case, mlp))
 
 
 def _config(case: Case) -> TransformerConfig:
@@ -229,7 +271,7 @@ def _config(case: Case) -> TransformerConfig:
     if text := options.get("split"):
         stages = [["decoder"] * int(count) for count in str(text).split(",")]
         stages[0].insert(0, "embedding")
-        stages[-1].append("loss")
+        stages[-1] += [*["mtp"] * depths_of(case), "loss"]
         given["pipeline_model_parallel_layout"] = stages
     elif several:
         given["virtual_pipeline_model_parallel_size"] = layout.vpp
@@ -240,6 +282,9 @@ def _config(case: Case) -> TransformerConfig:
             "recompute_num_layers": 1,
             "distribute_saved_activations": recompute == "full_distributed",
         }
+    if depths := depths_of(case):
+        scaling = options.get("multi_token_scaling", 0.1)
+        given |= {"mtp_num_layers": depths, "mtp_loss_scaling_factor": scaling}
     if "experts" in case.shape:
         given |= {**expert_arguments(case), "moe_layer_freq": int(options.get("every", 1) or 1)}
     return layer_config(
@@ -265,8 +310,8 @@ def lacks(case: Case) -> str | None:
     options, layout, shape = case.options, case.layout, case.shape
     if "experts" in shape and (reason := _experts_lack(case)):
         return reason
-    if foreign := sorted(set(shape) & set(LATENT)):
-        return f"no adapter for {', '.join(foreign)}"
+    if reason := modules_lack(case):
+        return reason
     if layout.cp > 1:
         return "its local attention, and so the model, has no context parallelism"
     unit = layout.tp * int(options.get("multiple", 1) or 1)

@@ -18,6 +18,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_layer import (
@@ -30,7 +31,13 @@ from verify.case import Case
 from verify.oracle.context_costs import ALGORITHMS
 from verify.oracle.terms import in_training
 from verify.targets.megatron_core import stand_ins
-from verify.targets.megatron_core.attention import forked
+from verify.targets.megatron_core.attention import (
+    LATENT_NAMES,
+    forked,
+    latent_parts,
+    latent_sizes,
+    latents_lack,
+)
 from verify.targets.megatron_core.norm import NORMALISATIONS, Norm
 from verify.targets.megatron_core.random import random_states
 from verify.targets.megatron_core.subjects import ACTIVATIONS, ModuleSubject, Tensors, config_of
@@ -57,10 +64,9 @@ OPTIONS: Mapping[str, frozenset[str]] = {
     ),
 }
 NAMES = {
+    **{f"self_attention.{name}": f"attention.{each}" for name, each in LATENT_NAMES.items()},
     "input_layernorm": "input_norm",
     "self_attention.linear_qkv": "attention.qkv",
-    "self_attention.linear_proj": "attention.proj",
-    "self_attention.q_layernorm": "attention.query_norm",
     "self_attention.k_layernorm": "attention.key_norm",
     "pre_mlp_layernorm": "mlp_norm",
     "mlp.linear_fc1": "mlp.fc1",
@@ -87,7 +93,8 @@ def transformer_layer(case: Case) -> _LayerSubject:
     config = layer_config(case)
     layer = TransformerLayer(config, parts_of(case)).train(in_training(case))
     dim, turning = options.get("rotary_dim"), None
-    if dim is not None:
+    # Latent attention turns by positions of its own.
+    if dim is not None and "kv_lora" not in shape:
         interleaved = bool(options.get("interleaved", False))
         turning = RotaryEmbedding(int(dim), 1.0, rotary_interleaved=interleaved)
 
@@ -109,7 +116,9 @@ def layer_config(case: Case, **given: Any) -> TransformerConfig:
     """The configuration of the layer of a case, and what is `given` besides."""
     options, shape = case.options, case.shape
     selective = options.get("recompute") == "selective"
-    window = options.get("window")
+    window, latent = options.get("window"), "kv_lora" in shape
+    if latent:
+        given |= latent_sizes(case)
     return _config(
         case,
         "norm",
@@ -117,10 +126,10 @@ def layer_config(case: Case, **given: Any) -> TransformerConfig:
         ffn_hidden_size=shape["ffn"],
         num_attention_heads=shape["heads"],
         num_query_groups=shape["groups"],
-        kv_channels=shape["head_size"],
+        kv_channels=shape["value_size" if latent else "head_size"],
         qk_layernorm=bool(options.get("qk_norm", False)),
         add_bias_linear=bool(options.get("bias", True)),
-        rotary_interleaved=bool(options.get("interleaved", False)),
+        rotary_interleaved=bool(options.get("interleaved", False)) and not latent,
         window_size=None if window is None else (int(window) - 1, 0),
         hidden_dropout=float(options.get("hidden_dropout") or 0.0),
         attention_dropout=float(options.get("attention_dropout") or 0.0),
@@ -132,9 +141,9 @@ def layer_config(case: Case, **given: Any) -> TransformerConfig:
     )
 
 
-def _config(case: Case, kind: str, **given: Any) -> TransformerConfig:
+def _config(case: Case, option: str, **given: Any) -> TransformerConfig:
     return config_of(
-        case, normalization=NORMALISATIONS[str(case.options.get(kind, "layer"))], **given
+        case, normalization=NORMALISATIONS[str(case.options.get(option, "layer"))], **given
     )
 
 
@@ -142,25 +151,33 @@ def parts_of(case: Case, mlp: ModuleSpec | None = None) -> TransformerLayerSubmo
     """The local specification but for its norm, with `mlp` if it is not the dense one."""
     column, row = tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear
     dense = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))
-    of_heads = Norm if case.options.get("qk_norm", False) else None
-    causal = case.options.get("mask") != "full"
     return TransformerLayerSubmodules(
         input_layernorm=Norm,
-        self_attention=ModuleSpec(
-            module=SelfAttention,
-            params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
-            submodules=SelfAttentionSubmodules(
-                linear_qkv=column,
-                core_attention=DotProductAttention,
-                linear_proj=row,
-                q_layernorm=of_heads,
-                k_layernorm=of_heads,
-            ),
-        ),
+        self_attention=_attention_of(case),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=Norm,
         mlp=mlp or dense,
         mlp_bda=get_bias_dropout_add,
+    )
+
+
+def _attention_of(case: Case) -> ModuleSpec:
+    """Attention of grouped heads, or of latents if the case has them."""
+    normalised = bool(case.options.get("qk_norm", False))
+    of_heads = Norm if normalised else None
+    heads = SelfAttentionSubmodules(
+        linear_qkv=tensor_parallel.ColumnParallelLinear,
+        core_attention=DotProductAttention,
+        linear_proj=tensor_parallel.RowParallelLinear,
+        q_layernorm=of_heads,
+        k_layernorm=of_heads,
+    )
+    latent = "kv_lora" in case.shape
+    causal = case.options.get("mask") != "full"
+    return ModuleSpec(
+        module=MLASelfAttention if latent else SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
+        submodules=latent_parts(normalised=normalised) if latent else heads,
     )
 
 
@@ -185,6 +202,8 @@ def layer_lacks(case: Case) -> str | None:
     for name, values in allowed.items():
         if options.get(name, next(iter(values))) not in values:
             return f"no adapter for {name} {options[name]}"
+    if "kv_lora" in case.shape and (reason := _latents_lack(case)):
+        return reason
     if options.get("rotary_dim") is not None and case.dtype == "float64":
         return "its rotary angles are float32"
     recompute = options.get("recompute", "")
@@ -197,6 +216,12 @@ def layer_lacks(case: Case) -> str | None:
     ):
         return "it leaves it to torch what is a probability"
     return None
+
+
+def _latents_lack(case: Case) -> str | None:
+    if case.options.get("bias", True):
+        return "where an MLP has biases, the projection of MLASelfAttention has one, too"
+    return latents_lack(case, turned=case.options.get("rotary_dim") is not None)
 
 
 BUILDERS: Mapping[str, Callable[[Case], ModuleSubject]] = {

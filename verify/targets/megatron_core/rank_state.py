@@ -6,7 +6,8 @@ writes into a module would be read by the next. Found here, in every imported mo
 * names that a function declares `global`;
 * mutable module-level objects (dict, list, set, deque, an instance of the package's own classes)
   that some module of the package changes in place, through any name it is imported under;
-* class attributes that a function assigns, as `Class.attribute = ...` or `cls.attribute = ...`.
+* class attributes that a function assigns, as `Class.attribute = ...` or `cls.attribute = ...`,
+  or changes in place, also through a name of its own for them.
 
 A mutable object that no code changes is a constant and is left alone. `functools` caches and
 function attributes (a `warned` flag) are listed as shared.
@@ -54,6 +55,8 @@ class _Writes(ast.NodeVisitor):
         self.attributes: set[tuple[str, str]] = set()
         self._classes: list[str] = []
         self._depth = 0
+        # What a function calls an attribute by another name.
+        self._names: dict[str, tuple[str, str]] = {}
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         self._classes.append(node.name)
@@ -62,7 +65,9 @@ class _Writes(ast.NodeVisitor):
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         self._depth += 1
+        before, self._names = self._names, dict(self._names)
         self.generic_visit(node)
+        self._names = before
         self._depth -= 1
 
     visit_AsyncFunctionDef = visit_FunctionDef  # type: ignore[assignment]
@@ -78,6 +83,8 @@ class _Writes(ast.NodeVisitor):
     def visit_Assign(self, node: ast.Assign) -> None:
         for target in node.targets:
             self._assigned(target)
+            if isinstance(target, ast.Name):
+                self._named(target.id, node.value)
         self.generic_visit(node)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
@@ -106,6 +113,11 @@ class _Writes(ast.NodeVisitor):
             if isinstance(target.value, ast.Name) and self._depth:
                 self._attribute(target.value.id, target.attr)
 
+    def _named(self, name: str, value: ast.expr) -> None:
+        self._names.pop(name, None)
+        if isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name):
+            self._names[name] = (value.value.id, value.attr)
+
     def _attribute(self, owner: str, name: str) -> None:
         if owner == "cls" and self._classes:
             owner = self._classes[-1]
@@ -119,6 +131,8 @@ class _Writes(ast.NodeVisitor):
             return
         if isinstance(value, ast.Name):
             self.in_place.add(value.id)
+            if value.id in self._names:
+                self._attribute(*self._names[value.id])
         elif isinstance(value, ast.Attribute):
             self.in_place.add(value.attr)
             if isinstance(value.value, ast.Name):

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from verify.case import Case
+from verify.targets.megatron_core.multi_token import depths_of, losses_of
 from verify.targets.megatron_core.subjects import Tensors
 from verify.targets.megatron_core.training import (
     data_parallel_config,
@@ -66,7 +67,8 @@ class Trainer:
         return main_gradients(self.models, parameters, distributed=self.distributed)
 
     def gradients_of_step(self, inputs: Tensors, finalised: Callable[[], None]) -> Tensor:
-        """The mean loss of a step, whose gradients are finalised; `finalised` is called then."""
+        """The mean loss of a step, and those of tokens further on, [1 + depths]; gradients are
+        finalised, and `finalised` is called then."""
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -76,7 +78,7 @@ class Trainer:
             finalised()
 
         self.config.finalize_model_grads_func = finalise
-        return self._mean_loss(inputs, forward_only=False)
+        return self._mean_losses(inputs, forward_only=False)
 
     def update(self) -> tuple[bool, float]:
         """The optimizer's step: whether it was taken, and the norm of all gradients."""
@@ -92,7 +94,7 @@ class Trainer:
                 model.disable_forward_pre_hook()
             model.eval()
         with torch.no_grad():
-            loss = self._mean_loss(inputs, forward_only=True)
+            loss = self._mean_losses(inputs, forward_only=True)[0]
         for model in self.models:
             model.train()
             if gathering:
@@ -119,8 +121,8 @@ class Trainer:
             if several and self.distributed:
                 config.param_sync_func = [model.start_param_sync for model in models]
 
-    def _mean_loss(self, inputs: Tensors, *, forward_only: bool) -> Tensor:
-        """The mean loss over all tokens that count, on every rank."""
+    def _mean_losses(self, inputs: Tensors, *, forward_only: bool) -> Tensor:
+        """The mean losses over all tokens that count, on every rank."""
         count, batch, sequence = inputs["tokens"].shape
         group = parallel_state.get_data_parallel_group(True)
         tokens = inputs["mask"].sum().double()
@@ -138,7 +140,8 @@ class Trainer:
             micro_batch_size=batch,
             forward_only=forward_only,
         )
-        total = torch.stack([torch.zeros((), dtype=torch.float64), *sums]).sum()
+        depths = 0 if forward_only else depths_of(self.case)
+        total = torch.stack([torch.zeros(1 + depths, dtype=torch.float64), *sums]).sum(dim=0)
         dist.all_reduce(total, group=group)
         dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
         return total / tokens
@@ -159,11 +162,15 @@ class Trainer:
             places.expand_as(tokens),
             ahead if self.case.options.get("mask") != "full" else None,
             labels=inputs["targets"][at],
+            loss_mask=mask,
         )
+        training = torch.is_grad_enabled() and depths_of(self.case) > 0
 
         def loss(losses: Tensor) -> tuple[Tensor, ...]:
             total = (losses * mask).sum()
-            told = total.detach().double()
+            told = total.detach().double()[None]
+            if training:
+                told = torch.cat([told, losses_of(self.case, mask)])
             if self.config.calculate_per_token_loss:
                 return total, mask.sum().to(torch.int), told
             return total * means, told
