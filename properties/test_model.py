@@ -181,6 +181,7 @@ def test_mixture_of_experts(check: CheckCase, case: Case) -> None:
         model_cases(
             options={"optimizer": OPTIMIZING["optimizer"]},
             model={"hidden_dropout": (0.25, 0.1), "attention_dropout": (0.0, 0.25)},
+            worlds=(2, 2, 4),
         )
     )
 )

@@ -57,7 +57,15 @@ TRAINED: Choices = {
         "distributed",
     )
 }
-SCHEDULED: Choices = {**TRAINED, "schedule": ("linear",), "warmup": (None, 1), "decay": (3, 4)}
+# Mostly with parameters that are on their way when they are saved.
+SCHEDULED: Choices = {
+    **TRAINED,
+    "overlap": (False, True, True),
+    "distributed": (False, True, True),
+    "schedule": ("linear",),
+    "warmup": (None, 1),
+    "decay": (3, 4),
+}
 _EXPERTS = (False, True)
 
 
