@@ -17,7 +17,7 @@ _parallel = partial(_model, module="impl.data_parallel")
 _SHARED = "            copy.shared = True  # type: ignore[attr-defined]\n"
 _POSITIONS = "                placement=config.layer.placement,\n"
 _STREAM = 'self._stream = tracker.stream(stream_of(*["tp"] * parallel, "cp"))'
-_LAST = "sums = [self._sum(self.final_norm(h), targets, mask)]"
+_LAST = "ended = self.final_norm(h)"
 _LAST_NORM = """sequence_parallel=parallel,
             **made,
         )
@@ -110,7 +110,7 @@ MODEL = (
         name="model-without-last-norm",
         wrong="Logits are of states that are not normalised.",
         snippet=_LAST,
-        replacement="sums = [self._sum(h + 0.0 * self.final_norm(h), targets, mask)]",
+        replacement="ended = h + 0.0 * self.final_norm(h)",
     ),
     _model(
         name="model-last-norm-not-marked",

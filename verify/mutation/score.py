@@ -56,6 +56,9 @@ def score(
     """The document of a run of these mutants of one kind, and what came of each, by name. Raises
     HarnessError where properties cannot be surveyed, because then nothing can be said."""
     began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    for each in mutants:
+        # One that does not fit the source is told before anything is surveyed.
+        claims(each, ())
     with Pool(workers, timeout=_SECONDS_OF_A_MUTANT) as pool:
         known = _surveyed(mutants, options, pool, watcher)
         if within is not None and not shrink:
