@@ -210,7 +210,7 @@ def test_properties_take_turns_until_one_fails(monkeypatch):
     found, asked = examined(
         a=[_trial(passed, 9, ended=True)], b=[_trial(passed, 1), _trial(failed, 4)]
     )
-    assert asked == [("a", 0, 0.25), ("b", 0, 0.25), ("b", 1, 1.0)]
+    assert asked == [("a", 0, 0.25), ("b", 0, 0.25), ("b", 1, 0.25)]
     assert (found.fate, found.properties, found.examples) == (Fate.CAUGHT, ("a", "b"), 13)
     found, _ = examined(a=[_trial(passed, 1), _trial(passed, 2, ended=True)])
     assert (found.fate, found.examples) == (Fate.SURVIVED, 2)
@@ -225,7 +225,7 @@ def test_a_mutant_that_is_not_caught_in_time_is_unknown(monkeypatch):
     assert (found.fate, found.reason) == (Fate.UNKNOWN, "not caught within 0.01 s")
     # Loading alone may take as long.
     assert found.examples <= 1
-    told = _Told(a=[_trial(Verdict.PASSED, number) for number in (1, 2, 3, 4, 5)])
+    told = _Told(a=[_trial(Verdict.PASSED, number) for number in range(1, 10)])
     monkeypatch.setattr(_Present, "trials", lambda *options, **more: told)
     found = examine("impl", ["a"], RunOptions(), shrink=False, within=60.0)
     assert (found.fate, found.reason) == (Fate.UNKNOWN, "not caught within 60 s")
@@ -335,6 +335,15 @@ def test_wrong_options_are_one_line(capsys):
         code, out, error = in_process(capsys, "mutants", *arguments)
         assert (code, out, error.count("\n")) == (2, "", 1)
         assert words in error
+
+
+def test_a_mutant_that_does_not_fit_is_told_before_anything_runs(monkeypatch, capsys):
+    monkeypatch.setattr("verify.mutation.score._surveyed", lambda *given: pytest.fail("it surveys"))
+    stale = dataclasses.replace(MUTANT, snippet="there is no such line")
+    monkeypatch.setitem(CATALOGUE["impl"], MUTANT.name, stale)
+    code, _, error = in_process(capsys, "mutants", "--name", MUTANT.name)
+    assert code != 0
+    assert f"mutant {MUTANT.name}: its snippet occurs 0 times" in error
 
 
 def test_lines_are_seen_of_ranks_and_of_what_runs_here():
