@@ -22,7 +22,7 @@ from verify.errors import BadArgument
 from verify.mutants import CATALOGUE
 from verify.mutants.generated import generate
 from verify.mutants.packages import modules_of
-from verify.mutation.claims import claims
+from verify.mutation.claims import Claim, claims
 from verify.mutation.document import complaints, describe, validate
 from verify.mutation.lines import Lines
 from verify.mutation.outcome import Fate, Outcome, _Present, examine
@@ -103,16 +103,30 @@ def test_the_number_of_workers():
             number_of_workers(wrong)
 
 
+def named(mutant, surveyed):
+    """The properties about a mutant, in their order."""
+    return [each.property for each in claims(mutant, surveyed)]
+
+
+def some(number):
+    """The first examples of a property."""
+    return frozenset(range(number))
+
+
 def test_properties_about_a_mutant_come_before_costly_and_rare_ones():
     rare = Surveyed("rare", 10, 1.0, Counter(row_linear=1, copy_to_tp=9))
     often = Surveyed("often", 10, 1.0, Counter(row_linear=10))
     costly = Surveyed("costly", 10, 3.0, Counter(tp_mlp=10))
     other = Surveyed("other", 10, 1.0, Counter(copy_to_tp=10))
     empty = Surveyed("empty")
-    assert claims(MUTANT, [rare, other, empty, costly, often]) == ["often", "costly", "rare"]
+    assert named(MUTANT, [rare, other, empty, costly, often]) == ["often", "costly", "rare"]
+    # What one check cannot see, another may.
+    again = dataclasses.replace(often, property="again", seconds=2.0)
+    kept = dataclasses.replace(costly, property="kept", check="memory")
+    assert named(MUTANT, [again, kept, often]) == ["often", "kept", "again"]
     line = (GENERATED.module, GENERATED.lines[0])
-    reached = [Surveyed("a", 2, 1.0, Counter(), Counter({line: 1})), Surveyed("b", 2, 1.0)]
-    assert claims(GENERATED, reached) == ["a"]
+    reached = [Surveyed("a", 2, 1.0, Counter(), {line: some(1)}), Surveyed("b", 2, 1.0)]
+    assert named(GENERATED, reached) == ["a"]
 
 
 def test_those_come_first_that_reach_what_a_mutant_changes():
@@ -122,16 +136,19 @@ def test_those_come_first_that_reach_what_a_mutant_changes():
     concepts = Counter(row_linear=10)
     never = Surveyed("never", 10, 0.1, concepts)
     seldom, often = (
-        Surveyed(name, 10, 1.0, concepts, Counter({(MUTANT.module, line): count}))
+        Surveyed(name, 10, 1.0, concepts, {(MUTANT.module, line): some(count)})
         for name, count in (("seldom", 1), ("often", 9))
     )
     other = Surveyed("other", 10, 0.1, Counter(copy_to_tp=10), often.lines)
-    assert claims(MUTANT, [never, seldom, other, often]) == ["often", "seldom", "never"]
+    assert named(MUTANT, [never, seldom, other, often]) == ["often", "seldom", "never"]
+    # Where most examples reach it, none of them is worth more than another.
+    telling = {each.property: each.telling for each in claims(MUTANT, [never, seldom, often])}
+    assert telling == {"often": frozenset(), "seldom": {0}, "never": frozenset()}
 
 
 def test_the_lines_of_every_mutant_are_found():
     for mutant in CATALOGUE["impl"].values():
-        assert claims(mutant, [Surveyed("any", 1, 1.0, Counter(mutant.caught_by))]) == ["any"]
+        assert named(mutant, [Surveyed("any", 1, 1.0, Counter(mutant.caught_by))]) == ["any"]
 
 
 def test_of_a_condition_for_a_refusal_those_come_first_that_are_refused():
@@ -141,20 +158,20 @@ def test_of_a_condition_for_a_refusal_those_come_first_that_are_refused():
     assert source.splitlines()[line].strip().startswith("raise ")
     concepts = Counter(dict.fromkeys(mutant.caught_by, 10))
     fits, refused = (
-        Surveyed(name, 10, 1.0, concepts, Counter({(mutant.module, line + n): 10 for n in reached}))
+        Surveyed(name, 10, 1.0, concepts, {(mutant.module, line + n): some(10) for n in reached})
         for name, reached in (("fits", (0,)), ("refused", (0, 1)))
     )
-    assert claims(mutant, [fits, refused]) == ["refused", "fits"]
+    assert named(mutant, [fits, refused]) == ["refused", "fits"]
 
 
 def test_only_examples_that_are_refused_tell_whether_a_refusal_is_left_out():
     mutant = next(m for m in generate("impl", ("dropout",)) if m.family == "accept")
-    raising = Counter({(mutant.module, mutant.lines[0] + 1): 1})
-    fits = Surveyed("fits", 10, 1.0, Counter(), Counter({(mutant.module, mutant.lines[0]): 10}))
+    raising = {(mutant.module, mutant.lines[0] + 1): some(1)}
+    fits = Surveyed("fits", 10, 1.0, Counter(), {(mutant.module, mutant.lines[0]): some(10)})
     refuses = dataclasses.replace(fits, property="refuses", refusals=1)
-    raises = dataclasses.replace(fits, property="raises", lines=fits.lines + raising)
-    assert claims(mutant, [fits, refuses, raises]) == ["raises", "refuses"]
-    assert claims(dataclasses.replace(mutant, family="flip"), [fits]) == ["fits"]
+    raises = dataclasses.replace(fits, property="raises", lines={**fits.lines, **raising})
+    assert named(mutant, [fits, refuses, raises]) == ["raises", "refuses"]
+    assert named(dataclasses.replace(mutant, family="flip"), [fits]) == ["fits"]
 
 
 def test_the_lines_of_a_mutant_are_those_it_changes():
@@ -175,8 +192,12 @@ def test_an_example_that_ran_is_drawn_and_does_not_run_again():
         whole = trials.run(name, target="impl")
         first = trials.run(name, target="impl", within=0.0)
         rest = trials.run(name, target="impl", after=1)
+        two = trials.run(name, target="impl", only={1, 3})
     assert (whole.ended, first.ended, rest.ended) == (True, False, True)
     assert (first.record.examples, rest.record.examples) == (1, 6)
+    assert (whole.ran, first.ran, rest.ran, two.ran) == (6, 1, 5, 2)
+    assert (two.ended, two.record.examples) == (False, 4)
+    assert 0 < two.record.compared < whole.record.compared
     assert rest.record.digest == whole.record.digest
     assert 0 < rest.record.compared == whole.record.compared - first.record.compared
 
@@ -187,33 +208,41 @@ class _Told:
     def __init__(self, **trials):
         self.trials, self.asked = {name: list(each) for name, each in trials.items()}, []
 
-    def run(self, name, *, target, after, within):
-        self.asked.append((name, after, within))
+    def run(self, name, *, target, after, within, only):
+        self.asked.append((name, after, only or within))
         return self.trials[name].pop(0)
 
 
-def _trial(verdict, examples, *, ended=False, reason=""):
+def _trial(verdict, examples, *, ran=1, ended=False, reason=""):
     record = dataclasses.replace(
         FAILED, verdict=verdict, examples=examples, reason=reason, findings=()
     )
-    return Trial(record, 0.5, ended)
+    return Trial(record, 0.5, ended, ran)
 
 
 def test_properties_take_turns_until_one_fails(monkeypatch):
     passed, failed, unknown = Verdict.PASSED, Verdict.FAILED, Verdict.UNKNOWN
 
-    def examined(**trials):
+    def examined(telling=frozenset(), **trials):
         told = _Told(**trials)
         monkeypatch.setattr(_Present, "trials", lambda *options, **more: told)
-        return examine("impl", list(trials), RunOptions(), shrink=False), told.asked
+        claimed = [Claim(name, telling if name == "b" else frozenset()) for name in trials]
+        return examine("impl", claimed, RunOptions(), shrink=False), told.asked
 
     found, asked = examined(
-        a=[_trial(passed, 9, ended=True)], b=[_trial(passed, 1), _trial(failed, 4)]
+        a=[_trial(passed, 9, ran=9, ended=True)], b=[_trial(passed, 1), _trial(failed, 4, ran=3)]
     )
     assert asked == [("a", 0, 0.25), ("b", 0, 0.25), ("b", 1, 0.25)]
     assert (found.fate, found.properties, found.examples) == (Fate.CAUGHT, ("a", "b"), 13)
     found, _ = examined(a=[_trial(passed, 1), _trial(passed, 2, ended=True)])
     assert (found.fate, found.examples) == (Fate.SURVIVED, 2)
+    # What few examples reach is looked at with these, before anything has its turn.
+    found, asked = examined(some(2), a=[], b=[_trial(failed, 2, ran=2)])
+    assert (found.fate, found.examples, asked) == (Fate.CAUGHT, 2, [("b", 0, some(2))])
+    seen = [_trial(passed, 2, ran=2), _trial(passed, 3, ran=3, ended=True)]
+    found, asked = examined(some(2), b=seen)
+    assert (found.fate, found.examples) == (Fate.SURVIVED, 5)
+    assert asked == [("b", 0, some(2)), ("b", 0, 0.25)]
     broken = _trial(unknown, 3, ended=True, reason="it broke")
     found, asked = examined(a=[broken], b=[_trial(passed, 5, ended=True)])
     assert (found.fate, found.reason, len(asked)) == (Fate.UNKNOWN, "a: it broke", 2)
@@ -221,16 +250,17 @@ def test_properties_take_turns_until_one_fails(monkeypatch):
 
 def test_a_mutant_that_is_not_caught_in_time_is_unknown(monkeypatch):
     names = ["mlp.output_and_gradients", "linear.row_parallel"]
-    found = examine("impl", names, RunOptions(), shrink=False, within=0.01)
+    claimed = list(map(Claim, names))
+    found = examine("impl", claimed, RunOptions(), shrink=False, within=0.01)
     assert (found.fate, found.reason) == (Fate.UNKNOWN, "not caught within 0.01 s")
     # Loading alone may take as long.
     assert found.examples <= 1
     told = _Told(a=[_trial(Verdict.PASSED, number) for number in range(1, 10)])
     monkeypatch.setattr(_Present, "trials", lambda *options, **more: told)
-    found = examine("impl", ["a"], RunOptions(), shrink=False, within=60.0)
+    found = examine("impl", [Claim("a")], RunOptions(), shrink=False, within=60.0)
     assert (found.fate, found.reason) == (Fate.UNKNOWN, "not caught within 60 s")
     monkeypatch.undo()
-    soon = examine("impl@row-bias-before-sum", names[1:], RunOptions(), shrink=False, within=60.0)
+    soon = examine("impl@row-bias-before-sum", claimed[1:], RunOptions(), shrink=False, within=60.0)
     assert soon.fate is Fate.CAUGHT
 
 

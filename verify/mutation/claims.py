@@ -7,7 +7,9 @@ names, and the lines of the target that a mutant changes. Nothing is kept by han
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from verify.mutants.generated import Generated
 from verify.mutants.mutant import Mutant
@@ -15,18 +17,33 @@ from verify.mutants.operators.conditions import accept
 from verify.mutants.packages import modules_of
 from verify.mutation.trials import Surveyed
 
+NONE: frozenset[int] = frozenset()
+# What at most so many of the examples reach is worth a look at these, before all others.
+_RARE = 1 / 2
 
-def claims(mutant: Mutant | Generated, surveyed: Iterable[Surveyed]) -> list[str]:
+
+@dataclass(frozen=True)
+class Claim:
+    """A property about a mutant. `telling` are the numbers of those of its first examples that
+    reach what is changed, where few do."""
+
+    property: str
+    telling: frozenset[int] = NONE
+
+
+def claims(mutant: Mutant | Generated, surveyed: Iterable[Surveyed]) -> list[Claim]:
     """The properties about a mutant. Those come first whose examples reach what it changes, or, of
-    a condition for a refusal, are refused; and among these of which most do and that cost least.
+    a condition for a refusal, are refused; and among these, by turns of the checks they are asked,
+    those of which most do and that cost least.
     Those about a hand-made one have cases of its concepts, whatever they reach. Where a refusal is
     left out, those are about it whose examples are refused and reach its module: in others its
     condition does not hold."""
     lines = _lines_of(mutant)
     refusing = _refusals(mutant, lines)
-    found: list[tuple[bool, bool, float, int, str]] = []
-    for number, each in enumerate(surveyed):
-        reached, refused = (_most(each, mutant.module, some) for some in (lines, refusing))
+    found: list[tuple[bool, bool, float, str, Claim]] = []
+    for each in surveyed:
+        telling, raising = (_reaching(each, mutant.module, some) for some in (lines, refusing))
+        reached, refused = len(telling), len(raising)
         about = reached
         if isinstance(mutant, Mutant):
             about = sum(each.concepts[concept] for concept in mutant.caught_by)
@@ -35,8 +52,23 @@ def claims(mutant: Mutant | Generated, surveyed: Iterable[Surveyed]) -> list[str
         if about:
             share = (min(about, refused or reached) or about) / each.examples
             cost = each.seconds / share
-            found.append((not reached, not refused, cost, number, each.property))
-    return [name for *_, name in sorted(found)]
+            rare = raising or telling
+            claim = Claim(each.property, rare if len(rare) <= _RARE * each.examples else NONE)
+            found.append((not reached, not refused, cost, each.check, claim))
+    return _by_turns(sorted(found, key=lambda each: each[:3]))
+
+
+def _by_turns(found: Iterable[tuple[bool, bool, float, str, Claim]]) -> list[Claim]:
+    """Of those that are as near, the first of each check, then the second of each, and so on: what
+    one check cannot see, another may."""
+    before = Counter[tuple[bool, bool, str]]()
+    turns: list[tuple[bool, bool, int, int]] = []
+    claimed: list[Claim] = []
+    for far, fits, _, check, claim in found:
+        turns.append((far, fits, before[far, fits, check], len(claimed)))
+        before[far, fits, check] += 1
+        claimed.append(claim)
+    return [claimed[number] for *_, number in sorted(turns)]
 
 
 def _leaves_out_a_refusal(mutant: Mutant | Generated) -> bool:
@@ -63,9 +95,10 @@ def _refusals(mutant: Mutant | Generated, lines: Sequence[int]) -> list[int]:
     ]
 
 
-def _most(surveyed: Surveyed, module: str, lines: Sequence[int]) -> int:
-    """How many examples reach one of these lines."""
-    return max((surveyed.lines[module, line] for line in lines), default=0)
+def _reaching(surveyed: Surveyed, module: str, lines: Sequence[int]) -> frozenset[int]:
+    """Which examples reach the line that most do, of these."""
+    found = (surveyed.lines.get((module, line), NONE) for line in lines)
+    return max(found, key=len, default=NONE)
 
 
 @functools.cache

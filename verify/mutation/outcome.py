@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from verify.errors import BadArgument, HarnessError
+from verify.mutation.claims import Claim
 from verify.mutation.trials import Surveyed, Trials
 from verify.runner.options import RunOptions
 from verify.runner.record import Record
@@ -53,19 +54,20 @@ class Outcome:
 
 def examine(
     target: str,
-    properties: Sequence[str],
+    claimed: Sequence[Claim],
     options: RunOptions,
     *,
     shrink: bool,
     within: float | None = None,
 ) -> Outcome:
-    """Run the properties on a target that has a mutant in it, up to the first that fails, or until
-    so many seconds have passed.
+    """Run properties on a target that has a mutant in it, up to the first that fails, or until so
+    many seconds have passed.
 
-    They take turns, in rounds that are longer each time: most mutants show at once, if not in the
-    first property, and what takes long for an example must not keep others waiting.
+    First run the examples that are known to reach what is changed, where few do. Then the
+    properties take turns, in rounds that are longer each time: most mutants show at once, if not in
+    the first property, and what takes long for an example must not keep others waiting.
     """
-    if not properties:
+    if not claimed:
         return Outcome(fate=Fate.UNKNOWN, reason="no property is about it")
     trials = _Present.trials(options, shrink=shrink)
     began = time.monotonic()
@@ -74,46 +76,62 @@ def examine(
     except (BadArgument, HarnessError) as error:
         return Outcome(fate=Fate.UNKNOWN, reason=str(error))
     examples: dict[str, int] = {}
+    ran = 0
     verdicts: list[Verdict] = []
     reasons: list[str] = []
     ended: set[str] = set()
     most = math.inf if within is None else within
-    for turn in (*_ROUNDS, math.inf):
-        for name in [each for each in properties if each not in ended]:
+    aimed = [each for each in claimed if each.telling]
+    for turn, asked in ((math.inf, aimed), *((each, claimed) for each in (*_ROUNDS, math.inf))):
+        for claim in [each for each in asked if each.property not in ended]:
+            name = claim.property
             so_far, after = time.monotonic() - began, examples.get(name, 0)
             if so_far > most:
                 break
-            trial = trials.run(name, target=target, after=after, within=min(turn, most - so_far))
-            examples[name] = trial.record.examples
+            trial = trials.run(
+                name,
+                target=target,
+                after=after,
+                within=min(turn, most - so_far),
+                only=claim.telling if asked is aimed else None,
+            )
+            # What is aimed at runs once more in its turn.
+            examples[name] = 0 if asked is aimed else trial.record.examples
+            ran += trial.ran
             if trial.record.verdict is Verdict.FAILED:
                 others = [each for each in examples if each != name]
                 return Outcome(
                     fate=Fate.CAUGHT,
                     properties=(*others, name),
-                    examples=sum(examples.values()),
+                    examples=ran,
                     seconds=so_far + trial.seconds,
                     record=trial.record,
                 )
+            if asked is aimed:
+                continue
             verdicts.append(trial.record.verdict)
             if trial.record.verdict is Verdict.UNKNOWN:
                 reasons.append(f"{name}: {trial.record.reason}")
             if trial.ended:
                 ended.add(name)
-    if ended != set(properties):
+    if ended != {each.property for each in claimed}:
         reasons.insert(0, f"not caught within {most:g} s")
     survived = not reasons and worst(verdicts) is Verdict.PASSED
     return Outcome(
         fate=Fate.SURVIVED if survived else Fate.UNKNOWN,
         properties=tuple(examples),
-        examples=sum(examples.values()),
+        examples=ran,
         seconds=time.monotonic() - began,
         reason="\n".join(reasons) or ("" if survived else "no property supports it"),
     )
 
 
-def survey(name: str, options: RunOptions, *, target: str, trace: str | None) -> Surveyed:
-    """What the examples of a property are about."""
-    return _Present.trials(options, trace=trace).survey(name, target=target)
+def survey(
+    name: str, options: RunOptions, *, target: str, trace: str | None, examples: int
+) -> Surveyed:
+    """What the first examples of a property are about."""
+    trials = _Present.trials(options, trace=trace)
+    return trials.survey(name, target=target, examples=examples)
 
 
 class _Present:

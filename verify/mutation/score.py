@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -13,7 +12,7 @@ from verify.errors import HarnessError
 from verify.mutants.equivalent import Equivalents
 from verify.mutants.generated import Generated
 from verify.mutants.mutant import Mutant
-from verify.mutation.claims import claims
+from verify.mutation.claims import Claim, claims
 from verify.mutation.document import describe
 from verify.mutation.outcome import Fate, Outcome, examine, survey
 from verify.mutation.pool import Lost, Pool
@@ -98,10 +97,11 @@ def _surveyed(
         if not options.suites or suite.name in options.suites
     ]
     traced = len(mutants) >= _SEVERAL or any(isinstance(each, Generated) for each in mutants)
-    fewer = min(options.max_examples, _TRACED if traced else _DRAWN)
-    looking = dataclasses.replace(options, max_examples=fewer)
-    trace = TARGET if traced else None
-    tasks = {name: partial(survey, name, looking, target=TARGET, trace=trace) for name in names}
+    examples, trace = (_TRACED, TARGET) if traced else (_DRAWN, None)
+    tasks = {
+        name: partial(survey, name, options, target=TARGET, trace=trace, examples=examples)
+        for name in names
+    }
     watcher.phase("properties to survey", len(names))
     found: dict[str, Surveyed] = {}
     for name, result in pool.run(tasks, started=watcher.begun):
@@ -113,7 +113,7 @@ def _surveyed(
 
 
 def _outcomes(
-    by_mutant: dict[str, list[str]],
+    by_mutant: dict[str, list[Claim]],
     options: RunOptions,
     shrink: bool,
     within: float | None,
@@ -121,10 +121,8 @@ def _outcomes(
     watcher: Watcher,
 ) -> Iterator[tuple[str, Outcome]]:
     tasks: dict[str, Callable[[], Outcome]] = {
-        name: partial(
-            examine, f"{TARGET}@{name}", properties, options, shrink=shrink, within=within
-        )
-        for name, properties in by_mutant.items()
+        name: partial(examine, f"{TARGET}@{name}", claimed, options, shrink=shrink, within=within)
+        for name, claimed in by_mutant.items()
     }
     watcher.phase("mutants", len(tasks))
     for name, result in pool.run(tasks, started=watcher.begun):

@@ -7,8 +7,8 @@ import inspect
 import math
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -37,26 +37,28 @@ _SECONDS_OF_A_RUN = 20.0
 
 @dataclass(frozen=True)
 class Surveyed:
-    """What the examples of a property are about: how many there were, and how many of them draw
-    each concept, reach each line of the target and are to be refused; `seconds` is what an example
-    takes."""
+    """What the examples of a property are about: how many there were, how many of them draw each
+    concept and are to be refused, and which, by number, reach each line of the target; `seconds` is
+    what an example takes, and `check` what is mostly asked of one."""
 
     property: str
     examples: int = 0
     seconds: float = 0.0
     concepts: Counter[str] = field(default_factory=Counter)
-    lines: Counter[Line] = field(default_factory=Counter)
+    lines: Mapping[Line, frozenset[int]] = field(default_factory=dict)
     refusals: int = 0
+    check: str = ""
 
 
 @dataclass(frozen=True)
 class Trial:
     """What came of a property: its record, the seconds until its first failure or until it stopped,
-    and whether nothing of it is left to run."""
+    whether nothing of it is left to run, and how many examples did, not only drawn."""
 
     record: Record
     seconds: float
     ended: bool
+    ran: int
 
 
 class _Enough(BaseException):
@@ -96,12 +98,21 @@ class Trials:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def run(self, name: str, *, target: str, after: int = 0, within: float = math.inf) -> Trial:
+    def run(
+        self,
+        name: str,
+        *,
+        target: str,
+        after: int = 0,
+        within: float = math.inf,
+        only: Set[int] | None = None,
+    ) -> Trial:
         """What comes of a property on a target. Its first `after` examples, which ran before, are
         drawn and do not run again; with `within` it stops before the first that would begin later
-        than so many seconds after the others, and runs at least one."""
+        than so many seconds after the others, and runs at least one. With `only` just examples of
+        these numbers run."""
         began = time.monotonic()
-        stamps = [began]
+        stamps, ran = [began], set[int]()
         recorder = Recorder(
             name, must_check=True, on_example=lambda *told: stamps.append(time.monotonic())
         )
@@ -109,11 +120,14 @@ class Trials:
         def check(which: str, case: Case) -> None:
             if recorder.steering.active and not self.limits.excludes(case):
                 count = recorder.examples
-                if count < after:
+                if only is not None and count > max(only, default=-1):
+                    raise _Enough
+                if count < after or (only is not None and count not in only):
                     recorder.reached(which, case)
                     return
                 if count > after and stamps[-1] > stamps[after] + within:
                     raise _Enough
+                ran.add(count)
             check_case(
                 which,
                 case,
@@ -125,16 +139,20 @@ class Trials:
 
         error = _called(self._function(name), check, recorder)
         ended = not isinstance(error, _Enough)
-        return Trial(recorder.conclude(error if ended else None), stamps[-1] - began, ended)
+        record = recorder.conclude(error if ended else None)
+        return Trial(record, stamps[-1] - began, ended, len(ran))
 
-    def survey(self, name: str, *, target: str) -> Surveyed:
-        """What a property's examples are about. They run on the target if lines are traced, and
-        are only drawn otherwise."""
-        found, checks = Surveyed(name), Counter[str]()
+    def survey(self, name: str, *, target: str, examples: int) -> Surveyed:
+        """What the first examples of a property are about. They run on the target if lines are
+        traced, and are only drawn otherwise."""
+        concepts, checks = Counter[str](), Counter[str]()
+        reached: dict[Line, set[int]] = defaultdict(set)
         recorder = Recorder(name, must_check=True, on_example=lambda *told: None)
 
         def check(which: str, case: Case) -> None:
-            found.concepts[case.concept] += 1
+            if recorder.examples >= examples:
+                raise _Enough
+            concepts[case.concept] += 1
             checks[which] += 1
             if self.lines is None:
                 return
@@ -147,19 +165,27 @@ class Trials:
                 limits=self.limits,
                 recorder=recorder,
             )
-            found.lines.update(self.lines.reached)
+            for line in self.lines.reached:
+                reached[line].add(recorder.examples)
 
         began = time.monotonic()
         # Its import is nobody's example.
         load_target(target)
         error = _called(self._function(name), check, recorder)
-        if error is not None:
+        if error is not None and not isinstance(error, _Enough):
             raise error
-        count = sum(found.concepts.values())
+        count = sum(concepts.values())
         seconds = (time.monotonic() - began) / max(count, 1)
         # One law of groups asks for what there is not.
         refusals = sum(checks[each] for each in (*REFUSED, "groups"))
-        return Surveyed(name, count, seconds, found.concepts, found.lines, refusals)
+        # Most lines have one of a few sets.
+        kept: dict[frozenset[int], frozenset[int]] = {}
+        lines = {
+            line: kept.setdefault(numbers, numbers)
+            for line, numbers in ((line, frozenset(each)) for line, each in reached.items())
+        }
+        mostly = max(checks, key=lambda each: checks[each], default="")
+        return Surveyed(name, count, seconds, concepts, lines, refusals, mostly)
 
     def _function(self, name: str) -> Callable[..., Any]:
         suite, _, function = name.partition(".")
