@@ -133,9 +133,9 @@ def test_end_to_end(check: CheckCase, case: Case) -> None:
     )
 )
 def test_on_two_ranks(check: CheckCase, case: Case) -> None:
-    """Laws 1 to 3 and 5. Must catch: what shows where one axis is split in two, sooner than among
-    many ranks: tokens, targets or positions of others; an embedding that is dropped alike; a norm
-    that is not there, or not summed; gradients of the step before."""
+    """Laws 1 to 3 and 5 to 7. Must catch: what shows where one axis is split in two, sooner than
+    among many ranks: tokens, targets or positions of others; an embedding that is dropped alike; a
+    norm that is not there, or not summed; gradients of the step before."""
     check("equivalence", case)
 
 

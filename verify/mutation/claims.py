@@ -62,13 +62,11 @@ def _by_turns(found: Iterable[tuple[bool, bool, float, str, Claim]]) -> list[Cla
     """Of those that are as near, the first of each check, then the second of each, and so on: what
     one check cannot see, another may."""
     before = Counter[tuple[bool, bool, str]]()
-    turns: list[tuple[bool, bool, int, int]] = []
-    claimed: list[Claim] = []
+    turns: list[tuple[bool, bool, int, Claim]] = []
     for far, fits, _, check, claim in found:
-        turns.append((far, fits, before[far, fits, check], len(claimed)))
+        turns.append((far, fits, before[far, fits, check], claim))
         before[far, fits, check] += 1
-        claimed.append(claim)
-    return [claimed[number] for *_, number in sorted(turns)]
+    return [claim for *_, claim in sorted(turns, key=lambda each: each[:3])]
 
 
 def _leaves_out_a_refusal(mutant: Mutant | Generated) -> bool:

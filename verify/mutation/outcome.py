@@ -17,8 +17,8 @@ from verify.runner.record import Record
 from verify.targets import load_target
 from verify.verdict import Verdict, worst
 
-# The seconds of a property in each round but the last, which has all its examples. Each is as long
-# as all before, so that none waits for twice what it would take alone, and another one each.
+# The seconds of a property in each round but the last, which has all its examples. A round is as
+# long as all before it: others have at most about twice the time that the one needs which fails.
 _ROUNDS = (0.25, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
@@ -81,10 +81,11 @@ def examine(
     reasons: list[str] = []
     ended: set[str] = set()
     most = math.inf if within is None else within
-    aimed = [each for each in claimed if each.telling]
-    for turn, asked in ((math.inf, aimed), *((each, claimed) for each in (*_ROUNDS, math.inf))):
-        for claim in [each for each in asked if each.property not in ended]:
+    for turn, aiming in ((math.inf, True), *((each, False) for each in (*_ROUNDS, math.inf))):
+        for claim in claimed:
             name = claim.property
+            if name in ended or (aiming and not claim.telling):
+                continue
             so_far, after = time.monotonic() - began, examples.get(name, 0)
             if so_far > most:
                 break
@@ -93,10 +94,10 @@ def examine(
                 target=target,
                 after=after,
                 within=min(turn, most - so_far),
-                only=claim.telling if asked is aimed else None,
+                only=claim.telling if aiming else None,
             )
             # What is aimed at runs once more in its turn.
-            examples[name] = 0 if asked is aimed else trial.record.examples
+            examples[name] = 0 if aiming else trial.record.examples
             ran += trial.ran
             if trial.record.verdict is Verdict.FAILED:
                 others = [each for each in examples if each != name]
@@ -107,7 +108,7 @@ def examine(
                     seconds=so_far + trial.seconds,
                     record=trial.record,
                 )
-            if asked is aimed:
+            if aiming:
                 continue
             verdicts.append(trial.record.verdict)
             if trial.record.verdict is Verdict.UNKNOWN:

@@ -129,9 +129,9 @@ def losses_of(case: Case, mask: Tensor) -> Tensor:
     """The sum of the losses of every depth in the last forward pass of this stage, where they count
     by `mask` [batch, sequence], in float64: megatron-core tells their means, and adds them up."""
     means = MTPLossLoggingHelper.tracker["values"].double()
-    counts = [mask[:, depth:].sum() for depth in range(1, 1 + depths_of(case))]
+    counts = torch.stack([mask[:, depth:].sum() for depth in range(1, 1 + depths_of(case))])
     # A mean of nothing is not a number.
-    found = torch.where(torch.stack(counts) > 0, means * torch.stack(counts), 0.0)
+    found = torch.where(counts > 0, means * counts, 0.0)
     MTPLossLoggingHelper.clean_loss_in_tracker()
     return found
 
