@@ -102,7 +102,11 @@ def test_communication_and_memory(check: CheckCase, case: Case) -> None:
 
 @given(
     case=layer_cases(
-        recompute=("", "selective"), qk_norm=(False,), latent=(False,), lenses=("fp64",)
+        recompute=("", "selective"),
+        qk_norm=(False,),
+        rotary=(False, False, True),
+        latent=(False,),
+        lenses=("fp64",),
     )
 )
 def test_what_is_kept(check: CheckCase, case: Case) -> None:

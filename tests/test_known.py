@@ -153,9 +153,26 @@ def test_a_known_failure_does_not_fail_a_run_and_stays_in_its_report(listed, pyt
         {"reason": "no sum", "reference": "here", "state": "fails"}
     ]
     assert document["failures"][0]["verdict"] == "failed (known)"
-    assert read(pytester.path / "out/failures/fake.equivalence.json")["failures"][0]["findings"]
+    assert failure(pytester)["findings"]
     assert "failed (known)" in (pytester.path / "out/index.html").read_text()
     result.stdout.fnmatch_lines(["*fake.equivalence*failed (known)*"])
+
+
+def test_a_known_failure_hides_none_that_comes_after_it(listed, pytester):
+    result = listed("no sum", "--max-examples", "30", words=["the sum over tp"])
+    assert result.ret == 0
+    assert row(pytester, "fake.equivalence")["examples"] == 30
+    (known,) = failure(pytester)["findings"]
+    assert known["case"]["layout"]["tp"] > 1
+    also = EQUIVALENCE + '    assert case.layout.tp < 3, "something else"\n'
+    result = listed("no sum", "--max-examples", "30", source=also, words=["the sum over tp"])
+    assert result.ret == 1
+    assert row(pytester, "fake.equivalence")["known"][0]["state"] == "fails"
+    assert "something else" in failure(pytester)["reason"]
+
+
+def failure(pytester):
+    return read(pytester.path / "out/failures/fake.equivalence.json")["failures"][0]
 
 
 def test_another_failure_of_the_same_property_fails(listed, pytester):

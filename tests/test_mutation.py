@@ -142,8 +142,11 @@ def test_those_come_first_that_reach_what_a_mutant_changes():
     other = Surveyed("other", 10, 0.1, Counter(copy_to_tp=10), often.lines)
     assert named(MUTANT, [never, seldom, other, often]) == ["often", "seldom", "never"]
     # Where most examples reach it, none of them is worth more than another.
-    telling = {each.property: each.telling for each in claims(MUTANT, [never, seldom, often])}
-    assert telling == {"often": frozenset(), "seldom": {0}, "never": frozenset()}
+    assert claims(MUTANT, [never, seldom, often]) == [
+        Claim("often"),
+        Claim("seldom", telling=some(1)),
+        Claim("never", near=False),
+    ]
 
 
 def test_the_lines_of_every_mutant_are_found():
@@ -223,10 +226,10 @@ def _trial(verdict, examples, *, ran=1, ended=False, reason=""):
 def test_properties_take_turns_until_one_fails(monkeypatch):
     passed, failed, unknown = Verdict.PASSED, Verdict.FAILED, Verdict.UNKNOWN
 
-    def examined(telling=frozenset(), **trials):
+    def examined(claim=None, **trials):
         told = _Told(**trials)
         monkeypatch.setattr(_Present, "trials", lambda *options, **more: told)
-        claimed = [Claim(name, telling if name == "b" else frozenset()) for name in trials]
+        claimed = [claim if claim and claim.property == n else Claim(n) for n in trials]
         return examine("impl", claimed, RunOptions(), shrink=False), told.asked
 
     found, asked = examined(
@@ -236,13 +239,20 @@ def test_properties_take_turns_until_one_fails(monkeypatch):
     assert (found.fate, found.properties, found.examples) == (Fate.CAUGHT, ("a", "b"), 13)
     found, _ = examined(a=[_trial(passed, 1), _trial(passed, 2, ended=True)])
     assert (found.fate, found.examples) == (Fate.SURVIVED, 2)
-    # What few examples reach is looked at with these, before anything has its turn.
-    found, asked = examined(some(2), a=[], b=[_trial(failed, 2, ran=2)])
-    assert (found.fate, found.examples, asked) == (Fate.CAUGHT, 2, [("b", 0, some(2))])
-    seen = [_trial(passed, 2, ran=2), _trial(passed, 3, ran=3, ended=True)]
-    found, asked = examined(some(2), b=seen)
+    # What few examples reach is looked at with these, which may take several turns.
+    telling = Claim("b", telling=some(2))
+    seen = [_trial(passed, 1), _trial(passed, 2), _trial(passed, 3, ran=3, ended=True)]
+    found, asked = examined(telling, b=seen)
     assert (found.fate, found.examples) == (Fate.SURVIVED, 5)
-    assert asked == [("b", 0, some(2)), ("b", 0, 0.25)]
+    assert asked == [("b", 0, some(2)), ("b", 1, some(2)), ("b", 0, 0.5)]
+    # What is not known to reach it waits for some rounds.
+    found, asked = examined(
+        Claim("a", near=False),
+        a=[_trial(failed, 1)],
+        b=[_trial(passed, number) for number in range(1, 5)],
+    )
+    assert (found.properties, found.examples) == (("b", "a"), 5)
+    assert asked[2:] == [("b", 2, 0.5), ("b", 3, 1.0), ("a", 0, 2.0)]
     broken = _trial(unknown, 3, ended=True, reason="it broke")
     found, asked = examined(a=[broken], b=[_trial(passed, 5, ended=True)])
     assert (found.fate, found.reason, len(asked)) == (Fate.UNKNOWN, "a: it broke", 2)

@@ -84,13 +84,21 @@ class KnownFindings:
                     " see `shardproof suites`"
                 )
 
+    def reason(self, name: str, finding: Finding) -> str | None:
+        """Why a property is known to fail like this, if it is."""
+        listed, text = self._listed(name), _text(finding)
+        return next((each.reason for each in listed if each.explains(text)), None)
+
+    def _listed(self, name: str) -> list[KnownFinding]:
+        return [each for each in self.findings if each.property == name.partition("[")[0]]
+
     def applied(self, record: Record, rerun: Rerun) -> Record:
         """The record with what it shows of the findings that are known of its property.
 
         `failed` becomes `failed (known)` where each part of the failure is explained. The case of a
         finding that did not show is run with `rerun`, which returns None where it cannot run here.
         """
-        listed = [f for f in self.findings if f.property == record.property.partition("[")[0]]
+        listed = self._listed(record.property)
         ran = record.verdict in (Verdict.PASSED, Verdict.FAILED, Verdict.NOT_SUPPORTED)
         if not listed or not ran:
             return record

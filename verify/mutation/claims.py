@@ -24,10 +24,11 @@ _RARE = 1 / 2
 
 @dataclass(frozen=True)
 class Claim:
-    """A property about a mutant. `telling` are the numbers of those of its first examples that
-    reach what is changed, where few do."""
+    """A property about a mutant; a `near` one has examples that are known to reach what is
+    changed. `telling` are the numbers of those of its first ones that do, where few do."""
 
     property: str
+    near: bool = True
     telling: frozenset[int] = NONE
 
 
@@ -53,7 +54,8 @@ def claims(mutant: Mutant | Generated, surveyed: Iterable[Surveyed]) -> list[Cla
             share = (min(about, refused or reached) or about) / each.examples
             cost = each.seconds / share
             rare = raising or telling
-            claim = Claim(each.property, rare if len(rare) <= _RARE * each.examples else NONE)
+            few = len(rare) <= _RARE * each.examples
+            claim = Claim(each.property, bool(reached), rare if few else NONE)
             found.append((not reached, not refused, cost, each.check, claim))
     return _by_turns(sorted(found, key=lambda each: each[:3]))
 

@@ -20,6 +20,8 @@ from verify.verdict import Verdict, worst
 # The seconds of a property in each round but the last, which has all its examples. A round is as
 # long as all before it: others have at most about twice the time that the one needs which fails.
 _ROUNDS = (0.25, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+# In the first of them run only properties with examples that are known to reach what is changed.
+_NEAR = 4
 
 
 class Fate(Enum):
@@ -63,9 +65,10 @@ def examine(
     """Run properties on a target that has a mutant in it, up to the first that fails, or until so
     many seconds have passed.
 
-    First run the examples that are known to reach what is changed, where few do. Then the
-    properties take turns, in rounds that are longer each time: most mutants show at once, if not in
-    the first property, and what takes long for an example must not keep others waiting.
+    The properties take turns, in rounds that are longer each time: most mutants show at once, if
+    not in the first property, and what takes long for an example must not keep others waiting. A
+    property begins with those of its examples that are known to reach what is changed, where few
+    do; one of which none is known to do so waits for some rounds.
     """
     if not claimed:
         return Outcome(fate=Fate.UNKNOWN, reason="no property is about it")
@@ -76,31 +79,33 @@ def examine(
     except (BadArgument, HarnessError) as error:
         return Outcome(fate=Fate.UNKNOWN, reason=str(error))
     examples: dict[str, int] = {}
+    aimed: dict[str, int] = {}
     ran = 0
     verdicts: list[Verdict] = []
     reasons: list[str] = []
     ended: set[str] = set()
     most = math.inf if within is None else within
-    for turn, aiming in ((math.inf, True), *((each, False) for each in (*_ROUNDS, math.inf))):
+    for number, turn in enumerate((*_ROUNDS, math.inf)):
         for claim in claimed:
             name = claim.property
-            if name in ended or (aiming and not claim.telling):
+            if name in ended or (number < _NEAR and not claim.near):
                 continue
-            so_far, after = time.monotonic() - began, examples.get(name, 0)
-            if so_far > most:
+            if (so_far := time.monotonic() - began) > most:
                 break
+            # What is aimed at runs once more when the property runs from its first example on.
+            aiming = turn < math.inf and aimed.get(name, 0) <= max(claim.telling, default=-1)
+            drawn = aimed if aiming else examples
             trial = trials.run(
                 name,
                 target=target,
-                after=after,
+                after=drawn.get(name, 0),
                 within=min(turn, most - so_far),
                 only=claim.telling if aiming else None,
             )
-            # What is aimed at runs once more in its turn.
-            examples[name] = 0 if aiming else trial.record.examples
+            drawn[name] = trial.record.examples
             ran += trial.ran
             if trial.record.verdict is Verdict.FAILED:
-                others = [each for each in examples if each != name]
+                others = [each for each in (aimed | examples) if each != name]
                 return Outcome(
                     fate=Fate.CAUGHT,
                     properties=(*others, name),

@@ -112,7 +112,8 @@ class Trials:
         than so many seconds after the others, and runs at least one. With `only` just examples of
         these numbers run."""
         began = time.monotonic()
-        stamps, ran = [began], set[int]()
+        # When the example before each of those that run had ended.
+        stamps, ran = [began], dict[int, float]()
         recorder = Recorder(
             name, must_check=True, on_example=lambda *told: stamps.append(time.monotonic())
         )
@@ -125,9 +126,9 @@ class Trials:
                 if count < after or (only is not None and count not in only):
                     recorder.reached(which, case)
                     return
-                if count > after and stamps[-1] > stamps[after] + within:
+                if stamps[-1] > min(ran.values(), default=math.inf) + within:
                     raise _Enough
-                ran.add(count)
+                ran[count] = stamps[-1]
             check_case(
                 which,
                 case,

@@ -105,14 +105,16 @@ class Examiner:
             self._cluster = None
 
     def _check(self, name: str, case: Case, cluster: Cluster) -> None:
-        assert self.recorder is not None, "check is used outside of a test"
+        recorder = self.recorder
+        assert recorder is not None, "check is used outside of a test"
         check_case(
             name,
             case,
             target=self.options.target,
             cluster=cluster,
             limits=self.limits,
-            recorder=self.recorder,
+            recorder=recorder,
+            known=lambda finding: self.known.reason(recorder.name, finding),
         )
 
     def pytest_ignore_collect(self, collection_path: Path) -> bool | None:

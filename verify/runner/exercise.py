@@ -14,6 +14,7 @@ from verify.case import Case
 from verify.cluster.base import Cluster
 from verify.coverage.steering import steered
 from verify.errors import BadArgument, BeyondRange, Mismatch, NotSupported
+from verify.finding import Finding
 from verify.property import CHECKS
 from verify.runner.interrupts import DeferredInterrupt
 from verify.runner.limits import Limits
@@ -26,13 +27,24 @@ class HasFunction(Protocol):
     obj: Callable[..., Any]
 
 
+# Why a failure is known, if it is.
+Known = Callable[[Finding], str | None]
+
+
 def check_case(
-    name: str, case: Case, *, target: str, cluster: Cluster, limits: Limits, recorder: Recorder
+    name: str,
+    case: Case,
+    *,
+    target: str,
+    cluster: Cluster,
+    limits: Limits,
+    recorder: Recorder,
+    known: Known = lambda finding: None,
 ) -> None:
-    """Run one check on a case and tell the recorder. Raises Mismatch where it fails, Undecided
-    where nothing can be said, and rejects the example where it is none for this run. What is beyond
-    the range of a dtype is no failure and no reason to draw another, which would then depend on
-    what ranks drop."""
+    """Run one check on a case and tell the recorder. Raises Mismatch where it fails otherwise than
+    is `known`, Undecided where nothing can be said, and rejects the example where it is none for
+    this run. What is beyond the range of a dtype is no failure and no reason to draw another, which
+    would then depend on what ranks drop."""
     if reason := limits.excludes(case):
         recorder.left_out(reason, unwanted=case.lens not in limits.lenses)
         reject()
@@ -45,6 +57,9 @@ def check_case(
     except NotSupported as error:
         recorder.not_supported(case, error)
     except Mismatch as mismatch:
+        if mismatch.finding and (reason := known(mismatch.finding)):
+            recorder.failed_as_known(reason, mismatch.finding)
+            return
         recorder.failed(mismatch)
         raise
     except BeyondRange:

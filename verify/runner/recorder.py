@@ -47,6 +47,7 @@ class Recorder:
         self.name, self.must_check, self.on_example = name, must_check, on_example
         self.examples = self.compared = 0
         self.found: Finding | None = None
+        self._as_known: dict[str, Finding] = {}
         self._failed = False
         self._undecided_seconds = 0.0
         self._verdicts: set[Verdict] = set()
@@ -107,6 +108,12 @@ class Recorder:
         """The case failed."""
         self.found = mismatch.finding or self.found
 
+    def failed_as_known(self, reason: str, finding: Finding) -> None:
+        """The case failed for a reason that is known, of which the first such finding is kept."""
+        self._in_example.append(Verdict.KNOWN)
+        if not self._failed:
+            self._as_known.setdefault(reason, finding)
+
     def not_supported(self, case: Case, error: NotSupported) -> None:
         """The target declares that it cannot do the case."""
         self._in_example.append(Verdict.NOT_SUPPORTED)
@@ -134,6 +141,8 @@ class Recorder:
     def conclude(self, error: BaseException | None = None) -> Record:
         """What is known now; `error` is what the property raised in the end."""
         verdict, reason, findings = self._verdict(error)
+        if self._as_known and verdict in (Verdict.PASSED, Verdict.KNOWN, Verdict.FAILED):
+            verdict, findings = Verdict.FAILED, (*findings, *self._as_known.values())
         return Record(
             property=self.name,
             verdict=verdict,

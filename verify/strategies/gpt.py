@@ -195,7 +195,8 @@ def _calculated(draw: st.DrawFn, case: Case, dtype: str, lens: Lens) -> Case:
 @st.composite
 def _padded(draw: st.DrawFn, case: Case, *, one_padding: bool) -> Case:
     """The case with what its vocabulary is padded to a multiple of."""
-    multiple = draw(st.integers(1, 3))
+    # An even one hides on two ranks of tp whether they are counted.
+    multiple = draw(st.sampled_from((1, 1, 2, 3, 3)))
     if one_padding:
         padded = multiple * case.layout.tp * draw(st.integers(1, 3))
         vocabulary = padded - draw(st.integers(0, multiple - 1))
@@ -262,10 +263,10 @@ def _uneven(draw: st.DrawFn, case: Case) -> Case:
         options = {**case.options, "split": ",".join(map(str, counts))}
         return dataclasses.replace(case, shape=shape, options=options)
     each = case.shape["layers"] // layout.pp
+    other = 2 * layout.vpp if each == layout.vpp else layout.vpp
     layers, options = case.shape["layers"], dict(case.options)
-    # A first stage that gives an option to a single other stage says it all.
-    for name in draw(st.sampled_from((("first",), ("last",), ("first", "last")))):
-        own = layout.vpp * draw(st.integers(1, 2 if chunks < 4 else 1))
+    kinds = ({"first": other}, {"last": other}, {"first": other, "last": each})
+    for name, own in draw(st.sampled_from((*kinds, {"first": each, "last": other}))).items():
         layers += own - each
         options[name] = own
     return dataclasses.replace(case, shape={**case.shape, "layers": layers}, options=options)

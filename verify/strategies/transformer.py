@@ -50,11 +50,13 @@ def layer_cases(
     strides: Sequence[str] = STRIDES[:1],
     latent: Sequence[bool] = (False, True),
     qk_norm: Sequence[bool] = _FLAGS,
+    rotary: Sequence[bool] = _FLAGS,
     training: bool = True,
     plain: bool = False,
 ) -> Case:
     """Cases of a whole layer, by any algorithm of context parallelism. Groups of heads are any that
-    tp divides or that divide tp.
+    tp divides or that divide tp. `qk_norm` says whether to normalise queries and keys, and
+    `rotary` whether to turn them.
 
     Half of them may have what few layers have: latents in the place of groups (`latent` says which
     to draw), packed sequences, zero-centred norms, other ways of scoring. The others show, also of
@@ -94,7 +96,7 @@ def layer_cases(
         ("recompute", again, ""),
         ("training", training, True),
         ("strides", chosen(draw, "strides", strides), STRIDES[0]),
-        *draw(_parts(shape, qk_norm, rich=rich, plain=plain)),
+        *draw(_parts(shape, qk_norm, rotary, rich=rich, plain=plain)),
     ]
     case = dataclasses.replace(case, shape=shape)
     for option, value, default in given:
@@ -108,7 +110,13 @@ def layer_cases(
 
 @st.composite
 def _parts(
-    draw: st.DrawFn, shape: dict[str, int], qk_norm: Sequence[bool], *, rich: bool, plain: bool
+    draw: st.DrawFn,
+    shape: dict[str, int],
+    qk_norm: Sequence[bool],
+    rotary: Sequence[bool],
+    *,
+    rich: bool,
+    plain: bool,
 ) -> list[Given]:
     """What the parts of a layer of these sizes are, with what few layers have if it is `rich`, as
     those with latents have them if it is `plain`."""
@@ -123,8 +131,8 @@ def _parts(
         "interleaved": (True,) if plain else _FLAGS,
         **{name: values if rich else values[:1] for name, values in few.items()},
     }
-    dims = [2 * n for n in range(1, pairs + 1)]
-    turned = draw(st.sampled_from(dims if plain else [None, *dims]))
+    turns = plain or (pairs and draw(st.sampled_from(rotary)))
+    turned = 2 * draw(st.integers(1, pairs)) if turns else None
     return [
         ("mask", mask, MASKS[0]),
         ("window", window, None),
@@ -158,7 +166,7 @@ def grouped_heads(draw: st.DrawFn, layout: Layout, algorithm: str, *, most: int)
     # Of a group that ranks of tp share each has a copy, as an algorithm's ranks have of one.
     # Two of them on a rank are told apart only where each has several queries.
     two = 2 * tp * shared
-    groups = draw(st.sampled_from([tp * shared, tp, *divisors(tp), two, two]))
+    groups = draw(st.sampled_from([tp * shared, tp, *divisors(tp), two, two, two]))
     size = draw(st.integers(2, most))
     return {
         "heads": max(tp * shared, groups) * draw(st.sampled_from((1, 2, 2))),
