@@ -1,6 +1,7 @@
 """Campaigns: their plan, their journal and their merged report; and whole ones on an embedded Ray,
 of which workers and the driver are killed."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -108,8 +109,6 @@ def test_a_journal_of_another_campaign_is_refused(tmp_path):
 
 
 def test_one_failure_is_reported_once_whatever_seeds_find_it(tmp_path):
-    import dataclasses
-
     merge = Merge(plan(tmp_path), tmp_path)
     other = dataclasses.replace(FINDING, case=dataclasses.replace(CASE, seed=9))
     both = dataclasses.replace(FAILED, findings=(other, FINDING))
@@ -135,6 +134,16 @@ def test_one_failure_is_reported_once_whatever_seeds_find_it(tmp_path):
     merge.again("linear", document(tmp_path, PASSED))
     assert [f["again"] for f in described(merge)["failures"]] == [False, False]
     assert "did not fail again" in page(described(merge), tmp_path)
+
+
+def test_what_is_known_is_told_once_for_its_cases_are_as_drawn(tmp_path):
+    merge = Merge(plan(tmp_path), tmp_path)
+    (finding,) = LISTED.findings
+    other = dataclasses.replace(finding, case=dataclasses.replace(CASE, seed=9))
+    for seed, record in enumerate((LISTED, dataclasses.replace(LISTED, findings=(other,)))):
+        merge.add(Unit("linear", seed), document(tmp_path, record, seed=seed))
+    merge.again("linear", document(tmp_path, PASSED))
+    assert [(f["seeds"], f["again"]) for f in described(merge)["failures"]] == [([0, 1], None)]
 
 
 def test_what_is_lost_or_not_finished_is_unknown_and_what_is_known_is_not(tmp_path):

@@ -8,10 +8,11 @@ from test_cli import in_process
 from test_pytest_plugin import EQUIVALENCE, properties, report, row, text  # noqa: F401
 from test_report import CASE, FAILED, FINDING, PASSED
 
-from verify.errors import BadArgument
+from verify.errors import BadArgument, HarnessError
 from verify.known import KnownFinding, KnownFindings
 from verify.report import read
 from verify.runner.record import Record
+from verify.runner.recorder import Recorder, Undecided
 from verify.verdict import Judgement, Verdict
 
 pytest_plugins = ["pytester"]
@@ -119,6 +120,44 @@ def test_only_a_case_tells_that_a_finding_is_gone():
     assert broken.verdict is Verdict.UNKNOWN
 
 
+def test_each_of_two_known_findings_of_one_reason_shows():
+    entries = [dataclasses.replace(KNOWN, words=(word,)) for word in ("sum over tp", "deadlock")]
+    second = dataclasses.replace(FINDING, kind="deadlock", divergences=(), explanations=())
+    known, recorder = KnownFindings(tuple(entries)), recorder_of_an_example()
+    for each in (FINDING, FINDING, second):
+        recorder.failed_as_known(known.number("linear.b", each), each)
+    record = apply(recorder.conclude(), *entries)
+    assert (record.findings, states(record)) == ((FINDING, second), ["fails", "fails"])
+
+
+def recorder_of_an_example():
+    recorder = Recorder("linear.b", must_check=True, on_example=lambda *told: None)
+    with recorder.example({}):
+        recorder.checked("equivalence", CASE, 1)
+    return recorder
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [
+        (None, Verdict.KNOWN),
+        (AssertionError("something else"), Verdict.FAILED),
+        (Undecided(HarnessError("it broke")), Verdict.UNKNOWN),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_what_is_known_is_told_whatever_comes_after_it(error, verdict):
+    recorder = recorder_of_an_example()
+    with recorder.example({}):
+        recorder.failed_as_known(0, FINDING)
+    entry = dataclasses.replace(KNOWN, words=("the sum over tp",))
+    record = apply(recorder.conclude(error), entry)
+    assert (record.verdict, record.findings, states(record)) == (verdict, (FINDING,), ["fails"])
+    assert (str(error) in record.traceback) is (error is not None)
+    cut = apply(recorder.interrupted(), entry)
+    assert (cut.verdict, cut.reason, states(cut)) == (Verdict.UNKNOWN, "interrupted", ["fails"])
+
+
 def test_what_is_unknown_stays_so():
     record = Record(property="linear.b", verdict=Verdict.UNKNOWN, reason="it broke")
     assert apply(record, KNOWN) == record
@@ -164,11 +203,17 @@ def test_a_known_failure_hides_none_that_comes_after_it(listed, pytester):
     assert row(pytester, "fake.equivalence")["examples"] == 30
     (known,) = failure(pytester)["findings"]
     assert known["case"]["layout"]["tp"] > 1
-    also = EQUIVALENCE + '    assert case.layout.tp < 3, "something else"\n'
-    result = listed("no sum", "--max-examples", "30", source=also, words=["the sum over tp"])
+    # Of examples that do not fail as known, some fail in another way.
+    wrong = '    assert case.layout.tp > 1 or case.shape["sequence"] < 3, "something else"\n'
+    result = listed(
+        "no sum", "--max-examples", "30", source=EQUIVALENCE + wrong, words=["the sum over tp"]
+    )
     assert result.ret == 1
     assert row(pytester, "fake.equivalence")["known"][0]["state"] == "fails"
     assert "something else" in failure(pytester)["reason"]
+    assert failure(pytester)["findings"] == [known]
+    result.stdout.fnmatch_lines(["*something else*", "Again: shardproof run*", "*known: no sum*"])
+    assert "the sum over tp" not in text(result)
 
 
 def failure(pytester):

@@ -196,10 +196,12 @@ def test_an_example_that_ran_is_drawn_and_does_not_run_again():
         first = trials.run(name, target="impl", within=0.0)
         rest = trials.run(name, target="impl", after=1)
         two = trials.run(name, target="impl", only={1, 3})
+        one = trials.run(name, target="impl", only={1, 3}, within=0.0)
     assert (whole.ended, first.ended, rest.ended) == (True, False, True)
     assert (first.record.examples, rest.record.examples) == (1, 6)
     assert (whole.ran, first.ran, rest.ran, two.ran) == (6, 1, 5, 2)
     assert (two.ended, two.record.examples) == (False, 4)
+    assert (one.ran, one.record.examples) == (1, 3)
     assert 0 < two.record.compared < whole.record.compared
     assert rest.record.digest == whole.record.digest
     assert 0 < rest.record.compared == whole.record.compared - first.record.compared
@@ -244,7 +246,7 @@ def test_properties_take_turns_until_one_fails(monkeypatch):
     seen = [_trial(passed, 1), _trial(passed, 2), _trial(passed, 3, ran=3, ended=True)]
     found, asked = examined(telling, b=seen)
     assert (found.fate, found.examples) == (Fate.SURVIVED, 5)
-    assert asked == [("b", 0, some(2)), ("b", 1, some(2)), ("b", 0, 0.5)]
+    assert asked == [("b", 0, some(2)), ("b", 0, {1}), ("b", 0, 0.5)]
     # What is not known to reach it waits for some rounds.
     found, asked = examined(
         Claim("a", near=False),
@@ -253,6 +255,8 @@ def test_properties_take_turns_until_one_fails(monkeypatch):
     )
     assert (found.properties, found.examples) == (("b", "a"), 5)
     assert asked[2:] == [("b", 2, 0.5), ("b", 3, 1.0), ("a", 0, 2.0)]
+    found, asked = examined(Claim("a", near=False), a=[_trial(failed, 1)])
+    assert asked == [("a", 0, 0.25)]
     broken = _trial(unknown, 3, ended=True, reason="it broke")
     found, asked = examined(a=[broken], b=[_trial(passed, 5, ended=True)])
     assert (found.fate, found.reason, len(asked)) == (Fate.UNKNOWN, "a: it broke", 2)

@@ -275,7 +275,7 @@ def layout(world_size: int | None, kinds: str | None, **given: Any) -> None:
 @click.option("--device", metavar="NAME", help="Another device than the report's: cpu or cuda.")
 @_quietly_debug
 def repro(report: Path, target: str | None, cluster: str | None, device: str | None) -> int:
-    """Run the failing cases of REPORT again, each as it was shrunk, in this process.
+    """Run the failing cases of REPORT again, each as it was written, in this process.
 
     REPORT is a report.json, or one file of its folder failures. Exits with 1 if a case fails again
     or nothing can be said, with 0 if all pass now, with 2 if there is nothing to run.

@@ -84,10 +84,11 @@ class KnownFindings:
                     " see `shardproof suites`"
                 )
 
-    def reason(self, name: str, finding: Finding) -> str | None:
-        """Why a property is known to fail like this, if it is."""
-        listed, text = self._listed(name), _text(finding)
-        return next((each.reason for each in listed if each.explains(text)), None)
+    def number(self, name: str, finding: Finding) -> int | None:
+        """Which of the findings that are known of a property is this one; None if none is."""
+        text = _text(finding)
+        explain = (n for n, each in enumerate(self._listed(name)) if each.explains(text))
+        return next(explain, None)
 
     def _listed(self, name: str) -> list[KnownFinding]:
         return [each for each in self.findings if each.property == name.partition("[")[0]]
@@ -97,18 +98,24 @@ class KnownFindings:
 
         `failed` becomes `failed (known)` where each part of the failure is explained. The case of a
         finding that did not show is run with `rerun`, which returns None where it cannot run here.
+        Of a property that is unknown only what it showed before that is looked at.
         """
         listed = self._listed(record.property)
-        ran = record.verdict in (Verdict.PASSED, Verdict.FAILED, Verdict.NOT_SUPPORTED)
-        if not listed or not ran:
+        texts, unknown = _texts(record), record.verdict is Verdict.UNKNOWN
+        if not listed or (unknown and not texts):
             return record
-        texts = _texts(record)
         seen = [each for each in listed if any(map(each.explains, texts))]
-        if texts and all(any(each.explains(text) for each in seen) for text in texts):
+        if (
+            not unknown
+            and texts
+            and all(any(each.explains(text) for each in seen) for text in texts)
+        ):
             record = replace(record, verdict=Verdict.KNOWN)
         for each in listed:
             outcome = KnownOutcome(each.reason, each.reference, "fails")
-            if each not in seen:
+            if each not in seen and unknown:
+                outcome = replace(outcome, state="not seen")
+            elif each not in seen:
                 record, outcome = _looked_for(each, record, outcome, rerun)
             record = replace(record, known=(*record.known, outcome))
         return record
@@ -136,10 +143,9 @@ def _looked_for(
 
 
 def _texts(record: Record) -> list[str]:
-    """Each part of a failure: its findings, and what is said besides. None if it did not fail."""
-    if record.verdict is not Verdict.FAILED:
-        return []
-    return [*map(_text, record.findings), *([record.reason] if record.reason else [])]
+    """Each part of a failure: its findings, and what is said besides."""
+    said = record.verdict is Verdict.FAILED and record.reason
+    return [*map(_text, record.findings), *([said] if said else [])]
 
 
 def _text(finding: Finding) -> str:

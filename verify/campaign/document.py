@@ -114,6 +114,9 @@ class Merge:
         for key, failure in self.failures.items():
             if failure.property.partition(".")[0] != suite or failure.finding is None:
                 continue
+            # Of what is known no examples are kept.
+            if failure.verdict == Verdict.KNOWN.value:
+                continue
             # Of several examples that fail alike, Hypothesis shows the smallest.
             alike = None if failure.property in fail else False
             failure.again = True if key in found else alike
@@ -177,11 +180,14 @@ class Merge:
 
 def _parts(document: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each finding of a report as a failure of its own, with what makes it the same as another: the
-    property and the case; without a finding, the property and the reason."""
+    property and the case, or the kind of one that is known; without a finding, the property and the
+    reason."""
     for failure in document["failures"]:
         for finding in failure["findings"]:
-            case = Finding.from_json(finding).case.to_json()
-            key = json.dumps([failure["property"], finding["check"], case], sort_keys=True)
+            # What is known is not made smaller, and its cases are many.
+            is_known = failure["verdict"] == Verdict.KNOWN.value
+            same = finding["kind"] if is_known else Finding.from_json(finding).case.to_json()
+            key = json.dumps([failure["property"], finding["check"], same], sort_keys=True)
             yield key, {**failure, "findings": [finding]}
         if not failure["findings"]:
             yield json.dumps([failure["property"], failure["reason"]]), dict(failure)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from verify.errors import BadArgument, HarnessError
-from verify.mutation.claims import Claim
+from verify.mutation.claims import NONE, Claim
 from verify.mutation.trials import Surveyed, Trials
 from verify.runner.options import RunOptions
 from verify.runner.record import Record
@@ -18,7 +18,7 @@ from verify.targets import load_target
 from verify.verdict import Verdict, worst
 
 # The seconds of a property in each round but the last, which has all its examples. A round is as
-# long as all before it: others have at most about twice the time that the one needs which fails.
+# long as all before it: others have about twice the time that the one needs which fails, at most.
 _ROUNDS = (0.25, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 # In the first of them run only properties with examples that are known to reach what is changed.
 _NEAR = 4
@@ -68,7 +68,7 @@ def examine(
     The properties take turns, in rounds that are longer each time: most mutants show at once, if
     not in the first property, and what takes long for an example must not keep others waiting. A
     property begins with those of its examples that are known to reach what is changed, where few
-    do; one of which none is known to do so waits for some rounds.
+    do; one of which none is known to do so waits for some rounds, if others need not.
     """
     if not claimed:
         return Outcome(fate=Fate.UNKNOWN, reason="no property is about it")
@@ -78,34 +78,34 @@ def examine(
         load_target(target)
     except (BadArgument, HarnessError) as error:
         return Outcome(fate=Fate.UNKNOWN, reason=str(error))
+    # Of each that ran, in that order; and which that are telling have not run yet.
     examples: dict[str, int] = {}
-    aimed: dict[str, int] = {}
+    left = {each.property: each.telling for each in claimed}
     ran = 0
     verdicts: list[Verdict] = []
     reasons: list[str] = []
     ended: set[str] = set()
     most = math.inf if within is None else within
-    for number, turn in enumerate((*_ROUNDS, math.inf)):
+    some_are_near = any(each.near for each in claimed)
+    for rounds, turn in enumerate((*_ROUNDS, math.inf)):
         for claim in claimed:
             name = claim.property
-            if name in ended or (number < _NEAR and not claim.near):
+            if name in ended or (some_are_near and not claim.near and rounds < _NEAR):
                 continue
             if (so_far := time.monotonic() - began) > most:
                 break
-            # What is aimed at runs once more when the property runs from its first example on.
-            aiming = turn < math.inf and aimed.get(name, 0) <= max(claim.telling, default=-1)
-            drawn = aimed if aiming else examples
+            examples.setdefault(name, 0)
+            only = left[name] if turn < math.inf else NONE
             trial = trials.run(
                 name,
                 target=target,
-                after=drawn.get(name, 0),
+                after=0 if only else examples[name],
                 within=min(turn, most - so_far),
-                only=claim.telling if aiming else None,
+                only=only or None,
             )
-            drawn[name] = trial.record.examples
             ran += trial.ran
             if trial.record.verdict is Verdict.FAILED:
-                others = [each for each in (aimed | examples) if each != name]
+                others = [each for each in examples if each != name]
                 return Outcome(
                     fate=Fate.CAUGHT,
                     properties=(*others, name),
@@ -113,8 +113,12 @@ def examine(
                     seconds=so_far + trial.seconds,
                     record=trial.record,
                 )
-            if aiming:
+            if only:
+                # They run once more when the property runs from its first example on.
+                so_many = math.inf if trial.ended else trial.record.examples
+                left[name] = frozenset(number for number in only if number >= so_many)
                 continue
+            examples[name] = trial.record.examples
             verdicts.append(trial.record.verdict)
             if trial.record.verdict is Verdict.UNKNOWN:
                 reasons.append(f"{name}: {trial.record.reason}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from verify.known import KnownFindings
 from verify.report import RunFacts, describe_failure, describe_run, write
 from verify.report.page import write_page
 from verify.report.table import summary
@@ -51,8 +52,11 @@ class Listener:
 class Collector:
     """Everything that is known of the run."""
 
-    def __init__(self, options: RunOptions, world_size: int, config: pytest.Config) -> None:
+    def __init__(
+        self, options: RunOptions, world_size: int, known: KnownFindings, config: pytest.Config
+    ) -> None:
         self.options, self.config, self.max_world_size = options, config, world_size
+        self.known = known
         self.records: dict[str, Record] = {}
         self._expected: dict[str, None] = {}
         self._rank_state: dict[str, dict[str, None]] = {}
@@ -157,7 +161,7 @@ class Collector:
             path = failure_path(self.options.report, record.property)
             write(path, describe_failure(self._facts(finished=True), record))
         if record.verdict in (Verdict.FAILED, Verdict.UNKNOWN):
-            text = failure_text(record, self.options)
+            text = failure_text(record, self.options, self.known)
         if record.verdict is Verdict.KNOWN:
             text = known_text(record)
         self._write(finished=False)
@@ -169,7 +173,7 @@ class Collector:
         for plugin in self.config.pluginmanager.get_plugins():
             running = plugin.recorder if isinstance(plugin, Examiner) else None
             if running is not None and running.name == name:
-                return running.interrupted()
+                return self.known.applied(running.interrupted(), lambda check, case: None)
         return None
 
     def _add_rank_state(self, told: dict[str, list[str]]) -> None:

@@ -42,17 +42,20 @@ def failure_path(report: Path, name: str) -> Path:
     return report / FAILURES / file_name(name)
 
 
-def failure_text(record: Record, options: RunOptions) -> str:
-    """What is printed of a property that did not pass."""
+def failure_text(record: Record, options: RunOptions, known: KnownFindings) -> str:
+    """What is printed of a property that did not pass, and of what is known of it no more than
+    that."""
     path = failure_path(options.report, record.property)
     texts = [
         finding.message(str(path)) + (f"\n\n{finding.table()}" if finding.divergences else "")
         for finding in record.findings
+        if known.number(record.property, finding) is None
     ]
     if record.reason or not texts:
         texts.append(f"{record.property}: {record.verdict.value}: {record.reason}")
-    if not record.findings:
         texts.append(f"Again: shardproof run {' '.join(again(record, options))}")
+    if beside := known_text(record):
+        texts.append(beside)
     return "\n\n".join(texts)
 
 
@@ -114,7 +117,7 @@ class Examiner:
             cluster=cluster,
             limits=self.limits,
             recorder=recorder,
-            known=lambda finding: self.known.reason(recorder.name, finding),
+            known=lambda finding: self.known.number(recorder.name, finding),
         )
 
     def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
@@ -196,7 +199,7 @@ class Examiner:
         if record.verdict in (Verdict.FAILED, Verdict.UNKNOWN):
             report.outcome = "failed"
             if not self._wants_tracebacks() or report.longrepr is None:
-                report.longrepr = failure_text(record, self.options)
+                report.longrepr = failure_text(record, self.options, self.known)
                 report.sections = []
         elif record.verdict is Verdict.KNOWN:
             # How pytest and its plugins name a failure that was expected.

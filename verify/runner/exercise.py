@@ -27,8 +27,8 @@ class HasFunction(Protocol):
     obj: Callable[..., Any]
 
 
-# Why a failure is known, if it is.
-Known = Callable[[Finding], str | None]
+# Which of those that are known a failure is, by number, if it is one.
+Known = Callable[[Finding], int | None]
 
 
 def check_case(
@@ -57,11 +57,11 @@ def check_case(
     except NotSupported as error:
         recorder.not_supported(case, error)
     except Mismatch as mismatch:
-        if mismatch.finding and (reason := known(mismatch.finding)):
-            recorder.failed_as_known(reason, mismatch.finding)
-            return
-        recorder.failed(mismatch)
-        raise
+        finding = mismatch.finding
+        if finding is None or (number := known(finding)) is None:
+            recorder.failed(mismatch)
+            raise
+        recorder.failed_as_known(number, finding)
     except BeyondRange:
         recorder.left_out(f"the reference overflows in {case.dtype}")
     except Exception as error:

@@ -61,7 +61,7 @@ def set_up(config: pytest.Config) -> None:
         config.pluginmanager.register(Examiner(options, given_limits, known, config), EXAMINER)
         config.pluginmanager.register(check_fixture)
     if not worker:
-        config.pluginmanager.register(Collector(options, world_size, config), COLLECTOR)
+        config.pluginmanager.register(Collector(options, world_size, known, config), COLLECTOR)
 
 
 def _is_controller(config: pytest.Config) -> bool:

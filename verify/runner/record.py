@@ -45,12 +45,11 @@ class KnownOutcome:
 class Record:
     """A property, its verdict and why, and what its examples covered.
 
-    `examples` counts those up to the first failure; `compared` is how much was compared in them, as
-    the checks tell, which is elements of tensors for most; `digest` is of all that was drawn for
-    them; the rest are counts of those that were
-    checked: `layouts` by their JSON text, `arithmetic` by lens and dtype, `options` by concept and
-    value, `rows` by all factors (`verify.coverage`). `open` are pairs that were on offer and in no
-    example.
+    `examples` counts those up to the first failure that is not known; `compared` is how much was
+    compared in them, as the checks tell, which is elements of tensors for most; `digest` is of all
+    that was drawn for them; the rest are counts of those that were checked: `layouts` by their JSON
+    text, `arithmetic` by lens and dtype, `options` by concept and value, `rows` by all factors
+    (`verify.coverage`). `open` are pairs that were on offer and in no example.
     `left_out` counts what was drawn and could not be run here, or not be judged, by reason.
     `traceback` is that of an error that no finding describes. `known` is what came of the findings
     known of the property.

@@ -38,8 +38,8 @@ class Undecided(BaseException):
 
 
 class Recorder:
-    """What happens to one property. After its first failure only its findings are noted, because
-    the examples that follow are Hypothesis' search for a smaller one."""
+    """What happens to one property. After its first failure that is not known only its findings are
+    noted, because the examples that follow are Hypothesis' search for a smaller one."""
 
     def __init__(
         self, name: str, *, must_check: bool, on_example: Callable[[str, int], None]
@@ -47,7 +47,7 @@ class Recorder:
         self.name, self.must_check, self.on_example = name, must_check, on_example
         self.examples = self.compared = 0
         self.found: Finding | None = None
-        self._as_known: dict[str, Finding] = {}
+        self._as_known: dict[int, Finding] = {}
         self._failed = False
         self._undecided_seconds = 0.0
         self._verdicts: set[Verdict] = set()
@@ -108,11 +108,11 @@ class Recorder:
         """The case failed."""
         self.found = mismatch.finding or self.found
 
-    def failed_as_known(self, reason: str, finding: Finding) -> None:
-        """The case failed for a reason that is known, of which the first such finding is kept."""
+    def failed_as_known(self, number: int, finding: Finding) -> None:
+        """The case failed as is known by this number, of which the first finding is kept."""
         self._in_example.append(Verdict.KNOWN)
         if not self._failed:
-            self._as_known.setdefault(reason, finding)
+            self._as_known.setdefault(number, finding)
 
     def not_supported(self, case: Case, error: NotSupported) -> None:
         """The target declares that it cannot do the case."""
@@ -141,8 +141,6 @@ class Recorder:
     def conclude(self, error: BaseException | None = None) -> Record:
         """What is known now; `error` is what the property raised in the end."""
         verdict, reason, findings = self._verdict(error)
-        if self._as_known and verdict in (Verdict.PASSED, Verdict.KNOWN, Verdict.FAILED):
-            verdict, findings = Verdict.FAILED, (*findings, *self._as_known.values())
         return Record(
             property=self.name,
             verdict=verdict,
@@ -158,7 +156,7 @@ class Recorder:
             open=tuple(self.steering.open()),
             not_supported=tuple(self._not_supported.values()),
             left_out=dict(self._left_out),
-            findings=findings,
+            findings=(*findings, *self._as_known.values()),
             traceback=_traceback(error) if error is not None and not findings else "",
         )
 

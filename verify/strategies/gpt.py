@@ -195,7 +195,7 @@ def _calculated(draw: st.DrawFn, case: Case, dtype: str, lens: Lens) -> Case:
 @st.composite
 def _padded(draw: st.DrawFn, case: Case, *, one_padding: bool) -> Case:
     """The case with what its vocabulary is padded to a multiple of."""
-    # An even one hides on two ranks of tp whether they are counted.
+    # A multiple of tp would be padded alike where tp is forgotten.
     multiple = draw(st.sampled_from((1, 1, 2, 3, 3)))
     if one_padding:
         padded = multiple * case.layout.tp * draw(st.integers(1, 3))
@@ -265,8 +265,11 @@ def _uneven(draw: st.DrawFn, case: Case) -> Case:
     each = case.shape["layers"] // layout.pp
     other = 2 * layout.vpp if each == layout.vpp else layout.vpp
     layers, options = case.shape["layers"], dict(case.options)
-    kinds = ({"first": other}, {"last": other}, {"first": other, "last": each})
-    for name, own in draw(st.sampled_from((*kinds, {"first": each, "last": other}))).items():
+    kinds = [{"first": other}, {"last": other}]
+    kinds += [{"first": other, "last": each}, {"first": each, "last": other}]
+    if layout.pp > 2:
+        kinds.append({"first": other, "last": other})
+    for name, own in draw(st.sampled_from(kinds)).items():
         layers += own - each
         options[name] = own
     return dataclasses.replace(case, shape={**case.shape, "layers": layers}, options=options)
