@@ -141,9 +141,10 @@ def test_those_come_first_that_reach_what_a_mutant_changes():
     )
     other = Surveyed("other", 10, 0.1, Counter(copy_to_tp=10), often.lines)
     assert named(MUTANT, [never, seldom, other, often]) == ["often", "seldom", "never"]
-    # Where most examples reach it, none of them is worth more than another.
-    assert claims(MUTANT, [never, seldom, often]) == [
-        Claim("often"),
+    always = Surveyed("always", 10, 2.0, concepts, {(MUTANT.module, line): some(10)})
+    assert claims(MUTANT, [never, seldom, often, always]) == [
+        Claim("often", telling=some(9)),
+        Claim("always"),
         Claim("seldom", telling=some(1)),
         Claim("never", near=False),
     ]

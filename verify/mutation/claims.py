@@ -18,14 +18,12 @@ from verify.mutants.packages import modules_of
 from verify.mutation.trials import Surveyed
 
 NONE: frozenset[int] = frozenset()
-# What at most so many of the examples reach is worth a look at these, before all others.
-_RARE = 1 / 2
 
 
 @dataclass(frozen=True)
 class Claim:
     """A property about a mutant; a `near` one has examples that are known to reach what is
-    changed. `telling` are the numbers of those of its first ones that do, where few do."""
+    changed. `telling` are the numbers of those of its first ones that do, where not all do."""
 
     property: str
     near: bool = True
@@ -53,10 +51,11 @@ def claims(mutant: Mutant | Generated, surveyed: Iterable[Surveyed]) -> list[Cla
         if about:
             share = (min(about, refused or reached) or about) / each.examples
             cost = each.seconds / share
-            rare = raising or telling
-            few = len(rare) <= _RARE * each.examples
-            claim = Claim(each.property, bool(reached), rare if few else NONE)
-            found.append((not reached, not refused, cost, each.check, claim))
+            known = raising or telling
+            claim = Claim(
+                each.property, bool(reached), known if len(known) < each.examples else NONE
+            )
+            found.append((not claim.near, not refused, cost, each.check, claim))
     return _by_turns(sorted(found, key=lambda each: each[:3]))
 
 

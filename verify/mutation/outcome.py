@@ -67,8 +67,8 @@ def examine(
 
     The properties take turns, in rounds that are longer each time: most mutants show at once, if
     not in the first property, and what takes long for an example must not keep others waiting. A
-    property begins with those of its examples that are known to reach what is changed, where few
-    do; one of which none is known to do so waits for some rounds, if others need not.
+    property begins with those of its examples that are known to reach what is changed, where others
+    do not; one of which none is known to do so waits for some rounds, if others need not.
     """
     if not claimed:
         return Outcome(fate=Fate.UNKNOWN, reason="no property is about it")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,27 @@ def name_examples(test: Any, name: str) -> None:
 
 
 @contextmanager
-def drawing_on(test: Any, *, seed: int, examples: int) -> Iterator[None]:
-    """While inside, `test` draws so many other examples, those of `seed`."""
-    before = test._hypothesis_internal_use_settings, hypothesis.core.global_force_seed
-    test._hypothesis_internal_use_settings = settings(before[0], max_examples=examples)
-    hypothesis.core.global_force_seed = seed  # type: ignore[assignment]
+def seeded(name: str, *, seed: int | None = None) -> Iterator[None]:
+    """While inside, the property `name` draws from a seed of its own, made of `seed` or of that of
+    the run. Properties that draw from the same strategies would draw alike from the same seed."""
+    before = hypothesis.core.global_force_seed
+    made = sha256(f"{name} {before if seed is None else seed}".encode()).digest()
+    hypothesis.core.global_force_seed = int.from_bytes(made[:8])  # type: ignore[assignment]
     try:
         yield
     finally:
-        test._hypothesis_internal_use_settings, hypothesis.core.global_force_seed = before
+        hypothesis.core.global_force_seed = before
+
+
+@contextmanager
+def limited(test: Any, *, examples: int) -> Iterator[None]:
+    """While inside, `test` draws so many examples."""
+    before = test._hypothesis_internal_use_settings
+    test._hypothesis_internal_use_settings = settings(before, max_examples=examples)
+    try:
+        yield
+    finally:
+        test._hypothesis_internal_use_settings = before
 
 
 def _no_mutations(runner: object, data: object) -> None:

@@ -21,7 +21,7 @@ from verify.cluster.base import Cluster
 from verify.errors import WorldLost
 from verify.known import KnownFindings
 from verify.runner.check_fixture import CheckCase
-from verify.runner.draws import drawing_on, name_examples
+from verify.runner.draws import limited, name_examples, seeded
 from verify.runner.exercise import Recorded, check_case
 from verify.runner.interrupts import DeferredInterrupt
 from verify.runner.limits import Limits
@@ -175,7 +175,7 @@ class Examiner:
             if all(given_up for _, _, given_up in recorder.steering.open()):
                 return
             seed = self.options.seed + (number << SEED_BITS)
-            with drawing_on(item.obj, seed=seed, examples=FURTHER_EXAMPLES):
+            with seeded(recorder.name, seed=seed), limited(item.obj, examples=FURTHER_EXAMPLES):
                 item.runtest()
 
     def _rerun(self, check: str, case: Case) -> Judgement | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 from hypothesis import is_hypothesis_test, reject
@@ -16,6 +17,7 @@ from verify.coverage.steering import steered
 from verify.errors import BadArgument, BeyondRange, Mismatch, NotSupported
 from verify.finding import Finding
 from verify.property import CHECKS
+from verify.runner.draws import seeded
 from verify.runner.interrupts import DeferredInterrupt
 from verify.runner.limits import Limits
 from verify.runner.recorder import Recorder, Undecided
@@ -74,7 +76,7 @@ def check_case(
 
 class Recorded:
     """While open, every run of the function that `item` holds is an example of the recorder, whose
-    steering its draws follow."""
+    steering its draws follow, from a seed of its own."""
 
     def __init__(self, item: HasFunction, recorder: Recorder, interrupt: DeferredInterrupt) -> None:
         self._interrupt = interrupt
@@ -86,7 +88,7 @@ class Recorded:
             self._drawn = set(item.obj.hypothesis._given_kwargs)  # type: ignore[attr-defined]
         self._inner = getattr(self._holder, self._name)
         self._recorder = recorder
-        self._steered = steered(recorder.steering)
+        self._draws = ExitStack()
 
     def __enter__(self) -> None:
         inner, recorder, interrupt = self._inner, self._recorder, self._interrupt
@@ -100,8 +102,9 @@ class Recorded:
                 return inner(*args, **kwargs)
 
         setattr(self._holder, self._name, example)
-        self._steered.__enter__()
+        self._draws.enter_context(steered(recorder.steering))
+        self._draws.enter_context(seeded(recorder.name))
 
     def __exit__(self, *error: object) -> None:
         setattr(self._holder, self._name, self._inner)
-        self._steered.__exit__(None, None, None)
+        self._draws.close()
