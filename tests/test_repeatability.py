@@ -74,6 +74,7 @@ def _line(seed, options, count=30, bad=()):
         "target": "impl 1", "platform": "here", "versions": {}, "seconds": 60.0, "properties": 2,
         "examples": count, "compared": 100, "arithmetic": {"fp64 float64": count},
         "concepts": {"norm": count}, "layouts": ["1 rank"],
+        "pairs": {"exercised": 5, "missed": 1, "undecided": 0},
         "alarms": [{"property": name, "verdict": "failed", "said": ""} for name in bad],
     }  # fmt: skip
 
@@ -125,6 +126,11 @@ def test_a_folder_goes_on_with_other_options(count, tmp_path):
     assert f"    {command.format(30)}\n" in summary
     assert f"    {command.format(60)} --suite norm,mlp\n" in summary
     assert "| all | 1 | 30 |\n| norm, mlp | 1 | 30 |\n" in summary
+    assert "pairs" not in summary
+    count("--examples", "80", "--require-pairs")
+    summary = (tmp_path / "s.md").read_text()
+    assert f"    {command.format(90)} --require-pairs\n" in summary
+    assert "\nWith seed 1, pairs of values: 5 exercised, 1 missed.\n" in summary
 
 
 def test_what_failed_is_kept_when_the_same_seed_is_run_with_other_options(tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ import click
 from verify.parent import die_with_parent
 from verify.report import read
 from verify.report.files import write_text
+from verify.report.table import pairs_text
 from verify.runner.record import total
 
 PER_PROPERTY = 50
@@ -39,6 +40,7 @@ _BAD = ("failed", "unknown")
 @click.option("--first-seed", default=1, show_default=True, help="The seed to begin with.")
 @click.option("--target", default="impl", show_default=True, help="The right implementation.")
 @click.option("--suite", default="", help="Only these suites, separated by commas.")
+@click.option("--require-pairs", is_flag=True, help="Of values, that are on offer: all of them.")
 @click.option("-n", "workers", default="2", show_default=True, help="Processes.")
 @click.option("--folder", default=FOLDER, show_default=True, help="The journal and what failed.")
 @click.option("--summary", default=SUMMARY, show_default=True, help="Beside it, the same as JSON.")
@@ -48,6 +50,7 @@ def main(
     first_seed: int,
     target: str,
     suite: str,
+    require_pairs: bool,
     workers: str,
     folder: str,
     summary: str,
@@ -56,6 +59,7 @@ def main(
     stopped; exits with 1 if anything failed."""
     options = ["--target", target, "--max-examples", str(max_examples)]
     options += ["--suite", suite] if suite else []
+    options += ["--require-pairs"] * require_pairs
     seed, lines = first_seed, journal(Path(folder))
     if any(line["target"].split()[0] != target for line in lines):
         raise click.UsageError(f"--folder: {folder} is of another target; name another folder")
@@ -134,6 +138,7 @@ def line_of(document: Mapping[str, Any], options: Sequence[str]) -> dict[str, An
         "examples": coverage["examples"],
         "compared": sum(row["compared"] for row in document["properties"]),
         "arithmetic": coverage["arithmetic"],
+        "pairs": coverage["pairs"],
         "concepts": {space["concept"]: space["examples"] for space in coverage["concepts"]},
         "layouts": [each["text"] for each in coverage["layouts"]],
         "alarms": [
@@ -184,6 +189,8 @@ def _runs(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             tuple(line["options"]), {"options": line["options"], "seeds": [], "examples": 0}
         )
         own["seeds"].append(line["seed"])
+        if "--require-pairs" in line["options"]:
+            own.setdefault("pairs", {})[str(line["seed"])] = line["pairs"]
         own["examples"] += line["examples"]
     return list(found.values())
 
@@ -213,6 +220,11 @@ def text_of(document: Mapping[str, Any], wanted: int) -> str:
             for run in document["runs"]
         ),
         "",
+        *(
+            f"With seed {seed}, {pairs_text(pairs)}.\n"
+            for run in document["runs"]
+            for seed, pairs in run.get("pairs", {}).items()
+        ),
         "| lens and dtype | examples |",
         "|---|---:|",
         *(f"| {name} | {n:,} |" for name, n in document["arithmetic"].items()),
