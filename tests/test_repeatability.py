@@ -13,6 +13,8 @@ from verify.campaign import alarms
 from verify.case import Case
 from verify.layout import Layout
 from verify.report import read
+from verify.runner import exercise
+from verify.runner.limits import Limits
 from verify.runner.recorder import Recorder
 
 SUITES = ("--suite", "positions", "--max-examples", "5", "--max-world-size", "6")
@@ -66,6 +68,30 @@ def test_an_example_of_several_checks_is_one_example():
     assert (found.examples, found.compared) == (2, 9)
     for counts in (found.layouts, found.arithmetic, found.rows):
         assert list(counts.values()) == [2]
+
+
+def test_a_case_that_passed_a_check_does_not_run_again(monkeypatch):
+    ran = []
+
+    def passes(case, **given):
+        ran.append(case)
+        return 3
+
+    for name in ("equivalence", "memory"):
+        monkeypatch.setitem(exercise.CHECKS, name, passes)
+    one = Case(concept="norm", layout=Layout(tp=2))
+    recorder = Recorder("suite.one", must_check=True, on_example=lambda name, count: None)
+    given = {"target": "impl", "cluster": None, "limits": Limits()}
+    for check, case in (
+        ("equivalence", one),
+        ("equivalence", replace(one)),
+        ("memory", one),
+        ("equivalence", replace(one, seed=1)),
+    ):
+        with recorder.example({"case": case}):
+            exercise.check_case(check, case, recorder=recorder, **given)
+    found = recorder.conclude()
+    assert (found.examples, found.compared, len(ran)) == (4, 9, 3)
 
 
 def _line(seed, options, count=30, bad=()):

@@ -61,6 +61,7 @@ class Recorder:
         self._unwanted = 0
         self._not_supported: dict[str, Unsupported] = {}
         self._started = time.monotonic()
+        self._passed: set[str] = set()
         self._in_example: list[Verdict] = []
         self._cases_in_example: list[Case] = []
         self._rows_in_example: set[str] = set()
@@ -93,10 +94,16 @@ class Recorder:
         if check not in REFUSED and not self._failed:
             self.steering.reached(case)
 
+    def has_passed(self, check: str, case: Case) -> bool:
+        """Whether the case passed this check in an earlier example. Hypothesis begins with small
+        ones, of which many are the same."""
+        return _key(check, case) in self._passed
+
     def checked(self, check: str, case: Case, compared: int) -> None:
         """The case passed a check, and so much of it was compared. One that had to be refused
         covers nothing that can be computed."""
         self._in_example.append(Verdict.PASSED)
+        self._passed.add(_key(check, case))
         if not self._failed:
             self.compared += compared
             if case not in self._cases_in_example:
@@ -216,6 +223,10 @@ class Recorder:
                 self._options.update(
                     f"{value.concept} {name}={given}" for name, given in value.options.items()
                 )
+
+
+def _key(check: str, case: Case) -> str:
+    return json.dumps([check, case.to_json()], sort_keys=True)
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

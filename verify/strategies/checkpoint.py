@@ -88,7 +88,7 @@ def round_trip_cases(draw: st.DrawFn, *, worlds: Sequence[int] = WORLDS) -> Case
         )
     )
     # There is more to see beside an older one: its number may be the greater.
-    another = chosen(draw, "another", (*ANOTHER, "older"))
+    another = chosen(draw, "another", (*ANOTHER, "older", "older"))
     case = with_option(case, "another", another, default=ANOTHER[0])
     split_rows = bool(case.options.get("distributed")) and draw(st.booleans())
     if split_rows:

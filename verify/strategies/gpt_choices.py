@@ -13,7 +13,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 DOUBLE = DTYPES[:1]
 PLACEMENTS = ("zigzag", "contiguous")
 PIPELINES = ("default", "gpipe", "1f1b", "zb-h1")
-SCALINGS = (0.1, 1.0)
+SCALINGS = (0.1, 0.5)
 _FLAGS = (False, True)
 _STEPS = _TRAINING["training_steps"]
 # The default of an option comes first.

@@ -114,7 +114,9 @@ def refusable_pipeline_cases(draw: st.DrawFn) -> Case:
     case = draw(pipeline_cases(min_pp=2))
     case = dataclasses.replace(case, adversary=NONE)
     chunks = case.layout.pp * case.layout.vpp
-    fault = draw(st.sampled_from(("layers", "schedule", "chunks", "rounds", "microbatches")))
+    # There is more to see of microbatches.
+    faults = ("microbatches", "microbatches", "schedule", "chunks", "layers", "rounds")
+    fault = draw(st.sampled_from(faults))
     shape, options, layout = dict(case.shape), dict(case.options), case.layout
     if fault == "layers":
         shape["layers"] = draw(st.integers(0, 1)) * chunks + draw(st.integers(1, chunks - 1))
