@@ -45,8 +45,10 @@ def states(record):
 
 def test_a_file_reads_as_written(tmp_path):
     case = json.dumps(CASE.to_json())
-    more = f"words = [\"sum\"]\ncheck = \"equivalence\"\ncase = '''{case}'''\n"
-    expected = dataclasses.replace(KNOWN, words=("sum",), check="equivalence", case=CASE)
+    more = f"words = [\"sum\"]\npattern = \"tp.\"\ncheck = \"equivalence\"\ncase = '''{case}'''\n"
+    expected = dataclasses.replace(
+        KNOWN, words=("sum",), pattern="tp.", check="equivalence", case=CASE
+    )
     assert read_text(tmp_path, HEAD + ENTRY + ENTRY + more).findings == (KNOWN, expected)
 
 
@@ -61,6 +63,7 @@ def test_a_file_reads_as_written(tmp_path):
         (HEAD.replace("1", "2") + ENTRY, "is of version '2', this run of '1'"),
         (HEAD + ENTRY + "words = 'sum'", "finding 1: words: 'sum' is no list of texts"),
         (HEAD + ENTRY + "words = ['']", "is no list of texts"),
+        (HEAD + ENTRY + "pattern = 'ep('", "finding 1: pattern: 'ep(' is no regular expression"),
         (HEAD + ENTRY + "colour = 1", "finding 1 has colour; its fields are property, reason"),
         (HEAD + ENTRY.replace('"there"', "3"), "reference: 3 is no text"),
         (HEAD + ENTRY + "check = 'equivalence'", "give check and case together"),
@@ -82,6 +85,9 @@ def test_a_failure_is_known_where_all_of_it_is_explained():
     assert whole.findings == FAILED.findings
     worded = dataclasses.replace(KNOWN, words=("row_linear on tp2-dp2", "the sum over tp"))
     assert apply(FAILED, worded).verdict is Verdict.KNOWN
+    for pattern, verdict in ((r"on tp\d-dp", Verdict.KNOWN), (r"on \S*-tp", Verdict.FAILED)):
+        ordered = dataclasses.replace(worded, pattern=pattern)
+        assert apply(FAILED, ordered).verdict is verdict
     other = dataclasses.replace(KNOWN, words=("the sum over cp",))
     assert apply(FAILED, other).verdict is Verdict.FAILED
     assert states(apply(FAILED, other)) == ["not seen"]

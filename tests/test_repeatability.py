@@ -91,7 +91,7 @@ def test_a_case_that_passed_a_check_does_not_run_again(monkeypatch):
         with recorder.example({"case": case}):
             exercise.check_case(check, case, recorder=recorder, **given)
     found = recorder.conclude()
-    assert (found.examples, found.compared, len(ran)) == (4, 9, 3)
+    assert (found.examples, found.repeated, found.compared, len(ran)) == (4, 1, 9, 3)
 
 
 def _line(seed, options, count=30, bad=()):

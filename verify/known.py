@@ -5,6 +5,7 @@ what a run shows. They stay in the report, and whatever else fails still fails.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from verify.verdict import Judgement, Verdict, worst
 
 _HEAD = ("target", "version", "finding")
 _REQUIRED = ("property", "reason", "reference")
-_OPTIONAL = ("words", "check", "case")
+_OPTIONAL = ("words", "pattern", "check", "case")
 
 Rerun = Callable[[str, Case], Judgement | None]
 
@@ -28,21 +29,24 @@ Rerun = Callable[[str, Case], Judgement | None]
 class KnownFinding:
     """One known failure of a property.
 
-    It explains a failure whose text has all `words`. `check` and `case` are a case that shows it,
-    with which a run can tell that the finding is gone from that it was not drawn.
+    It explains a failure whose text has all `words` and, somewhere, the regular expression
+    `pattern`. `check` and `case` are a case that shows it, with which a run can tell that the
+    finding is gone from that it was not drawn.
     """
 
     property: str
     reason: str
     reference: str
     words: tuple[str, ...] = ()
+    pattern: str = ""
     check: str = ""
     case: Case | None = None
 
     def explains(self, text: str) -> bool:
         """Whether this is the failure that `text` tells of."""
         flat = _flat(text)
-        return all(_flat(word) in flat for word in self.words)
+        has_all = all(_flat(word) in flat for word in self.words)
+        return has_all and re.search(self.pattern, flat) is not None
 
 
 @dataclass(frozen=True)
@@ -163,12 +167,18 @@ def _finding(where: str, data: Any) -> KnownFinding:
     words = data.get("words", [])
     if not isinstance(words, list) or not all(isinstance(w, str) and w.strip() for w in words):
         raise BadArgument(f'{where}: words: {words!r} is no list of texts like ["tp=2"]')
-    for name in (*_REQUIRED, "check", "case"):
+    for name in (*_REQUIRED, "pattern", "check", "case"):
         if not isinstance(given := data.get(name, "-"), str) or not given.strip():
             raise BadArgument(f"{where}: {name}: {given!r} is no text")
+    pattern = data.get("pattern", "")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        said = f"{pattern!r} is no regular expression: {error}"
+        raise BadArgument(f"{where}: pattern: {said}") from error
     if ("check" in data) != ("case" in data):
         raise BadArgument(f"{where}: give check and case together, or neither")
-    kept = {name: data[name] for name in (*_REQUIRED, "check") if name in data}
+    kept = {name: data[name] for name in (*_REQUIRED, "pattern", "check") if name in data}
     return KnownFinding(**kept, words=tuple(words), case=_case(where, data.get("case")))
 
 

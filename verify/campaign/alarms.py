@@ -125,7 +125,7 @@ def _one_seed(seed: int, options: Sequence[str], workers: str, folder: Path) -> 
 
 def line_of(document: Mapping[str, Any], options: Sequence[str]) -> dict[str, Any]:
     """A line of the journal, of the report of a seed."""
-    coverage = document["coverage"]
+    coverage, rows = document["coverage"], document["properties"]
     return {
         "seed": document["seed"],
         "options": list(options),
@@ -134,9 +134,10 @@ def line_of(document: Mapping[str, Any], options: Sequence[str]) -> dict[str, An
         "platform": document["platform"],
         "versions": document["versions"],
         "seconds": document["seconds"],
-        "properties": len(document["properties"]),
-        "examples": coverage["examples"],
-        "compared": sum(row["compared"] for row in document["properties"]),
+        "properties": len(rows),
+        # That ran: what was drawn before and had passed did not.
+        "examples": sum(row["examples"] - row["repeated"] for row in rows),
+        "compared": sum(row["compared"] for row in rows),
         "arithmetic": coverage["arithmetic"],
         "pairs": coverage["pairs"],
         "concepts": {space["concept"]: space["examples"] for space in coverage["concepts"]},

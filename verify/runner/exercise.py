@@ -53,7 +53,7 @@ def check_case(
     recorder.reached(name, case)
     if recorder.has_passed(name, case):
         # It would again: whatever a run depends on is in its case.
-        recorder.checked(name, case, 0)
+        recorder.passed_again()
         return
     began = time.monotonic()
     try:
