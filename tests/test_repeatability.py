@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 from test_cli import shardproof
 
 from verify.campaign import alarms
@@ -14,7 +16,9 @@ from verify.case import Case
 from verify.layout import Layout
 from verify.report import read
 from verify.runner import exercise
+from verify.runner.draws import use_profile
 from verify.runner.limits import Limits
+from verify.runner.options import RunOptions
 from verify.runner.recorder import Recorder
 
 SUITES = ("--suite", "positions", "--max-examples", "5", "--max-world-size", "6")
@@ -54,6 +58,21 @@ def test_a_digest_is_of_all_that_is_drawn_in_order():
     digests += [_digest(one, others[0]), _digest(others[0], one)]
     assert len(set(digests)) == len(digests)
     assert _digest(one, others[0]) == digests[-2]
+
+
+def test_no_example_is_drawn_because_it_is_small():
+    undo, drawn = use_profile(RunOptions.parse({"max_examples": "60"})), []
+    try:
+
+        @given(each=st.tuples(*[st.integers(0, 99)] * 4))
+        def draws(each):
+            drawn.append(each)
+
+        draws()
+    finally:
+        undo()
+    assert len(drawn) == len(set(drawn)) == 60
+    assert [each for each in drawn if each.count(0) > 2] == [(0, 0, 0, 0)]
 
 
 def test_an_example_of_several_checks_is_one_example():

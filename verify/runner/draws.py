@@ -25,6 +25,14 @@ _AGAIN = (Phase.reuse,)
 _PHASES = (Phase.explicit, Phase.generate, Phase.target, Phase.shrink)
 
 
+class _Examples(int):
+    """So many examples. Hypothesis begins with small ones, a tenth of all, which it finds by this
+    division: the same few cases over and over. Here it draws none."""
+
+    def __floordiv__(self, other: int) -> int:
+        return 0
+
+
 def name_examples(test: Any, name: str) -> None:
     """Have the database keep a property's failing examples by its name. Hypothesis keeps none where
     a seed is forced, and elsewhere by the path of the file, which another machine may not have."""
@@ -48,7 +56,7 @@ def seeded(name: str, *, seed: int | None = None) -> Iterator[None]:
 def limited(test: Any, *, examples: int) -> Iterator[None]:
     """While inside, `test` draws so many examples."""
     before = test._hypothesis_internal_use_settings
-    test._hypothesis_internal_use_settings = settings(before, max_examples=examples)
+    test._hypothesis_internal_use_settings = settings(before, max_examples=_Examples(examples))
     try:
         yield
     finally:
@@ -69,7 +77,8 @@ def use_profile(options: RunOptions) -> Callable[[], None]:
 
     Hypothesis also draws constants that it finds in the modules that happen to be imported, which
     depend on the cluster, the target and where the package is installed. Here it draws none. Nor
-    does it follow an example by five that repeat most of it: each reaches for new pairs.
+    does it begin with small examples, or follow one by five that repeat most of it: each reaches
+    for new pairs.
     """
     before = settings.get_current_profile_name()
     seed, constants = hypothesis.core.global_force_seed, providers._get_local_constants
@@ -78,7 +87,7 @@ def use_profile(options: RunOptions) -> Callable[[], None]:
     settings.register_profile(
         name,
         settings(
-            max_examples=options.max_examples,
+            max_examples=_Examples(options.max_examples),
             deadline=None,
             database=None if options.database is None else _database(options.database),
             derandomize=False,

@@ -98,8 +98,8 @@ class Recorder:
             self.steering.reached(case)
 
     def has_passed(self, check: str, case: Case) -> bool:
-        """Whether the case passed this check in an earlier example. Hypothesis begins with small
-        ones, of which many are the same."""
+        """Whether the case passed this check in an earlier example, as happens where there are few
+        to draw."""
         return _key(check, case) in self._passed
 
     def passed_again(self) -> None:
