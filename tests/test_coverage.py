@@ -17,7 +17,7 @@ from verify.coverage.steering import CONCEPT, Steering, chosen, foresee, note_de
 from verify.layout import Layout
 from verify.report.pairs import triangle
 from verify.runner import examiner
-from verify.runner.draws import use_profile
+from verify.runner.draws import Examples, use_profile
 from verify.runner.limits import Limits, limits, set_limits
 from verify.runner.options import RunOptions
 from verify.runner.record import Record
@@ -48,7 +48,7 @@ def drawn(strategy, count, *, steering=None, accept=lambda case: True):
     steering = steering or Steering()
 
     @settings(
-        max_examples=count,
+        max_examples=Examples(count),
         database=None,
         deadline=None,
         phases=(Phase.generate,),
@@ -213,7 +213,7 @@ def test_of_a_world_without_room_nothing_is_foreseen(as_in_a_run):
 
 
 def test_the_simplest_case_is_drawn_once(as_in_a_run):
-    """Hypothesis begins with it several times where only a number before it differs."""
+    """Hypothesis alone would begin with it several times, as only a number before it differs."""
     seen = []
     drawn(cases("column_linear"), 100, accept=seen.append)
     assert seen[0].layout == Layout()

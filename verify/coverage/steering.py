@@ -21,10 +21,8 @@ from contextlib import contextmanager
 from random import Random
 from typing import Any, TypeVar
 
-from hypothesis import reject
 from hypothesis import strategies as st
 from hypothesis.control import current_build_context
-from hypothesis.internal.conjecture.choice import ChoiceTemplate
 
 from verify.case import Case
 from verify.coverage.factors import Pair, alone, pair_of, pairs_of, row_of, text_of
@@ -205,15 +203,13 @@ def chosen(
     """Draw one of these values of a factor. The first is the simplest; `key` is what a value comes
     to, where that is not the value itself."""
     strategy = st.sampled_from(list(values))
-    steering, number = _Present.steering, 0
+    steering = _Present.steering
     if steering is not None and factor == CONCEPT:
         # Hypothesis itself chooses as much as it needs to repeat nothing: with this, no more.
-        number = draw(st.integers(0, _MANY))
+        draw(st.integers(0, _MANY))
     if steering is None or not steering.active:
         return draw(strategy)
     data = current_build_context().data
-    if number and _is_the_simplest_from_here(data):
-        reject()
     texts = [text_of(value if key is None else key(value)) for value in values]
     index = steering.best(data, factor, texts)
     if index is None:
@@ -223,15 +219,6 @@ def chosen(
             value = draw(strategy)
     steering.chose(factor, text_of(value if key is None else key(value)))
     return value
-
-
-def _is_the_simplest_from_here(data: Any) -> bool:
-    """Whether all that follows is the simplest: Hypothesis begins with several examples of which it
-    is, and behind a number other than the simplest that is mostly all they differ in. Where none of
-    them is valid, it goes on to others. What is rejected here is never shrunk to, as that has the
-    simplest number."""
-    follows = data.prefix[data.index : data.index + 1]
-    return any(isinstance(each, ChoiceTemplate) for each in follows)
 
 
 @contextmanager

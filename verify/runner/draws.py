@@ -25,7 +25,7 @@ _AGAIN = (Phase.reuse,)
 _PHASES = (Phase.explicit, Phase.generate, Phase.target, Phase.shrink)
 
 
-class _Examples(int):
+class Examples(int):
     """So many examples. Hypothesis begins with small ones, a tenth of all, which it finds by this
     division: the same few cases over and over. Here it draws none."""
 
@@ -56,7 +56,7 @@ def seeded(name: str, *, seed: int | None = None) -> Iterator[None]:
 def limited(test: Any, *, examples: int) -> Iterator[None]:
     """While inside, `test` draws so many examples."""
     before = test._hypothesis_internal_use_settings
-    test._hypothesis_internal_use_settings = settings(before, max_examples=_Examples(examples))
+    test._hypothesis_internal_use_settings = settings(before, max_examples=Examples(examples))
     try:
         yield
     finally:
@@ -87,7 +87,7 @@ def use_profile(options: RunOptions) -> Callable[[], None]:
     settings.register_profile(
         name,
         settings(
-            max_examples=_Examples(options.max_examples),
+            max_examples=Examples(options.max_examples),
             deadline=None,
             database=None if options.database is None else _database(options.database),
             derandomize=False,
