@@ -21,6 +21,7 @@ from verify.campaign.summary import page, validate, write_campaign
 from verify.errors import BadArgument
 from verify.report import describe_run, read, write
 from verify.runner.options import RunOptions
+from verify.targets import load_target
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed (the extra campaign)"
@@ -137,13 +138,21 @@ def test_one_failure_is_reported_once_whatever_seeds_find_it(tmp_path):
 
 
 def test_what_is_known_is_told_once_for_its_cases_are_as_drawn(tmp_path):
-    merge = Merge(plan(tmp_path), tmp_path)
+    head = f'target = "impl"\nversion = "{load_target("impl").version()}"\n'
+    entry = '[[finding]]\nproperty = "linear.e"\nreason = "it is so"\nreference = "there"\n'
+    (tmp_path / "known.toml").write_text(head + entry)
+    run = RunOptions(report=tmp_path, known=tmp_path / "known.toml")
+    merge = Merge(plan(tmp_path, run=run), tmp_path)
     (finding,) = LISTED.findings
     other = dataclasses.replace(finding, case=dataclasses.replace(CASE, seed=9))
     for seed, record in enumerate((LISTED, dataclasses.replace(LISTED, findings=(other,)))):
         merge.add(Unit("linear", seed), document(tmp_path, record, seed=seed))
     merge.again("linear", document(tmp_path, PASSED))
     assert [(f["seeds"], f["again"]) for f in described(merge)["failures"]] == [([0, 1], None)]
+    assert merge.failing() == set()
+    merge = Merge(plan(tmp_path), tmp_path)
+    merge.add(Unit("linear", 0), document(tmp_path, LISTED))
+    assert merge.failing() == {"linear"}
 
 
 def test_what_is_lost_or_not_finished_is_unknown_and_what_is_known_is_not(tmp_path):

@@ -15,9 +15,7 @@ from verify.campaign import alarms
 from verify.case import Case
 from verify.layout import Layout
 from verify.report import read
-from verify.runner import exercise
 from verify.runner.draws import use_profile
-from verify.runner.limits import Limits
 from verify.runner.options import RunOptions
 from verify.runner.recorder import Recorder
 
@@ -89,30 +87,6 @@ def test_an_example_of_several_checks_is_one_example():
         assert list(counts.values()) == [2]
 
 
-def test_a_case_that_passed_a_check_does_not_run_again(monkeypatch):
-    ran = []
-
-    def passes(case, **given):
-        ran.append(case)
-        return 3
-
-    for name in ("equivalence", "memory"):
-        monkeypatch.setitem(exercise.CHECKS, name, passes)
-    one = Case(concept="norm", layout=Layout(tp=2))
-    recorder = Recorder("suite.one", must_check=True, on_example=lambda name, count: None)
-    given = {"target": "impl", "cluster": None, "limits": Limits()}
-    for check, case in (
-        ("equivalence", one),
-        ("equivalence", replace(one)),
-        ("memory", one),
-        ("equivalence", replace(one, seed=1)),
-    ):
-        with recorder.example({"case": case}):
-            exercise.check_case(check, case, recorder=recorder, **given)
-    found = recorder.conclude()
-    assert (found.examples, found.repeated, found.compared, len(ran)) == (4, 1, 9, 3)
-
-
 def _line(seed, options, count=30, bad=()):
     return {
         "seed": seed, "options": list(options), "commit": "abc",
@@ -172,7 +146,8 @@ def test_a_folder_goes_on_with_other_options(count, tmp_path):
     assert f"    {command.format(60)} --suite norm,mlp\n" in summary
     assert "| all | 1 | 30 |\n| norm, mlp | 1 | 30 |\n" in summary
     assert "pairs" not in summary
-    count("--examples", "80", "--require-pairs")
+    result, _ = count("--examples", "80", "--require-pairs")
+    assert result.exit_code == 1
     summary = (tmp_path / "s.md").read_text()
     assert f"    {command.format(90)} --require-pairs\n" in summary
     assert "\nWith seed 1, pairs of values: 5 exercised, 1 missed.\n" in summary

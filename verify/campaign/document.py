@@ -12,6 +12,7 @@ from verify.campaign.plan import Plan, Unit
 from verify.finding import Finding
 from verify.provenance import machine, shardproof_version, target_facts, versions
 from verify.report.files import write
+from verify.runner.pytest_run import known_findings
 from verify.runner.record import file_name, total
 from verify.verdict import Verdict, opens_gate, worst
 
@@ -26,8 +27,9 @@ _HEAD = (
 
 @dataclass
 class Failure:
-    """A failure that units found, the same in each: one property, one shrunk case. `file` replays
-    it; `again` says whether it failed when it was run again, None if that is not known."""
+    """A failure that units found, the same in each: one property, and one shrunk case or one known
+    finding. `file` replays it; `again` says whether it failed when it was run again, None if that
+    is not known."""
 
     property: str
     verdict: str
@@ -92,6 +94,8 @@ class Merge:
         self.units = 0
         self._layouts: dict[str, int] = {}
         self._files: set[str] = set()
+        self._listed = known_findings(plan.run, names_package=False)
+        self._known: set[str] = set()
 
     def add(self, unit: Unit, document: Mapping[str, Any]) -> None:
         """Take in the report of a unit, and write a file for each failure that is new."""
@@ -101,21 +105,25 @@ class Merge:
         covered = document["coverage"]["layouts"]
         counts = {json.dumps(each["layout"], sort_keys=True): each["count"] for each in covered}
         self._layouts = total([self._layouts, counts])
-        for key, part in _parts(document):
+        for key, part in self._parts(document):
             if key not in self.failures:
                 self.failures[key] = self._new(part, document)
             if unit.seed not in self.failures[key].seeds:
                 self.failures[key].seeds.append(unit.seed)
 
+    def failing(self) -> set[str]:
+        """The suites of which failing examples are kept, as they are of all that is not known."""
+        found = (f for key, f in self.failures.items() if f.finding and key not in self._known)
+        return {failure.property.partition(".")[0] for failure in found}
+
     def again(self, suite: str, document: Mapping[str, Any]) -> None:
         """Take in what the failing examples of a suite did when they were run again."""
-        found = {key: part["property"] for key, part in _parts(document) if part["findings"]}
+        found = {key: part["property"] for key, part in self._parts(document) if part["findings"]}
         fail = set(found.values())
         for key, failure in self.failures.items():
             if failure.property.partition(".")[0] != suite or failure.finding is None:
                 continue
-            # Of what is known no examples are kept.
-            if failure.verdict == Verdict.KNOWN.value:
+            if key in self._known:
                 continue
             # Of several examples that fail alike, Hypothesis shows the smallest.
             alike = None if failure.property in fail else False
@@ -177,17 +185,18 @@ class Merge:
         self._files.add(file)
         return file
 
-
-def _parts(document: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each finding of a report as a failure of its own, with what makes it the same as another: the
-    property and the case, or the kind of one that is known; without a finding, the property and the
-    reason."""
-    for failure in document["failures"]:
-        for finding in failure["findings"]:
-            # What is known is not made smaller, and its cases are many.
-            is_known = failure["verdict"] == Verdict.KNOWN.value
-            same = finding["kind"] if is_known else Finding.from_json(finding).case.to_json()
-            key = json.dumps([failure["property"], finding["check"], same], sort_keys=True)
-            yield key, {**failure, "findings": [finding]}
-        if not failure["findings"]:
-            yield json.dumps([failure["property"], failure["reason"]]), dict(failure)
+    def _parts(self, document: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each finding of a report as a failure of its own, with what makes it the same as another:
+        the property and the case, or which of the known ones it is, as those are not made smaller;
+        without a finding, the property and the reason."""
+        for failure in document["failures"]:
+            for finding in failure["findings"]:
+                made = Finding.from_json(finding)
+                number = self._listed.number(failure["property"], made)
+                same = made.case.to_json() if number is None else number
+                key = json.dumps([failure["property"], finding["check"], same], sort_keys=True)
+                if number is not None:
+                    self._known.add(key)
+                yield key, {**failure, "findings": [finding]}
+            if not failure["findings"]:
+                yield json.dumps([failure["property"], failure["reason"]]), dict(failure)

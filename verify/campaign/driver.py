@@ -77,9 +77,8 @@ class Campaign:
 
     def _again(self) -> list[Unit]:
         """A unit for each suite of which there are failing examples."""
-        found = [f for f in self.merge.failures.values() if f.finding is not None]
-        failed = {failure.property.partition(".")[0] for failure in found}
-        return [Unit(suite, 0, again=True) for suite in self.plan.suites if suite in failed]
+        failing = self.merge.failing()
+        return [Unit(suite, 0, again=True) for suite in self.plan.suites if suite in failing]
 
     def _say_what(self, units: Sequence[Unit], again: Sequence[Unit]) -> None:
         plan = self.plan

@@ -175,7 +175,7 @@ class Trials:
         error = _called(self._function(name), check, recorder)
         if error is not None and not isinstance(error, _Enough):
             raise error
-        count = sum(concepts.values())
+        count = recorder.examples
         seconds = (time.monotonic() - began) / max(count, 1)
         # One law of groups asks for what there is not.
         refusals = sum(checks[each] for each in (*REFUSED, "groups"))

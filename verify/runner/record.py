@@ -45,12 +45,11 @@ class KnownOutcome:
 class Record:
     """A property, its verdict and why, and what its examples covered.
 
-    `examples` counts those up to the first failure that is not known, and `repeated` those of them
-    that were drawn and had passed before; `compared` is how much was compared in them, as the
-    checks tell, which is elements of tensors for most; `digest` is of all that was drawn for them;
-    the rest are counts of those that were checked: `layouts` by their JSON text, `arithmetic` by
-    lens and dtype, `options` by concept and value, `rows` by all factors (`verify.coverage`).
-    `open` are pairs that were on offer and in no example.
+    `examples` counts those up to the first failure that is not known; `compared` is how much was
+    compared in them, as the checks tell, which is elements of tensors for most; `digest` is of all
+    that was drawn for them; the rest are counts of those that were checked: `layouts` by their JSON
+    text, `arithmetic` by lens and dtype, `options` by concept and value, `rows` by all factors
+    (`verify.coverage`). `open` are pairs that were on offer and in no example.
     `left_out` counts what was drawn and could not be run here, or not be judged, by reason.
     `traceback` is that of an error that no finding describes. `known` is what came of the findings
     known of the property.
@@ -60,7 +59,6 @@ class Record:
     verdict: Verdict
     reason: str = ""
     examples: int = 0
-    repeated: int = 0
     compared: int = 0
     digest: str = ""
     seconds: float = 0.0
@@ -87,7 +85,6 @@ class Record:
             "verdict": self.verdict.value,
             "reason": self.reason,
             "examples": self.examples,
-            "repeated": self.repeated,
             "compared": self.compared,
             "digest": self.digest,
             "seconds": round(self.seconds, 3),

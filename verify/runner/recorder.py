@@ -45,7 +45,7 @@ class Recorder:
         self, name: str, *, must_check: bool, on_example: Callable[[str, int], None]
     ) -> None:
         self.name, self.must_check, self.on_example = name, must_check, on_example
-        self.examples = self.repeated = self.compared = 0
+        self.examples = self.compared = 0
         self.found: Finding | None = None
         self._as_known: dict[int, Finding] = {}
         self._failed = False
@@ -61,9 +61,7 @@ class Recorder:
         self._unwanted = 0
         self._not_supported: dict[str, Unsupported] = {}
         self._started = time.monotonic()
-        self._passed: set[str] = set()
         self._in_example: list[Verdict] = []
-        self._again_in_example = 0
         self._cases_in_example: list[Case] = []
         self._rows_in_example: set[str] = set()
 
@@ -71,7 +69,6 @@ class Recorder:
     def example(self, drawn: Mapping[str, object]) -> Iterator[None]:
         """One example with what was drawn for it; an example that is rejected is none."""
         self._in_example, self._cases_in_example = [], []
-        self._again_in_example = 0
         self._rows_in_example = set()
         try:
             yield
@@ -86,7 +83,6 @@ class Recorder:
                 self.compared += 1
                 self._cover(drawn.values())
                 self._in_example = [Verdict.PASSED]
-            self.repeated += 0 < self._again_in_example == len(self._in_example)
             self._verdicts.update(self._in_example)
             self._cover(self._cases_in_example)
             self._rows.update(self._rows_in_example)
@@ -97,21 +93,10 @@ class Recorder:
         if check not in REFUSED and not self._failed:
             self.steering.reached(case)
 
-    def has_passed(self, check: str, case: Case) -> bool:
-        """Whether the case passed this check in an earlier example, as happens where there are few
-        to draw."""
-        return _key(check, case) in self._passed
-
-    def passed_again(self) -> None:
-        """The case passed this check before, and did not run again."""
-        self._in_example.append(Verdict.PASSED)
-        self._again_in_example += 1
-
     def checked(self, check: str, case: Case, compared: int) -> None:
         """The case passed a check, and so much of it was compared. One that had to be refused
         covers nothing that can be computed."""
         self._in_example.append(Verdict.PASSED)
-        self._passed.add(_key(check, case))
         if not self._failed:
             self.compared += compared
             if case not in self._cases_in_example:
@@ -161,7 +146,6 @@ class Recorder:
             verdict=verdict,
             reason=reason,
             examples=self.examples,
-            repeated=self.repeated,
             compared=self.compared,
             digest=self._digest.hexdigest()[:_DIGITS],
             seconds=time.monotonic() - self._started,
@@ -232,10 +216,6 @@ class Recorder:
                 self._options.update(
                     f"{value.concept} {name}={given}" for name, given in value.options.items()
                 )
-
-
-def _key(check: str, case: Case) -> str:
-    return json.dumps([check, case.to_json()], sort_keys=True)
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

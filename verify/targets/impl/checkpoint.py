@@ -175,8 +175,8 @@ def round_trip(case: Case, groups: Groups) -> Subject:
         with sides(trained, groups) as (before, now, folder):
             progress = begin(before, inputs)
             another = case.options.get("another")
-            # Its name comes after that of the other, or before it, or has the same number.
-            steps = max(progress.steps + (1, -1, 1, 0)[case.seed % 4], 0)
+            # Its name comes before that of the other, or after it, or has the same number.
+            steps = max(progress.steps + (-1, 1, 1, 0)[case.seed % 4], 0)
             other = Progress(steps, progress.consumed + 1)
             if another == "older":
                 save_checkpoint(folder, now.training(), other)
