@@ -25,6 +25,10 @@ _OPTIONAL = ("words", "pattern", "check", "case")
 Rerun = Callable[[str, Case], Judgement | None]
 
 
+def not_run(check: str, case: Case) -> None:
+    """How a case is run again where none can be."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class KnownFinding:
     """One known failure of a property.
@@ -90,14 +94,15 @@ class KnownFindings:
 
     def number(self, name: str, finding: Finding) -> int | None:
         """Which of the findings that are known of a property is this one; None if none is."""
+        if not (listed := self._listed(name)):
+            return None
         text = _text(finding)
-        explain = (n for n, each in enumerate(self._listed(name)) if each.explains(text))
-        return next(explain, None)
+        return next((n for n, each in enumerate(listed) if each.explains(text)), None)
 
     def _listed(self, name: str) -> list[KnownFinding]:
         return [each for each in self.findings if each.property == name.partition("[")[0]]
 
-    def applied(self, record: Record, rerun: Rerun) -> Record:
+    def applied(self, record: Record, rerun: Rerun = not_run) -> Record:
         """The record with what it shows of the findings that are known of its property.
 
         `failed` becomes `failed (known)` where each part of the failure is explained. The case of a
@@ -117,10 +122,9 @@ class KnownFindings:
             record = replace(record, verdict=Verdict.KNOWN)
         for each in listed:
             outcome = KnownOutcome(each.reason, each.reference, "fails")
-            if each not in seen and unknown:
-                outcome = replace(outcome, state="not seen")
-            elif each not in seen:
-                record, outcome = _looked_for(each, record, outcome, rerun)
+            if each not in seen:
+                how = not_run if unknown else rerun
+                record, outcome = _looked_for(each, record, outcome, how)
             record = replace(record, known=(*record.known, outcome))
         return record
 

@@ -173,7 +173,7 @@ class Collector:
         for plugin in self.config.pluginmanager.get_plugins():
             running = plugin.recorder if isinstance(plugin, Examiner) else None
             if running is not None and running.name == name:
-                return self.known.applied(running.interrupted(), lambda check, case: None)
+                return self.known.applied(running.interrupted())
         return None
 
     def _add_rank_state(self, told: dict[str, list[str]]) -> None:
