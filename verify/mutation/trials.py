@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import math
 import sys
 import time
@@ -79,6 +80,9 @@ class Trials:
     def __enter__(self) -> Trials:
         size = self.options.max_world_size or WORLD_SIZE
         self.limits = Limits(size, self.options.lenses, self.options.adversary)
+        # What libraries warn of in a defect is told by what fails.
+        self._stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)
         self._stack.callback(set_limits, limits())
         set_limits(self.limits)
         self._stack.callback(use_profile(self.options))
