@@ -26,6 +26,7 @@ from hypothesis.control import current_build_context
 
 from verify.case import Case
 from verify.coverage.factors import Pair, alone, pair_of, pairs_of, row_of, text_of
+from verify.errors import HarnessError
 
 T = TypeVar("T")
 TRIES = 3
@@ -124,7 +125,10 @@ class Steering:
         self._case[factor] = value
 
     def reached(self, case: Case) -> None:
-        """A case is going to be checked."""
+        """A case is going to be checked. Raises HarnessError where its choices were made for
+        another concept: what they cover would be nobody's."""
+        if self._concept not in ("", case.concept):
+            raise HarnessError(f"steering: {case} was drawn as one of {self._concept}")
         seen = self.seen[case.concept]
         for pair in pairs_of(self._row(case)):
             if pair not in seen:

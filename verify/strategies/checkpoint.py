@@ -70,13 +70,20 @@ _EXPERTS = (False, True)
 
 
 @st.composite
-def round_trip_cases(draw: st.DrawFn, *, worlds: Sequence[int] = WORLDS) -> Case:
-    """Cases of `checkpoint`: every kind of parameter, those of latent attention and experts too, in
-    shards of the optimizer or not."""
+def round_trip_cases(
+    draw: st.DrawFn,
+    *,
+    concept: str = "checkpoint",
+    another: Sequence[str] = (*ANOTHER, "older", "older"),
+    worlds: Sequence[int] = WORLDS,
+) -> Case:
+    """Cases of `checkpoint`, or of a concept with its sizes: every kind of parameter, those of
+    latent attention and experts too, in shards of the optimizer or not. There is more to see beside
+    `another` that is older: its number may be the greater."""
     options: Choices = {name: OPTIMIZING[name] for name in ("bucket", "distributed")}
     case = draw(
         model_cases(
-            concept="checkpoint",
+            concept=concept,
             options=options,
             model={n: values[:1] for n, values in MODEL.items() if n not in ROUND_TRIP_OPTIONS},
             uneven=(False, False, True),
@@ -87,9 +94,9 @@ def round_trip_cases(draw: st.DrawFn, *, worlds: Sequence[int] = WORLDS) -> Case
             worlds=worlds,
         )
     )
-    # There is more to see beside an older one: its number may be the greater.
-    another = chosen(draw, "another", (*ANOTHER, "older", "older"))
-    case = with_option(case, "another", another, default=ANOTHER[0])
+    if another:
+        beside = chosen(draw, "another", another)
+        case = with_option(case, "another", beside, default=ANOTHER[0])
     split_rows = bool(case.options.get("distributed")) and draw(st.booleans())
     if split_rows:
         case = dataclasses.replace(case, shape={**case.shape, "hidden": _LONG_ROW})
@@ -100,10 +107,9 @@ def round_trip_cases(draw: st.DrawFn, *, worlds: Sequence[int] = WORLDS) -> Case
 def unlike_cases(draw: st.DrawFn) -> Case:
     """Cases of `checkpoint` to be refused: what is loaded into has one thing otherwise."""
     # Many ranks refuse it no otherwise.
-    case = draw(round_trip_cases(worlds=(2, 4, 4)))
+    case = draw(round_trip_cases(another=(), worlds=(2, 4, 4)))
     name = chosen(draw, "unlike", (*UNLIKE_SIZES, *UNLIKE))
-    alone = {name: value for name, value in case.options.items() if name != "another"}
-    found = dataclasses.replace(case, options={**alone, "unlike": name})
+    found = dataclasses.replace(case, options={**case.options, "unlike": name})
     # What it has otherwise is right in itself.
     trained = dataclasses.replace(found, options={**found.options, **ROUND_TRIP_TRAINED})
     assume(contract_or_none(case_at(unlike(trained), case.layout)) is not None)
@@ -114,10 +120,10 @@ def unlike_cases(draw: st.DrawFn) -> Case:
 def damaged_cases(draw: st.DrawFn) -> Case:
     """Cases of `checkpoint` to be refused: what was saved is not all there. At the layout at which
     it was saved every rank needs what it wrote."""
-    case = draw(round_trip_cases(worlds=(2, 4)))
+    case = draw(round_trip_cases(another=(), worlds=(2, 4)))
     # There is more to see of what is altered: which file it is, and what that says.
     how = draw(st.sampled_from((*DAMAGED, "altered", "altered")))
-    alone = {n: value for n, value in case.options.items() if n not in ("another", "saved")}
+    alone = {name: value for name, value in case.options.items() if name != "saved"}
     return dataclasses.replace(case, options={**alone, "checkpoint": how})
 
 
@@ -125,12 +131,10 @@ def damaged_cases(draw: st.DrawFn) -> Case:
 def interrupted_cases(draw: st.DrawFn) -> Case:
     """Cases of `interrupted_save`; where there is no adversary, no machine stops. Many ranks write
     no otherwise than a few."""
-    case = draw(round_trip_cases(worlds=(2, 2, 4)))
-    alone = {name: value for name, value in case.options.items() if name != "another"}
-    found = dataclasses.replace(case, concept="interrupted_save", options=alone)
+    case = draw(round_trip_cases(concept="interrupted_save", another=(), worlds=(2, 2, 4)))
     # There is more to see of a machine.
     possible = (*STOPPED, STOPPED[1]) if limits().adversaries else STOPPED[:1]
-    return with_option(found, "stopped", chosen(draw, "stopped", possible), default=STOPPED[0])
+    return with_option(case, "stopped", chosen(draw, "stopped", possible), default=STOPPED[0])
 
 
 @st.composite
