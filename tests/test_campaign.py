@@ -3,25 +3,33 @@ of which workers and the driver are killed."""
 
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 from test_cli import DEFECT, environment, in_process, shardproof
-from test_report import CASE, FAILED, FINDING, LISTED, PASSED, facts
+from test_report import BROKEN, CASE, FAILED, FINDING, LISTED, PASSED, facts
 
+from verify.campaign import alarms
 from verify.campaign.document import Merge
+from verify.campaign.driver import Campaign
+from verify.campaign.engine import Outcome
 from verify.campaign.journal import Journal
 from verify.campaign.plan import Plan, Unit, parse_seeds
-from verify.campaign.summary import page, validate, write_campaign
+from verify.campaign.summary import page, print_summary, validate, write_campaign
 from verify.errors import BadArgument
 from verify.report import describe_run, read, write
 from verify.runner.options import RunOptions
+from verify.runner.record import KnownOutcome
 from verify.targets import load_target
+from verify.verdict import Verdict
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed (the extra campaign)"
@@ -137,12 +145,17 @@ def test_one_failure_is_reported_once_whatever_seeds_find_it(tmp_path):
     assert "did not fail again" in page(described(merge), tmp_path)
 
 
-def test_what_is_known_is_told_once_for_its_cases_are_as_drawn(tmp_path):
+def merge_that_knows_one(tmp_path):
+    """A merge where what `LISTED` has is known."""
     head = f'target = "impl"\nversion = "{load_target("impl").version()}"\n'
     entry = '[[finding]]\nproperty = "linear.e"\nreason = "it is so"\nreference = "there"\n'
-    (tmp_path / "known.toml").write_text(head + entry)
+    (tmp_path / "known.toml").write_text(head + entry + 'words = ["sum over tp"]\n')
     run = RunOptions(report=tmp_path, known=tmp_path / "known.toml")
-    merge = Merge(plan(tmp_path, run=run), tmp_path)
+    return Merge(plan(tmp_path, run=run), tmp_path)
+
+
+def test_what_is_known_is_told_once_for_its_cases_are_as_drawn(tmp_path):
+    merge = merge_that_knows_one(tmp_path)
     (finding,) = LISTED.findings
     other = dataclasses.replace(finding, case=dataclasses.replace(CASE, seed=9))
     for seed, record in enumerate((LISTED, dataclasses.replace(LISTED, findings=(other,)))):
@@ -153,6 +166,76 @@ def test_what_is_known_is_told_once_for_its_cases_are_as_drawn(tmp_path):
     merge = Merge(plan(tmp_path), tmp_path)
     merge.add(Unit("linear", 0), document(tmp_path, LISTED))
     assert merge.failing() == {"linear"}
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_what_stands_beside_a_known_failure_is_a_failure_of_its_own(tmp_path, order):
+    merge = merge_that_knows_one(tmp_path)
+    failed = dataclasses.replace(LISTED, verdict=Verdict.FAILED, reason="something else")
+    unknown = dataclasses.replace(LISTED, verdict=Verdict.UNKNOWN, reason="it broke")
+    records = (failed, LISTED, unknown)
+    for seed in order:
+        merge.add(Unit("linear", seed), document(tmp_path, records[seed], seed=seed))
+    made = described(merge)
+    assert sorted((f["verdict"], f["reason"], f["seeds"]) for f in made["failures"]) == [
+        ("failed", "something else", [0]),
+        ("failed (known)", "", [0, 1, 2]),
+        ("unknown", "it broke", [2]),
+    ]
+    known = next(f for f in made["failures"] if f["finding"])
+    assert known["verdict"] == "failed (known)"
+    assert read(tmp_path / known["file"])["failures"][0]["verdict"] == "failed (known)"
+    assert "linear.e: failed: something else" in page(made, tmp_path)
+    assert merge.failing() == {"linear"}
+    for record, again in ((failed, True), (LISTED, False)):
+        merge.again("linear", document(tmp_path, record))
+        told = {f["reason"]: f["again"] for f in described(merge)["failures"]}
+        assert told == {"something else": again, "": None, "it broke": None}
+
+
+def test_one_of_two_known_findings_of_one_reason_is_gone(tmp_path):
+    run = RunOptions(report=tmp_path, known_strict=True)
+    merge = Merge(plan(tmp_path, run=run), tmp_path)
+    outcomes = [KnownOutcome("it is so", "there", s) for s in ("fails", "no longer fails")]
+    record = dataclasses.replace(LISTED, known=tuple(outcomes))
+    for seed in range(2):
+        merge.add(Unit("linear", seed), document(tmp_path, record, seed=seed))
+    made = described(merge)
+    states = [each["state"] for each in made["properties"][0]["known"]]
+    assert states == ["fails", "no longer fails"]
+    assert not made["opens_gate"]
+
+
+def test_what_is_run_once_more_is_told_as_that(tmp_path):
+    run = RunOptions(report=tmp_path / "c")
+    given = plan(tmp_path, run=run)
+    journal = Journal(run.report, given, resume=False)
+    console = Console(file=io.StringIO(), width=200)
+    campaign = Campaign(given, journal, SimpleNamespace(workers=2), 60.0, console)
+    unit = Unit("linear", 0, again=True)
+    skipped = dataclasses.replace(BROKEN, reason="skipped: no example is kept")
+    plain = dataclasses.replace(BROKEN, property="linear.f", verdict=Verdict.FAILED)
+    campaign._take(Outcome(unit, document(tmp_path, FAILED, skipped, plain), {}))
+    campaign._take(Outcome(unit, None, {}, lost="its worker died"))
+    made = described(campaign.merge)
+    assert [each["seed"] for each in made["lost"]] == [None]
+    print_summary(console, made, tmp_path)
+    said = console.file.getvalue()
+    assert "done    linear once more: 2 properties have failing examples\n" in said
+    assert "unknown: linear once more: its worker died\n" in said
+    assert "<code>linear</code>, once more" in page(made, tmp_path)
+    journal.close()
+
+
+def test_false_alarms_are_made_again_from_each_seed_without_a_gap():
+    counts = {2: 20, 1: 10, 7: 40, 3: 30}
+    runs = [{"seed": seed, "options": [], "examples": count} for seed, count in counts.items()]
+    one = {"seed": 1, "options": ["--suite", "norm"], "examples": 5}
+    assert [line.strip() for line in alarms._commands(alarms._runs([*runs, one]))] == [
+        "ci/false-alarms --examples 60 --first-seed 1",
+        "ci/false-alarms --examples 100 --first-seed 7",
+        "ci/false-alarms --examples 105 --first-seed 1 --suite norm",
+    ]
 
 
 def test_what_is_lost_or_not_finished_is_unknown_and_what_is_known_is_not(tmp_path):

@@ -17,7 +17,7 @@ from verify.coverage.steering import CONCEPT, Steering, chosen, foresee, note_de
 from verify.layout import Layout
 from verify.report.pairs import triangle
 from verify.runner import examiner
-from verify.runner.draws import Examples, use_profile
+from verify.runner.draws import Examples, seeded, use_profile
 from verify.runner.limits import Limits, limits, set_limits
 from verify.runner.options import RunOptions
 from verify.runner.record import Record
@@ -141,12 +141,12 @@ def test_all_pairs_are_covered_by_forty_cases(as_in_a_run):
 
 
 def test_every_value_of_the_first_factor_is_drawn(as_in_a_run):
-    sizes = [set(), set()]
-    for seed, found in enumerate(sizes):
-        drawn(
-            cases("column_linear"), 40, accept=lambda case, found=found: found.add(case.layout.tp)
-        )
-        assert len(found) >= 6, (seed, found)
+    draws = [[], []]
+    for seed, found in enumerate(draws):
+        with seeded("column_linear", seed=seed):
+            drawn(cases("column_linear"), 40, accept=found.append)
+        assert len({case.layout.tp for case in found}) >= 6, (seed, found)
+    assert draws[0] != draws[1]
 
 
 def test_what_is_drawn_does_not_depend_on_what_is_supported(as_in_a_run):

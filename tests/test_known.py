@@ -67,6 +67,7 @@ def test_a_file_reads_as_written(tmp_path):
         (HEAD + ENTRY + "colour = 1", "finding 1 has colour; its fields are property, reason"),
         (HEAD + ENTRY.replace('"there"', "3"), "reference: 3 is no text"),
         (HEAD + ENTRY + "check = 'equivalence'", "give check and case together"),
+        (HEAD + ENTRY + "check = 'equal'\ncase = '{}'", "finding 1: check: 'equal' is not one of"),
         (HEAD + ENTRY + "check = 'equivalence'\ncase = '{}'", "as JSON: case: missing fields"),
         (HEAD + ENTRY + "check = 'equivalence'\ncase = '{'", "as JSON: Expecting property name"),
     ],
@@ -103,6 +104,7 @@ def test_one_unknown_failure_beside_a_known_one_fails():
     assert apply(both, missing_sum).verdict is Verdict.FAILED
     crash = dataclasses.replace(KNOWN, words=("crash", "the target raised"))
     assert apply(both, missing_sum, crash).verdict is Verdict.KNOWN
+    assert states(apply(FAILED, crash, missing_sum)) == ["not seen", "fails"]
     flaky = dataclasses.replace(FAILED, reason="it does not fail every time that it is run")
     assert apply(flaky, missing_sum).verdict is Verdict.FAILED
 
@@ -162,6 +164,25 @@ def test_what_is_known_is_told_whatever_comes_after_it(error, verdict):
     assert (str(error) in record.traceback) is (error is not None)
     cut = apply(recorder.interrupted(), entry)
     assert (cut.verdict, cut.reason, states(cut)) == (Verdict.UNKNOWN, "interrupted", ["fails"])
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict", "said"),
+    [
+        (AssertionError("something else"), Verdict.FAILED, "something else"),
+        (TypeError("no number"), Verdict.UNKNOWN, "TypeError: no number"),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_a_property_that_is_interrupted_while_it_shrinks_says_how_it_failed(error, verdict, said):
+    recorder = recorder_of_an_example()
+    with pytest.raises(type(error)), recorder.example({}):
+        raise error
+    with recorder.example({}):
+        pass
+    cut = recorder.interrupted()
+    assert (cut.verdict, cut.reason) == (verdict, f"{said}\ninterrupted")
+    assert said in cut.traceback
 
 
 def test_what_is_unknown_stays_so():
@@ -229,6 +250,17 @@ def failure(pytester):
 def test_another_failure_of_the_same_property_fails(listed, pytester):
     assert listed("no sum", words=["the sum over cp"]).ret == 1
     assert row(pytester, "fake.equivalence")["verdict"] == "failed"
+
+
+def test_a_known_case_that_is_none_takes_nothing_that_was_found(listed, pytester):
+    none = json.dumps({**SHOWS.to_json(), "shape": {**SHOWS.shape, "in_features": 3}})
+    assert listed("no sum", words=["the sum over cp"], check="equivalence", case=none).ret == 1
+    found = row(pytester, "fake.equivalence")
+    assert (found["verdict"], found["known"][0]["state"]) == ("failed", "not seen")
+    assert "the case of a known finding (no sum): case: x of fake_row on tp2" in found["reason"]
+    assert failure(pytester)["findings"]
+    assert listed(None, "--max-examples", "4", check="equivalence", case=none).ret == 1
+    assert row(pytester, "fake.equivalence")["verdict"] == "unknown"
 
 
 def test_a_finding_that_does_not_show_is_told_and_may_be_an_error(listed, pytester):

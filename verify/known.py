@@ -15,6 +15,7 @@ from typing import Any
 from verify.case import Case
 from verify.errors import BadArgument
 from verify.finding import Finding
+from verify.property import CHECKS
 from verify.runner.record import KnownOutcome, Record
 from verify.verdict import Judgement, Verdict, worst
 
@@ -103,7 +104,8 @@ class KnownFindings:
         return [each for each in self.findings if each.property == name.partition("[")[0]]
 
     def applied(self, record: Record, rerun: Rerun = not_run) -> Record:
-        """The record with what it shows of the findings that are known of its property.
+        """The record with what it shows of the findings that are known of its property, in the
+        order in which they are listed.
 
         `failed` becomes `failed (known)` where each part of the failure is explained. The case of a
         finding that did not show is run with `rerun`, which returns None where it cannot run here.
@@ -182,6 +184,8 @@ def _finding(where: str, data: Any) -> KnownFinding:
         raise BadArgument(f"{where}: pattern: {said}") from error
     if ("check" in data) != ("case" in data):
         raise BadArgument(f"{where}: give check and case together, or neither")
+    if "check" in data and data["check"] not in CHECKS:
+        raise BadArgument(f"{where}: check: {data['check']!r} is not one of {', '.join(CHECKS)}")
     kept = {name: data[name] for name in (*_REQUIRED, "pattern", "check") if name in data}
     return KnownFinding(**kept, words=tuple(words), case=_case(where, data.get("case")))
 

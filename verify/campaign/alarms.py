@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -160,7 +159,8 @@ def _said(failure: Mapping[str, Any]) -> str:
 
 
 def _commit() -> str:
-    """The commit of the working directory, with a plus where impl or verify differ from it."""
+    """The commit of the working directory, with a plus where impl, verify or properties differ
+    from it."""
     git = ["git", "describe", "--always", "--abbrev=12", "--exclude=*"]
     given = subprocess.run(git, capture_output=True, text=True, check=False)
     paths = ["git", "status", "--porcelain", "--", "impl", "verify", "properties"]
@@ -187,13 +187,13 @@ def described(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _runs(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What was run with which options: the seeds, and how many examples."""
+    """What was run with which options: the seeds, how many examples each had, and all had."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for line in lines:
-        own = found.setdefault(
-            tuple(line["options"]), {"options": line["options"], "seeds": [], "examples": 0}
-        )
+        new = {"options": line["options"], "seeds": [], "counts": [], "examples": 0}
+        own = found.setdefault(tuple(line["options"]), new)
         own["seeds"].append(line["seed"])
+        own["counts"].append(line["examples"])
         if "--require-pairs" in line["options"]:
             own.setdefault("pairs", {})[str(line["seed"])] = line["pairs"]
         own["examples"] += line["examples"]
@@ -245,13 +245,16 @@ def text_of(document: Mapping[str, Any], wanted: int) -> str:
 
 
 def _commands(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Those that make the same again, one after the other: each says how many there are then."""
-    sums = accumulate(run["examples"] for run in runs)
-    return [
-        f"    ci/false-alarms --examples {count} --first-seed {min(run['seeds'])}"
-        f" {' '.join(run['options'])}"
-        for run, count in zip(runs, sums, strict=True)
-    ]
+    """Those that make the same again, one after the other: each goes on from a seed without a gap,
+    and says how many there are then."""
+    found, so_far = [], 0
+    for run in runs:
+        counts = dict(zip(run["seeds"], run["counts"], strict=True))
+        for first, last in _consecutive(run["seeds"]):
+            so_far += sum(counts[seed] for seed in range(first, last + 1))
+            given = f"--examples {so_far} --first-seed {first} {' '.join(run['options'])}"
+            found.append(f"    ci/false-alarms {given}")
+    return found
 
 
 def _suites(options: Sequence[str]) -> str:
@@ -262,11 +265,16 @@ def _suites(options: Sequence[str]) -> str:
 
 def _ranges(seeds: Sequence[int]) -> str:
     """`1 to 3, 7`."""
+    pairs = _consecutive(seeds)
+    return ", ".join(f"{a} to {b}" if a < b else str(a) for a, b in pairs) or "none"
+
+
+def _consecutive(seeds: Sequence[int]) -> list[tuple[int, int]]:
+    """The first and the last of each range of seeds without a gap."""
     ordered = sorted(seeds)
     starts = [seed for seed in ordered if seed - 1 not in seeds]
     ends = [seed for seed in ordered if seed + 1 not in seeds]
-    pairs = zip(starts, ends, strict=True)
-    return ", ".join(f"{a} to {b}" if a < b else str(a) for a, b in pairs) or "none"
+    return list(zip(starts, ends, strict=True))
 
 
 if __name__ == "__main__":

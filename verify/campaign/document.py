@@ -53,7 +53,7 @@ class Row:
     examples: int = 0
     seconds: float = 0.0
     failed_seeds: list[int] = field(default_factory=list)
-    known: dict[tuple[str, str], str] = field(default_factory=dict)
+    known: dict[tuple[int, str, str], str] = field(default_factory=dict)
 
     def add(self, row: Mapping[str, Any], seed: int) -> None:
         """Take in the row of one unit's report."""
@@ -63,14 +63,15 @@ class Row:
         self.seconds += row["seconds"]
         if verdict in (Verdict.FAILED, Verdict.KNOWN, Verdict.UNKNOWN):
             self.failed_seeds.append(seed)
-        for each in row["known"]:
-            key = each["reason"], each["reference"]
+        # Several that are known of a property may have one reason and one reference.
+        for place, each in enumerate(row["known"]):
+            key = place, each["reason"], each["reference"]
             before = self.known.get(key, _STATES[-1])
             self.known[key] = min(before, each["state"], key=_STATES.index)
 
     def to_json(self) -> dict[str, Any]:
         """The row as the document has it."""
-        known = [{"reason": r, "reference": f, "state": s} for (r, f), s in self.known.items()]
+        known = [{"reason": r, "reference": f, "state": s} for (_, r, f), s in self.known.items()]
         return {
             "property": self.property,
             "verdict": worst(self.verdicts).value,
@@ -112,22 +113,34 @@ class Merge:
                 self.failures[key].seeds.append(unit.seed)
 
     def failing(self) -> set[str]:
-        """The suites of which failing examples are kept, as they are of all that is not known."""
-        found = (f for key, f in self.failures.items() if f.finding and key not in self._known)
-        return {failure.property.partition(".")[0] for failure in found}
+        """The suites of which failing examples are kept."""
+        found = (
+            failure.property
+            for key, failure in self.failures.items()
+            if self._has_example(key, failure.verdict, failure.finding)
+        )
+        return {name.partition(".")[0] for name in found}
 
     def again(self, suite: str, document: Mapping[str, Any]) -> None:
         """Take in what the failing examples of a suite did when they were run again."""
-        found = {key: part["property"] for key, part in self._parts(document) if part["findings"]}
+        found = {
+            key: part["property"]
+            for key, part in self._parts(document)
+            if self._has_example(key, part["verdict"], part["findings"])
+        }
         fail = set(found.values())
         for key, failure in self.failures.items():
-            if failure.property.partition(".")[0] != suite or failure.finding is None:
+            if failure.property.partition(".")[0] != suite:
                 continue
-            if key in self._known:
+            if not self._has_example(key, failure.verdict, failure.finding):
                 continue
             # Of several examples that fail alike, Hypothesis shows the smallest.
             alike = None if failure.property in fail else False
             failure.again = True if key in found else alike
+
+    def _has_example(self, key: str, verdict: str, finding: object) -> bool:
+        """Whether an example is kept of a failure, as it is of all that failed and is not known."""
+        return key not in self._known and (bool(finding) or verdict == Verdict.FAILED.value)
 
     def describe(self, *, seconds: float, finished: bool, workers: int) -> dict[str, Any]:
         """The document, whether or not the campaign has finished."""
@@ -162,7 +175,8 @@ class Merge:
             "properties": sorted(rows, key=lambda row: str(row["property"])),
             "failures": [each.to_json() for each in self.failures.values()],
             "lost": [
-                {"suite": u.suite, "seed": u.seed, "reason": why} for u, why in self.lost.items()
+                {"suite": u.suite, "seed": None if u.again else u.seed, "reason": why}
+                for u, why in self.lost.items()
             ],
         }
 
@@ -188,15 +202,21 @@ class Merge:
     def _parts(self, document: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Each finding of a report as a failure of its own, with what makes it the same as another:
         the property and the case, or which of the known ones it is, as those are not made smaller;
-        without a finding, the property and the reason."""
+        without a finding, or beside known ones only, the property and the reason."""
         for failure in document["failures"]:
+            beside = failure["verdict"] != Verdict.KNOWN.value
             for finding in failure["findings"]:
                 made = Finding.from_json(finding)
                 number = self._listed.number(failure["property"], made)
                 same = made.case.to_json() if number is None else number
                 key = json.dumps([failure["property"], finding["check"], same], sort_keys=True)
-                if number is not None:
+                part = {**failure, "findings": [finding]}
+                if number is None:
+                    beside = False
+                else:
                     self._known.add(key)
-                yield key, {**failure, "findings": [finding]}
-            if not failure["findings"]:
-                yield json.dumps([failure["property"], failure["reason"]]), dict(failure)
+                    part |= {"verdict": Verdict.KNOWN.value, "reason": "", "traceback": ""}
+                yield key, part
+            if beside:
+                key = json.dumps([failure["property"], failure["reason"]])
+                yield key, {**failure, "findings": []}

@@ -118,7 +118,9 @@ class Campaign:
             return
         if unit.again:
             self.merge.again(unit.suite, document)
-            said = f"{len(document['failures'])} properties have failing examples"
+            # A property of which no example is kept is skipped, and that is a failure of a run.
+            fail = [f for f in document["failures"] if f["findings"] or f["verdict"] == "failed"]
+            said = f"{len(fail)} properties have failing examples"
         else:
             self.journal.finish(unit, document, outcome.examples)
             before = len(self.merge.failures)

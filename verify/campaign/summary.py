@@ -51,6 +51,7 @@ def page(document: Mapping[str, Any], folder: Path) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"seconds": seconds_text, "css": css_class, "seeds": seeds_text}
+    environment.filters["lost_seed"] = lost_seed
     failures = [{**each, "message": message(each, folder)} for each in document["failures"]]
     known = [(row, e) for row in document["properties"] for e in row["known"]]
     return environment.get_template("campaign.html.j2").render(
@@ -74,6 +75,11 @@ def seeds_text(seeds: list[int]) -> str:
     return f"seed{'s' * (len(seeds) != 1)} {shown}{more}"
 
 
+def lost_seed(lost: Mapping[str, Any]) -> str:
+    """`seed 3`, or what a unit is that has none."""
+    return "once more" if lost["seed"] is None else f"seed {lost['seed']}"
+
+
 def print_summary(console: Console, document: Mapping[str, Any], folder: Path) -> None:
     """Print every failure once, the table of properties, and the verdict."""
     for failure in document["failures"]:
@@ -90,7 +96,7 @@ def print_summary(console: Console, document: Mapping[str, Any], folder: Path) -
                 state = known_state(each, row["examples"])
                 console.print(Text(f"known: {row['property']}: {state}: {each['reason']}"))
     for lost in document["lost"]:
-        console.print(Text(f"unknown: {lost['suite']} seed {lost['seed']}: {lost['reason']}"))
+        console.print(Text(f"unknown: {lost['suite']} {lost_seed(lost)}: {lost['reason']}"))
     total, verdict = document["totals"], document["verdict"]
     console.print(
         Text.assemble(

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -67,14 +68,29 @@ class Pool:
             while waiting or busy:
                 while waiting and len(busy) < self.size:
                     key, task = waiting.pop()
-                    worker = self._idle.pop() if self._idle else _Worker(self.memory)
-                    worker.connection.send(task)
+                    worker = self._given(task)
                     busy[worker.connection] = _Job(worker, key, time.monotonic() + self.timeout)
                     started(key)
                 yield from self._finished(busy)
         finally:
             for job in busy.values():
                 job.worker.end()
+
+    def _given(self, task: Task[Any]) -> _Worker:
+        """A worker that was sent the task: an idle one, unless it died meanwhile, or a new one."""
+        while self._idle:
+            worker = self._idle.pop()
+            try:
+                worker.connection.send(task)
+            except OSError:
+                worker.end()
+            else:
+                return worker
+        worker = _Worker(self.memory)
+        # Of one that died already, the task is lost when its result is waited for.
+        with suppress(OSError):
+            worker.connection.send(task)
+        return worker
 
     def _finished(self, busy: dict[Connection, _Job[K]]) -> Iterator[tuple[K, Any]]:
         """What is ready, after waiting for something to be; takes it off `busy`."""

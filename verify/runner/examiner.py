@@ -18,7 +18,7 @@ from hypothesis import is_hypothesis_test
 from verify.case import Case
 from verify.cluster import open_cluster
 from verify.cluster.base import Cluster
-from verify.errors import WorldLost
+from verify.errors import BadArgument, WorldLost
 from verify.known import KnownFindings
 from verify.runner.check_fixture import CheckCase
 from verify.runner.draws import limited, name_examples, seeded
@@ -179,10 +179,14 @@ class Examiner:
                 item.runtest()
 
     def _rerun(self, check: str, case: Case) -> Judgement | None:
-        """How a case goes that was not drawn; None where this run cannot have it."""
+        """How a case goes that was not drawn; None where this run cannot have it, `unknown` where
+        it is no case."""
         if self._cluster is None or self.limits.excludes(case):
             return None
-        return judge(check, case, target_name=self.options.target, cluster=self._cluster)
+        try:
+            return judge(check, case, target_name=self.options.target, cluster=self._cluster)
+        except BadArgument as error:
+            return Judgement(Verdict.UNKNOWN, str(error))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(

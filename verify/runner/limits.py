@@ -34,7 +34,7 @@ class Limits:
             return f"the lens {case.lens} is not one of --lens {','.join(self.lenses)}"
         if case.adversary and not self.adversaries:
             return "this run has no adversary"
-        # What all ranks flush is seen in one process only, and runs elsewhere draw the same.
+        # What all ranks flush is seen in one process only. A known case may ask for it elsewhere.
         if case.options.get("stopped") == "machine" and not self.adversaries:
             return "no machine stops in this run: that is for the cluster sim with an adversary"
         return None

@@ -49,6 +49,7 @@ class Recorder:
         self.found: Finding | None = None
         self._as_known: dict[int, Finding] = {}
         self._failed = False
+        self._raised: BaseException | None = None
         self._undecided_seconds = 0.0
         self._verdicts: set[Verdict] = set()
         self._layouts: Counter[str] = Counter()
@@ -74,9 +75,10 @@ class Recorder:
             yield
         except UnsatisfiedAssumption:
             raise
-        except (Exception, Undecided):
+        except (Exception, Undecided) as error:
             self._count(drawn)
             self._failed, self.steering.active = True, False
+            self._raised = error
             raise
         if not self._failed:
             if not self._in_example and not self.must_check:
@@ -161,9 +163,10 @@ class Recorder:
         )
 
     def interrupted(self) -> Record:
-        """What is known of a property that did not finish: `failed` where it failed already."""
+        """What is known of a property that did not finish: what its last example that failed says,
+        if one did."""
         if self.found is None:
-            return self.conclude().worsened(Verdict.UNKNOWN, "interrupted")
+            return self.conclude(self._raised).worsened(Verdict.UNKNOWN, "interrupted")
         return self.conclude(Mismatch("interrupted while shrinking", self.found))
 
     def _verdict(self, error: BaseException | None) -> tuple[Verdict, str, tuple[Finding, ...]]:
