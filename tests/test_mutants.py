@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import linecache
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from verify.cluster import Cluster, open_cluster
 from verify.errors import BadArgument, HarnessError
 from verify.layout import Layout
 from verify.mutants import CATALOGUE, Mutant, find, import_mutated
+from verify.mutants.published import read_published
+from verify.oracle.checkpoint import text_of
 from verify.strategies.cases import MAPPINGS
 from verify.targets import load_target
 from verify.verdict import Judgement, Verdict, judge
@@ -152,7 +155,8 @@ def _data() -> Iterator[tuple[str, Case]]:
     step = {"batch": 4, "microbatches": 2}
     text = {**step, "length": 30, "sequence": 4}
     for layout in (Layout(dp=2), Layout(cp=2, tp=2)):
-        yield "equivalence", _case("batches", layout, text, "exact", consumed=3)
+        for consumed in (3, 5):
+            yield "equivalence", _case("batches", layout, text, "exact", consumed=consumed)
         yield "equivalence", _case("sample_order", layout, {**step, "samples": 12}, "exact")
     for sizes in ({"batch": 3}, {"length": 4}):
         wrong = {**text, **sizes}
@@ -231,6 +235,25 @@ def _recomputed() -> Iterator[tuple[str, Case]]:
     yield "refusal", _case("recomputed_block", SP2, shape, "fp64", recompute="block-1-distributed")
 
 
+def _uneven() -> Iterator[tuple[str, Case]]:
+    """Stages with other layers than one thinks, and what comes together in few cases."""
+    tall = {**checkpoint.SHAPE, "heads": 4, "groups": 4, "ffn": 16, "layers": 1, "steps": 1}
+    four = {**checkpoint.PLAIN, "saved": text_of(Layout(tp=4))}
+    yield "equivalence", _case("checkpoint", Layout(dp=4), tall, "exact", **four)
+    small = {**model.SMALL, "microbatches": 1}
+    routed = {**small, "experts": 2, "top_k": 1}
+    pack = {**small, "sequence": 8}
+    for layout, shape, options in (
+        (Layout(pp=2), {**small, "layers": 3}, {"last": 2}),
+        (Layout(pp=2), {**routed, "layers": 3}, {"split": "2,1", "every": 2}),
+        (Layout(pp=2), routed, {"every": 2}),
+        (Layout(), pack, {"packed": 3, "evaluated": True}),
+        (Layout(), small, {"pipeline": "zb-h1", "overlap": True}),
+    ):
+        case = _case("gpt_training", layout, shape, "fp64", **model.PLAIN, **options)
+        yield "equivalence", case
+
+
 CASES = (
     *_mappings(),
     *_linears(),
@@ -246,6 +269,7 @@ CASES = (
     *training.cases(),
     *checkpoint.cases(),
     *model.cases(),
+    *_uneven(),
 )
 
 
@@ -287,6 +311,32 @@ def test_the_catalogue_is_coherent():
         assert set(mutant.caught_by) <= concepts
         assert mutant.wrong.endswith(".")
         assert mutant.snippet != mutant.replacement
+
+
+def test_every_published_defect_is_a_mutant_or_has_the_reason_why_not():
+    published, seen = read_published(), {mutant.seen for mutant in MUTANTS}
+    assert {name for name, each in published.items() if not each.reason} == seen & set(published)
+    assert {name for name in seen if re.fullmatch(r"[A-Z0-9]+-\d+", name)} <= set(published)
+    assert len({each.title for each in published.values()}) == len(published)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[GRP-02", "cannot read"),
+        ('GRP-02 = "a group"\n', r"GRP-02 lacks \['source', 'title'\]"),
+        ('[GRP-02]\ntitle = "a group"\n', r"GRP-02 lacks \['source'\]"),
+        ('[GRP-02]\ntitle = "a"\nsource = "b"\nreasons = "c"\n', r"\['reasons'\] too many"),
+        ('[GRP-02]\ntitle = "a"\nsource = "b"\nreason = ""\n', "no text"),
+        ('[GRP-02]\ntitle = "a"\nsource = 1\n', "no text"),
+    ],
+)
+def test_a_wrong_file_of_published_defects(tmp_path, text, words):
+    path = tmp_path / "published.toml"
+    path.write_text(text)
+    with pytest.raises(HarnessError, match=words) as caught:
+        read_published(path)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_an_unknown_mutant_is_one_line_with_names_that_come_close():

@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
@@ -21,6 +23,7 @@ from impl.pipeline.schedules import build_schedule
 from verify.errors import BadArgument
 from verify.mutants import CATALOGUE
 from verify.mutants.generated import generate
+from verify.mutants.history import mutants_of
 from verify.mutants.packages import modules_of
 from verify.mutation.claims import Claim, claims
 from verify.mutation.document import complaints, describe, validate
@@ -101,6 +104,9 @@ def test_the_number_of_workers():
     for wrong in ("0", "-1", "two", ""):
         with pytest.raises(BadArgument, match="-n"):
             number_of_workers(wrong)
+
+
+HISTORIC = mutants_of("impl", [((("collectives", 46), ("linear", 70)), "drop")])[0]
 
 
 def named(mutant, surveyed):
@@ -219,11 +225,11 @@ class _Told:
         return self.trials[name].pop(0)
 
 
-def _trial(verdict, examples, *, ran=1, ended=False, reason=""):
+def _trial(verdict, examples, *, ran=1, ended=False, reason="", broke=False):
     record = dataclasses.replace(
         FAILED, verdict=verdict, examples=examples, reason=reason, findings=()
     )
-    return Trial(record, 0.5, ended, ran)
+    return Trial(record, 0.5, ended, ran, broke)
 
 
 def test_properties_take_turns_until_one_fails(monkeypatch):
@@ -242,6 +248,11 @@ def test_properties_take_turns_until_one_fails(monkeypatch):
     assert (found.fate, found.properties, found.examples) == (Fate.CAUGHT, ("a", "b"), 13)
     found, _ = examined(a=[_trial(passed, 1), _trial(passed, 2, ended=True)])
     assert (found.fate, found.examples) == (Fate.SURVIVED, 2)
+    nothing, last = _trial(unknown, 1), _trial(passed, 2, ended=True)
+    assert examined(a=[nothing, last])[0].fate is Fate.SURVIVED
+    assert examined(a=[nothing, _trial(unknown, 2, ended=True)])[0].fate is Fate.UNKNOWN
+    ended = _trial(unknown, 2, ended=True, broke=True)
+    assert examined(a=[_trial(passed, 1), ended])[0].fate is Fate.UNKNOWN
     # What few examples reach is looked at with these, which may take several turns.
     telling = Claim("b", telling=some(2))
     seen = [_trial(passed, 1), _trial(passed, 2), _trial(passed, 3, ran=3, ended=True)]
@@ -268,8 +279,6 @@ def test_a_mutant_that_is_not_caught_in_time_is_unknown(monkeypatch):
     claimed = list(map(Claim, names))
     found = examine("impl", claimed, RunOptions(), shrink=False, within=0.01)
     assert (found.fate, found.reason) == (Fate.UNKNOWN, "not caught within 0.01 s")
-    # Loading alone may take as long.
-    assert found.examples <= 1
     told = _Told(a=[_trial(Verdict.PASSED, number) for number in range(1, 10)])
     monkeypatch.setattr(_Present, "trials", lambda *options, **more: told)
     found = examine("impl", [Claim("a")], RunOptions(), shrink=False, within=60.0)
@@ -344,7 +353,17 @@ def test_the_command_catches_a_mutant_and_writes_the_case_that_shows_it(tmp_path
         assert "fails again, in the same way" in said
 
 
-def test_a_mutant_that_no_property_is_about_or_catches_closes_the_gate(tmp_path):
+def test_a_mutant_that_no_property_catches_closes_the_gate(tmp_path, capsys):
+    given = ("--name", "row-bias-before-sum", "--suite", "linear", "--max-examples", 1)
+    written = tmp_path / "all.json"
+    code, said, _ = in_process(capsys, "mutants", *given, "--no-shrink", "--json", written)
+    assert code == 1
+    assert "row-bias-before-sum survived" in said
+    (row,) = json.loads(written.read_text())["mutants"]
+    assert (row["fate"], row["caught_by"], row["case"]) == ("survived", None, None)
+
+
+def test_a_mutant_that_no_property_is_about_closes_the_gate(tmp_path):
     least = ("--max-examples", 2, "--no-shrink", "--json", "all.json")
     names = "row-bias-before-sum,groups-descending"
     done = shardproof("mutants", "--name", names, "--suite", "embedding", *least, cwd=tmp_path)
@@ -352,6 +371,28 @@ def test_a_mutant_that_no_property_is_about_or_catches_closes_the_gate(tmp_path)
     document = json.loads((tmp_path / "all.json").read_text())
     assert [row["fate"] for row in document["mutants"]] == ["unknown", "unknown"]
     assert "row-bias-before-sum is unknown" in done.stdout
+
+
+def test_properties_about_what_is_communicated_have_examples_that_do():
+    key = HISTORIC.place, HISTORIC.family
+    rare = Surveyed("rare", 10, 1.0, communicated={key: frozenset({7})})
+    often = Surveyed("often", 10, 1.0, communicated={key: some(10)})
+    other = Surveyed("other", 10, 1.0, communicated={(HISTORIC.place, "repeat"): some(10)})
+    # That its module's lines run says nothing of the place.
+    lines = Surveyed("lines", 10, 1.0, lines={("impl.collectives", 46): some(10)})
+    found = claims(HISTORIC, [rare, often, other, lines])
+    assert found == [Claim("often"), Claim("rare", telling=frozenset({7}))]
+
+
+def test_what_does_not_fail_every_time_is_told(monkeypatch):
+    reason = "it failed, and passed when it was run again"
+    flaky = dataclasses.replace(FAILED, reason=reason)
+    trials = SimpleNamespace(run=lambda *given, **named: Trial(flaky, 1.0, True, 1))
+    monkeypatch.setattr(_Present, "trials", lambda *given, **named: trials)
+    outcome = examine("impl", [Claim("a.b")], RunOptions(), shrink=False)
+    assert (outcome.fate, outcome.reason) == (Fate.CAUGHT, reason)
+    (row,) = described((MUTANT, outcome, ""))["mutants"]
+    assert row["reason"] == reason
 
 
 def test_generated_mutants_are_caught_by_properties_that_reach_them(tmp_path):
@@ -376,6 +417,8 @@ def test_wrong_options_are_one_line(capsys):
         (("--within", "0"), "Invalid value for '--within'"),
         (("--profile", "none"), "--profile: 'none'"),
         (("--unlisted",), "give --generated too"),
+        (("--json", "."), "File '.' is a directory"),
+        (("--report", __file__), "is a file"),
     ):
         code, out, error = in_process(capsys, "mutants", *arguments)
         assert (code, out, error.count("\n")) == (2, "", 1)
@@ -405,3 +448,14 @@ def test_lines_are_seen_of_ranks_and_of_what_runs_here():
     lines.clear()
     build_schedule("1f1b", pp=2, vpp=1, microbatches=2)
     assert not lines.reached
+
+
+def test_an_idle_worker_that_died_is_replaced():
+    with Pool(1, timeout=120) as pool:
+        ((_, first),) = pool.run({"one": os.getpid})
+        (idle,) = pool._idle
+        os.kill(first, signal.SIGKILL)
+        idle.process.join()
+        ((_, second),) = pool.run({"two": os.getpid})
+    assert isinstance(second, int)
+    assert second != first

@@ -98,7 +98,6 @@ MUTANTS = (
         wrong="The softmax multiplies by another layer's number than the scores were divided by.",
         snippet="scores = scores * layer_number",
         replacement="scores = scores * (layer_number - 1)",
-        seen="ATT-01",
     ),
     _core(
         name="attention-softmax-in-float32",
@@ -155,7 +154,6 @@ MUTANTS = (
         wrong="All heads of a rank have the sink of its first.",
         snippet="column = sink.to(scores.dtype)",
         replacement="column = sink[:1].expand_as(sink).to(scores.dtype)",
-        seen="ATT-03",
     ),
     _core(
         name="attention-groups-interleaved",
@@ -219,14 +217,12 @@ MUTANTS = (
             "        parts = (self.groups * self.queries, self.groups, self.groups)\n"
             "        q, k, v = qkv.unflatten(-1, (-1, self.head_size)).split(parts, dim=2)\n"
         ),
-        seen="TPL-06",
     ),
     _self(
         name="qkv-keys-for-values",
         wrong="The keys of a group are taken for its values, and the values for its keys.",
         snippet="q, k, v = q.flatten(2, 3), k.squeeze(-2), v.squeeze(-2)",
         replacement="q, v, k = q.flatten(2, 3), k.squeeze(-2), v.squeeze(-2)",
-        seen="ATT-11",
     ),
     _self(
         name="shared-group-of-other-ranks",
@@ -241,7 +237,6 @@ MUTANTS = (
         wrong="Every rank that shares a group takes the first of its queries.",
         snippet="own = dist.get_rank(self.group) % self.copies * self.heads",
         replacement="own = 0",
-        seen="ATT-03",
     ),
     _self(
         name="shared-group-gradient-not-summed",
@@ -251,13 +246,25 @@ MUTANTS = (
             "from impl.mappings import gather_from_tensor_parallel_region as gather\n\n"
             "            qkv = gather(qkv, group=self.group)"
         ),
-        seen="CE-06",
+    ),
+    _self(
+        name="shared-group-of-own-rows",
+        wrong="Ranks that share a group take their own rows of its projection for all of them.",
+        snippet=_GATHERED,
+        replacement="qkv = qkv.repeat(1, 1, dist.get_world_size(self.group))",
+        seen="ATT-11",
     ),
     _self(
         name="groups-rounded-down",
         wrong="Groups that do not divide by the ranks are accepted.",
         snippet="if groups % ranks and ranks % groups:",
         replacement="if groups % ranks and ranks % groups and heads < 0:",
+    ),
+    _self(
+        name="groups-of-one-rank",
+        wrong="A rank counts the groups that it has as if there were no other.",
+        snippet="max(groups // dist.get_world_size(group), 1), heads // groups",
+        replacement="groups, heads // groups",
         seen="ATT-04",
     ),
     _self(

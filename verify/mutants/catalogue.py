@@ -26,6 +26,7 @@ from verify.mutants import (
     mapping,
     mlp,
     model,
+    multi_token,
     norm,
     optimizer,
     pipeline,
@@ -36,6 +37,8 @@ from verify.mutants import (
     transformer,
 )
 from verify.mutants.generated import PREFIX, Generated, find_generated
+from verify.mutants.history import PREFIX as HISTORY
+from verify.mutants.history import Historic, find_historic
 from verify.mutants.mutant import Mutant
 
 
@@ -59,6 +62,7 @@ CATALOGUE: Mapping[str, Mapping[str, Mutant]] = {
         pipeline.MUTANTS,
         transformer.MUTANTS,
         model.MUTANTS,
+        multi_token.MUTANTS,
         embedding.MUTANTS,
         loss.MUTANTS,
         linear_cross_entropy.MUTANTS,
@@ -81,9 +85,13 @@ CATALOGUE: Mapping[str, Mapping[str, Mutant]] = {
 }
 
 
-def find(target: str, name: str) -> Mutant | Generated:
-    """The mutant of a target, also a generated one. Raises BadArgument, in one line, with names
-    that come close."""
+AnyMutant = Mutant | Generated | Historic
+"""Written by hand, generated from the source, or from what is communicated."""
+
+
+def find(target: str, name: str) -> AnyMutant:
+    """The mutant of a target, also one generated from its source or its history. Raises
+    BadArgument, in one line, with names that come close."""
     known = CATALOGUE.get(target, {})
     if not known:
         raise BadArgument(
@@ -91,6 +99,8 @@ def find(target: str, name: str) -> Mutant | Generated:
         )
     if name.startswith(PREFIX):
         return find_generated(target, name.removeprefix(PREFIX))
+    if name.startswith(HISTORY):
+        return find_historic(target, name.removeprefix(HISTORY))
     if name in known:
         return known[name]
     close = get_close_matches(name, known, n=3, cutoff=0.5)

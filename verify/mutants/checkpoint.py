@@ -15,6 +15,29 @@ _storage = partial(_of, module="impl.checkpoint.storage")
 _model = partial(_of, module="impl.checkpoint.model")
 _run = partial(_of, module="impl.checkpoint.training")
 
+_BOXES = """\
+    for number, chunk in enumerate(saved.chunks):
+        there = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+        if (common := overlap(box, there)) is not None:
+            found.append(
+                ReadItem(
+                    type=LoadItemType.TENSOR,
+                    dest_index=MetadataIndex(key, box.offsets),
+                    dest_offsets=_from(common, box),
+                    storage_index=MetadataIndex(key, chunk.offsets, number),
+"""
+_BOXES_BY_NAME = _BOXES.replace(
+    "    for number, chunk in enumerate(saved.chunks):\n",
+    """\
+    in_order = sorted(saved.chunks, key=lambda each: tuple(each.offsets))
+    by_name = sorted(saved.chunks, key=lambda each: ",".join(map(str, each.offsets)))
+    for chunk, named in zip(in_order, by_name, strict=True):
+""",
+).replace("chunk.offsets, number", "named.offsets")
+_LOADED = """\
+    pieces = _pieces(training) | {f"random.{name}": each for name, (_, each) in states.items()}
+"""
+
 _PLACES = (
     _pieces(
         name="checkpoint-share-at-start",
@@ -65,6 +88,13 @@ _PLACES = (
         snippet="values = values.narrow(dim, offset, length)",
         replacement="values = values.narrow(dim, 0, length)",
     ),
+    _planner(
+        name="checkpoint-boxes-by-name",
+        wrong="Boxes of a tensor are taken in the order of their names, where 10 is before 2.",
+        snippet=_BOXES,
+        replacement=_BOXES_BY_NAME,
+        seen="CK-04",
+    ),
     _model(
         name="checkpoint-layers-by-stage",
         wrong="Layers are numbered stage by stage, whatever chunks they are in.",
@@ -85,6 +115,7 @@ _PLACES = (
         wrong="The copy of a tied embedding is taken for a weight of the logits' own.",
         snippet='if getattr(p, "shared", False)}',
         replacement="if p.dim() < 0}",
+        seen="CK-09",
     ),
 )
 _STATES = (
@@ -93,12 +124,35 @@ _STATES = (
         wrong="The copy of a tied embedding on the last stage is not loaded.",
         snippet='        found[f"{key}.{original or name}"] = piece\n',
         replacement='        if original is None:\n            found[f"{key}.{name}"] = piece\n',
+        seen="CK-09",
     ),
     _run(
         name="checkpoint-states-lost",
         wrong="The states of the optimizer are not saved.",
         snippet="kept = dict(slot.state)",
         replacement="kept = {}",
+    ),
+    _run(
+        name="checkpoint-states-behind-padding",
+        wrong="Where states are read from is counted with the padding of the buckets before them,"
+        " which is not saved.",
+        snippet=_LOADED,
+        replacement=f"""\
+    slots = training.optimizer.slots
+    training.optimizer.slots = []
+    for slot in slots:
+        share, padding = slot.share, 0
+        for buffer in training.optimizer.data_parallel.buffers:
+            for index, parameter in enumerate(buffer.parameters):
+                if parameter is share.parameter:
+                    before = buffer.buckets[: buffer.bucket_of[index]]
+                    padding = sum(each.stop - each.spans[-1].stop for each in before)
+        last = share.parameter.numel() - share.values.numel()
+        moved = dataclasses.replace(share, start=min(share.start + padding, last))
+        training.optimizer.slots.append(dataclasses.replace(slot, share=moved))
+{_LOADED}    training.optimizer.slots = slots
+""",
+        seen="CK-01",
     ),
     _run(
         name="checkpoint-main-left-out",

@@ -54,7 +54,6 @@ MUTANTS = (
         wrong="Padding counts as tokens.",
         snippet="tokens = min(max(sequences.lengths[sequence] - position, 0), length)",
         replacement="tokens = length",
-        seen="ATT-06",
     ),
     _zigzag(
         name="packed-lengths-without-padding",
@@ -149,7 +148,6 @@ MUTANTS = (
         wrong="Packed sequences attend to each other.",
         snippet="q.sequence != k.sequence or ",
         replacement="",
-        seen="CP-17",
     ),
     _blocks(
         name="blocks-not-rescaled",
@@ -200,6 +198,14 @@ MUTANTS = (
         wrong="Keys keep the gradient of the last chunk of queries only.",
         snippet="dk[theirs.rows] += of_k",
         replacement="dk[theirs.rows] = of_k",
+    ),
+    _sweep(
+        name="sweep-gradients-not-zeroed",
+        wrong="The gradients of a portion of keys are added to those of the portion before.",
+        snippet="dk, dv = (torch.zeros_like(x, dtype=self._dtype) for x in (k, v))",
+        replacement="""zeros = tuple(torch.zeros_like(x, dtype=self._dtype) for x in (k, v))
+        self.shares = dk, dv = getattr(self, "shares", zeros)""",
+        seen="CP-05",
     ),
     _attention(
         name="attention-scale-ignored",

@@ -164,7 +164,6 @@ MUTANTS = (
         replacement=(
             "(self.chunks[i :: len(self.chunks) // size] for i in range(len(self.chunks) // size))"
         ),
-        seen="GRP-05",
     ),
     _plan(
         name="heads-not-checked",
@@ -183,7 +182,6 @@ MUTANTS = (
         wrong="The outer ranks exchange heads, and keys go round the inner ones.",
         snippet="return inner, outer",
         replacement="return outer, inner",
-        seen="GRP-05",
     ),
     _levels(
         name="levels-made-up",

@@ -50,7 +50,6 @@ MUTANTS = (
         snippet=_PUT_BACK,
         replacement="    finally:\n        del before",
         caught_by=("context_attention", "transformer_layer"),
-        seen="CP-08",
     ),
     _sweep(
         name="shares-dropped-in-forward-only",

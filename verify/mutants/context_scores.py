@@ -49,7 +49,6 @@ MUTANTS = (
         wrong="Distance is that of places in a rank's memory.",
         snippet=_PLACES,
         replacement="torch.arange(c.start, c.start + c.tokens, device=self.slopes.device)",
-        seen="ATT-03",
     ),
     _scores(
         name="slopes-of-the-first-heads",
@@ -95,5 +94,6 @@ MUTANTS = (
         wrong="After an exchange of heads every rank has the sinks of the first ones.",
         snippet="extras.sink[heads]",
         replacement="extras.sink[:share]",
+        seen="ATT-03",
     ),
 )

@@ -41,6 +41,18 @@ MUTANTS = (
         caught_by=("batches",),
     ),
     _sampler(
+        name="data-ends-with-the-epoch",
+        wrong="In the last step of an epoch some ranks have fewer microbatches than others.",
+        snippet="            for m in range(size // each)\n",
+        replacement=(
+            "            for m in range(size // each)\n"
+            "            if consumed % self.count + (m * dp_size + dp_rank) * microbatch_size"
+            " < self.count\n"
+        ),
+        caught_by=("batches",),
+        seen="HANG-07",
+    ),
+    _sampler(
         name="data-samples-drawn-again",
         wrong="Each sample is drawn from all, so that some have their turn twice.",
         snippet=_SHUFFLE,

@@ -46,6 +46,14 @@ _BUFFERS = (
         wrong="Shards begin at their rank, as if they had one element.",
         snippet="range(self.start + part * length, self.start + (part + 1) * length)",
         replacement="range(self.start + part, self.start + part + length)",
+    ),
+    _of(
+        name="bucket-shards-of-true-length",
+        module="impl.buckets",
+        wrong="Shards are as long as with padding, and begin where they would without.",
+        snippet="return range(self.start + part * length, self.start + (part + 1) * length)",
+        replacement="""first = self.start + part * ((self.spans[-1].stop - self.start) // parts)
+        return range(first, first + length)""",
         seen="DO-04",
     ),
     _buffer(
@@ -89,7 +97,6 @@ _BUFFERS = (
         wrong="A reduced shard is written where the first rank has its own.",
         snippet="self.data[mine.start : mine.stop].copy_(reduced)",
         replacement="self.data[bucket.start : bucket.start + len(mine)].copy_(reduced)",
-        seen="GRP-04",
     ),
 )
 _REDUCTIONS = (
@@ -98,7 +105,6 @@ _REDUCTIONS = (
         wrong="Gradients are summed over dp, not over parts of the sequence.",
         snippet="groups.edp if expert else groups.dp_cp",
         replacement="groups.edp if expert else groups.dp",
-        seen="LS-13",
     ),
     _buffer(
         name="reduction-of-experts-over-dp",
@@ -117,7 +123,6 @@ _REDUCTIONS = (
         wrong="A bucket is on its way when the first of its gradients is there.",
         snippet="and not self._missing[len(self._pending)]",
         replacement="and len(self._pending) <= number",
-        seen="EMB-07",
     ),
     _buffer(
         name="reduction-not-waited-for",
@@ -136,6 +141,20 @@ _REDUCTIONS = (
     finish_tied_gradients(data_parallel.parameters, group=embedding_group)
 """,
         seen="DP-02",
+    ),
+    _finish(
+        name="reduction-scaled-where-it-was",
+        wrong="Buckets are scaled where they were reduced from, not where the result goes.",
+        snippet=_FINISH,
+        replacement="""    for buffer in data_parallel.buffers:
+        while len(buffer._pending) < len(buffer.buckets):
+            buffer._start()
+    data_parallel.scale(1.0 / tokens.clamp_min(1))
+    data_parallel.finish()
+    finish_sequence_parallel_gradients(data_parallel.parameters, group=tp_group)
+    finish_tied_gradients(data_parallel.parameters, group=embedding_group)
+""",
+        seen="DO-06",
     ),
     _buffer(
         name="bucket-begun-is-all",
@@ -156,7 +175,7 @@ _REDUCTIONS = (
         wrong="Gradients that are Partial over tp are summed where the optimizer does not look.",
         snippet='getattr(parameter, "main_grad", parameter.grad)',
         replacement="parameter.grad",
-        seen="EMB-04",
+        seen="LS-11",
     ),
     _finish(
         name="gradients-divided-by-tp",
@@ -218,6 +237,13 @@ _GATHERS = (
             bucket""",
         replacement="""        for number in reversed(range(len(self.buckets) - 1)):
             bucket""",
+    ),
+    _buffer(
+        name="parameters-of-one-copy-not-updated",
+        wrong="Where the optimizer is distributed, what has one copy only is not updated.",
+        snippet="return [share for buffer in self.buffers for share in buffer.shares()]",
+        replacement="""several = [b for b in self.buffers if b.group.size() > 1 or not b.scatter]
+        return [share for buffer in several for share in buffer.shares()]""",
         seen="DO-09",
     ),
     _buffer(

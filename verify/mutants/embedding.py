@@ -40,7 +40,6 @@ MUTANTS = (
         wrong="Before the scatter, batch and sequence are exchanged in shape but not in memory.",
         snippet="partial.transpose(0, 1), group=self.group",
         replacement=("partial.reshape(partial.shape[1], partial.shape[0], -1), group=self.group"),
-        seen="MOE-06",
     ),
     _mutant(
         name="embedding-scatters-anywhere",

@@ -32,7 +32,6 @@ _DISPATCH = (
         wrong="Chunks are taken to be sorted by expert when they arrive.",
         snippet=".repeat(sources)",
         replacement=".repeat_interleave(sources)",
-        seen="MOE-03",
     ),
     _dispatch(
         name="exchange-not-put-back",
@@ -121,7 +120,6 @@ _EXPERTS = (
         wrong="Only the first rank of etp has a gradient of the bias.",
         snippet="copy_to_tensor_parallel_region(biases, group=self.etp_group) * first",
         replacement="biases * first",
-        seen="TPL-03",
     ),
     _expert(
         name="experts-packed-as-one",
@@ -190,7 +188,14 @@ _EXPERTS = (
         wrong="Counts of a micro-batch are not reduced over tp.",
         snippet="microbatch_group=groups.tp_cp if sequence_parallel else groups.cp,",
         replacement="microbatch_group=groups.cp,",
-        seen="MOE-08",
+    ),
+    _layer(
+        name="layer-counts-over-the-world",
+        wrong="Global counts are summed over stages too, which have other layers at other times.",
+        snippet="global_group=groups.tp_dp_cp if sequence_parallel else groups.dp_cp,",
+        replacement="global_group=torch.distributed.group.WORLD,",
+        caught_by=("gpt_training",),
+        seen="GRP-09",
     ),
     _layer(
         name="layer-output-wide",

@@ -18,7 +18,6 @@ MUTANTS = (
         wrong="Gradients under sequence parallelism stay those of this rank's tokens.",
         snippet=_TOTAL,
         replacement="total = flat",
-        seen="SP-02",
     ),
     _mutant(
         name="gradients-averaged",

@@ -84,7 +84,6 @@ MUTANTS = (
         wrong="The levels of hierarchical context parallelism are in reverse.",
         snippet="for level in range(len(layout.hierarchical_cp or ()))]",
         replacement="for level in reversed(range(len(layout.hierarchical_cp or ())))]",
-        seen="GRP-05",
     ),
     _mutant(
         name="groups-one-optimizer-instance",

@@ -24,7 +24,6 @@ MUTANTS = (
         snippet=_COPIED,
         replacement="shared = shared.clone()",
         caught_by=("latent_attention", "gpt_training"),
-        seen="SP-09",
     ),
     _latent(
         name="latent-shared-key-summed-twice",
@@ -39,11 +38,18 @@ MUTANTS = (
         replacement=_SHARED.replace(")", ", tensor_parallel_output_grad=False)"),
     ),
     _latent(
+        name="latent-shared-key-not-gathered",
+        wrong="Under sequence parallelism latents are gathered, and the shared key is of own"
+        " tokens, repeated.",
+        snippet=_SHARED,
+        replacement=_COPIED + ".repeat(self.group.size(), 1, 1)",
+        seen="TPL-05",
+    ),
+    _latent(
         name="latent-narrow-weights-not-marked",
         wrong="Under sequence parallelism gradients of narrow weights are of this rank's tokens.",
         snippet=_MARK,
         replacement=_MARK.replace("=sequence_parallel", "=False"),
-        seen="SP-02",
     ),
     _latent(
         name="latent-narrow-weights-always-marked",
@@ -56,14 +62,12 @@ MUTANTS = (
         wrong="The first rows of the narrow projection are taken for the shared key.",
         snippet="latent, shared = self.kv_down(x).split((self.latent_size, self.rope_size)",
         replacement="shared, latent = self.kv_down(x).split((self.rope_size, self.latent_size)",
-        seen="TPL-05",
     ),
     _latent(
         name="latent-values-first",
         wrong="A head's rows of keys and values are read as its value and then its key.",
         snippet="k, v = key_and_value.split((self.head_size, value_size), dim=-1)",
         replacement="v, k = key_and_value.split((value_size, self.head_size), dim=-1)",
-        seen="TPL-06",
     ),
     _latent(
         name="latent-keys-shared-part-first",

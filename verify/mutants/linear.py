@@ -42,7 +42,6 @@ MUTANTS = (
             "            own = partial.chunk(ctx.group.size())[ctx.group.rank()]\n"
             "            return own, gradient_of_weight, None, None\n" + _BACK
         ),
-        seen="CE-06",
     ),
     _column(
         name="column-own-tokens-of-weight-gradient",
@@ -126,7 +125,6 @@ MUTANTS = (
             "        if self.sequence_parallel and self.bias is not None:\n"
             "            y = y if self.skip_bias_add else y + self.bias\n"
         ),
-        seen="TPL-03",
     ),
     _row(
         name="row-bias-not-marked",
@@ -151,7 +149,6 @@ MUTANTS = (
         snippet="x = scatter_to_tensor_parallel_region(x, group=self.group)",
         replacement="x = x.chunk(self.group.size(), -1)[self.group.rank()]",
         caught_by=("row_linear",),
-        seen="CE-03",
     ),
     _row(
         name="row-frozen-without-gradient",
@@ -161,7 +158,6 @@ MUTANTS = (
             "partial = linear(x if self.weight.requires_grad else x.detach(), self.weight)"
         ),
         caught_by=("row_linear",),
-        seen="TPL-01",
     ),
     _row(
         name="sharded-marked-as-replicated-sequence",
@@ -173,6 +169,5 @@ MUTANTS = (
             " sequence_parallel=True"
         ),
         caught_by=("column_linear", "row_linear", "vocab_embedding", "tp_mlp"),
-        seen="NORM-06",
     ),
 )

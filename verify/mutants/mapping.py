@@ -30,7 +30,6 @@ MUTANTS = (
         snippet=_COPY_BACKWARD,
         replacement="return gradient, None",
         caught_by=("copy_to_tp",),
-        seen="MOE-05",
     ),
     _mapping(
         name="copy-averages",
@@ -38,7 +37,6 @@ MUTANTS = (
         snippet=_COPY_BACKWARD,
         replacement="return all_reduce(gradient, group=ctx.group) / ctx.group.size(), None",
         caught_by=("copy_to_tp",),
-        seen="LS-06",
     ),
     _mapping(
         name="reduce-sums-the-gradient",
@@ -75,7 +73,6 @@ MUTANTS = (
         snippet="concat_dim, split_dim = ctx.dims",
         replacement="split_dim, concat_dim = ctx.dims",
         caught_by=("all_to_all_sp_to_hp", "all_to_all_hp_to_sp"),
-        seen="CP-10",
     ),
     _collective(
         name="gather-scrambles-last-dim",
@@ -91,7 +88,6 @@ MUTANTS = (
         snippet=_SIDE_BY_SIDE,
         replacement="return parts.movedim(0, dim + 1).flatten(dim, dim + 1)",
         caught_by=("gather_from_tp", "scatter_to_sp", "all_to_all_sp_to_hp"),
-        seen="ATT-11",
     ),
     _collective(
         name="reduce-scatter-scrambles-last-dim",
@@ -123,7 +119,6 @@ MUTANTS = (
         snippet=_FIRST,
         replacement="first = dist.get_rank() % dist.get_world_size(group) * length",
         caught_by=("scatter_to_tp", "scatter_to_sp", "vocab_embedding", "vocab_cross_entropy"),
-        seen="GRP-04",
     ),
     _partition(
         name="part-of-two",
@@ -138,6 +133,5 @@ MUTANTS = (
         snippet="if size < 1 or size % parts:",
         replacement="if size < 1:",
         caught_by=("column_linear", "row_linear", "vocab_embedding", "scatter_to_tp"),
-        seen="EMB-02",
     ),
 )

@@ -9,8 +9,6 @@ from verify.mutants.mutant import Mutant
 _model = partial(Mutant, family="model", module="impl.model", caught_by=("gpt_training",))
 _config = partial(_model, module="impl.model_config")
 _training = partial(_model, module="impl.training")
-_further = partial(_model, module="impl.multi_token")
-_ahead = partial(_further, caught_by=("tokens_ahead",))
 _gradients = partial(_model, module="impl.gradients")
 _parallel = partial(_model, module="impl.data_parallel")
 
@@ -25,12 +23,15 @@ _LAST_NORM = """sequence_parallel=parallel,
 _LAYER = "str(index): TransformerLayer(config.layer_at(index), layer_number=index + 1, **own)"
 _NEEDED = "self.config.tied, self.config.tied or self.config.multi_token_layers > 0"
 _LOSSES = "last.losses(h, **vars(microbatches[m]))"
-_AHEAD = "yield in_order[..., ahead.clamp(max=length - 1)], ahead < ends"
-_ONE_BY_ONE = """h = module(h, embedded, packed=packed)
-            states = module.final_norm(h)
-            yield states, """
-_HANDED_ON = "h = states if self.normalised else h"
 _EMBEDDING = "            embedding_group=self.groups.embedding,\n"
+_FORWARD = "y: Tensor = chunk(x, packed=microbatches[m].packed)"
+_UPDATED = f"""\
+{_EMBEDDING}        )
+        if finalised is not None:
+            finalised()
+        means = losses / tokens.clamp_min(1)
+        return TrainResult(means[0], means[1:], tokens, self.optimizer.step())
+"""
 _TOLD = "return all_reduce(all_reduce(told, group=self.groups.dp_cp), group=self.groups.pp)"
 _AUXILIARY = "scale * float(tokens.clamp_min(1)) / len(microbatches)"
 
@@ -53,6 +54,18 @@ MODEL = (
         wrong="The copy of a tied embedding is not given the values of the first stage.",
         snippet="parameter.copy_(all_reduce(parameter, group=groups.embedding))",
         replacement="all_reduce(parameter, group=groups.embedding)",
+        seen="EMB-09",
+    ),
+    _model(
+        name="model-tied-while-it-is-made",
+        wrong="Each chunk ties its embedding as it is made, and stages wait for each other there.",
+        snippet="        self._share_embedding()\n",
+        replacement="""\
+        self._share_embedding()
+        tie_embeddings([self], groups=groups)
+        dist.barrier(groups.pp)
+""",
+        seen="HANG-05",
     ),
     _model(
         name="model-untied-on-one-stage",
@@ -65,13 +78,28 @@ MODEL = (
         wrong="The chunks of a stage have neighbouring layers, as if it computed them in a row.",
         snippet="place = chunk * layout.pp + stage",
         replacement="place = stage * layout.vpp + chunk",
-        seen="PP-05",
     ),
     _config(
         name="model-first-stage-as-the-last",
         wrong="The number of layers of the first stage is that of the last.",
         snippet="stages[0] = first",
         replacement="stages[-1] = first",
+    ),
+    _config(
+        name="model-offsets-of-the-last-stage",
+        wrong="Layers are numbered as if the first stage had as many as the last.",
+        snippet="""\
+    starts = (0, *accumulate(counts))
+    place = chunk * layout.pp + stage
+    return range(starts[place], starts[place + 1])
+""",
+        replacement="""\
+    place = chunk * layout.pp + stage
+    first = counts[0] if config.last_stage_layers is None else counts[-1]
+    start = sum((first, *counts[1:])[:place])
+    return range(start, start + counts[place])
+""",
+        seen="PP-01",
     ),
     _model(
         name="model-experts-counted-in-the-chunk",
@@ -85,13 +113,29 @@ MODEL = (
             "                    ).start\n"
             "                )",
         ),
+        seen="ATT-01",
+    ),
+    _model(
+        name="model-experts-in-even-chunks",
+        wrong="Which layers have experts is told as if all chunks had equally many layers.",
+        snippet=_LAYER,
+        replacement=_LAYER.replace(
+            "layer_at(index)",
+            "layer_at(\n"
+            "                    index - layers_of(\n"
+            "                        config, layout=layout, stage=stage, chunk=chunk\n"
+            "                    ).start\n"
+            "                    + config.layers * (chunk * layout.pp + stage)\n"
+            "                    // (layout.pp * layout.vpp)\n"
+            "                )",
+        ),
+        seen="PP-02",
     ),
     _model(
         name="model-positions-contiguous",
         wrong="Learned positions are those of contiguous chunks of the sequence.",
         snippet=_POSITIONS,
         replacement='                placement="contiguous",\n',
-        seen="CP-02",
     ),
     _model(
         name="model-embedding-not-dropped",
@@ -104,7 +148,6 @@ MODEL = (
         wrong="Ranks with other tokens under sequence parallelism drop the embedding alike.",
         snippet=_STREAM,
         replacement='self._stream = tracker.stream(stream_of("cp"))',
-        seen="SP-04",
     ),
     _model(
         name="model-without-last-norm",
@@ -117,7 +160,7 @@ MODEL = (
         wrong="The gradient of the last norm is not summed over tp under sequence parallelism.",
         snippet=_LAST_NORM,
         replacement=_LAST_NORM.replace("sequence_parallel=parallel,", ""),
-        seen="SP-01",
+        seen="SP-02",
     ),
     _model(
         name="model-last-norm-off-centre",
@@ -130,7 +173,7 @@ MODEL = (
         wrong="Rows of padding take part in the softmax.",
         snippet="            real_vocabulary=self.config.vocabulary,\n",
         replacement="",
-        seen="TP-08",
+        seen="megatron-core 0.16.1, vocab_parallel_cross_entropy",
     ),
     _config(
         name="model-padding-without-tp",
@@ -157,7 +200,7 @@ STEP = (
         wrong="Every microbatch counts alike, however many of its tokens count.",
         snippet=_LOSSES,
         replacement=f"{_LOSSES} / microbatches[m].mask.sum().clamp_min(1)",
-        seen="DP-01",
+        seen="LS-01",
     ),
     _model(
         name="step-mask-forgotten",
@@ -179,14 +222,13 @@ STEP = (
         wrong="The number of tokens is not summed over cp.",
         snippet="reshape(1), group=self.groups.dp_cp)",
         replacement="reshape(1), group=self.groups.dp)",
-        seen="CP-06",
     ),
     _training(
         name="step-loss-of-a-replica",
         wrong="The loss is of a rank's own tokens, divided by the number of all.",
         snippet=_TOLD,
         replacement="return all_reduce(told, group=self.groups.pp)",
-        seen="DP-01",
+        seen="LS-13",
     ),
     _training(
         name="step-loss-on-the-last-stage",
@@ -212,12 +254,14 @@ STEP = (
         wrong="The auxiliary losses of microbatches are added, not averaged.",
         snippet=_AUXILIARY,
         replacement=_AUXILIARY.replace(" / len(microbatches)", ""),
+        seen="LS-04",
     ),
     _training(
         name="step-auxiliary-by-own-tokens",
         wrong="Auxiliary losses are multiplied by the tokens of a rank, and divided by all.",
         snippet=_AUXILIARY,
         replacement="scale * float(sum(m.mask.sum() for m in microbatches)) / len(microbatches)",
+        seen="LS-04",
     ),
     _training(
         name="step-auxiliary-of-the-first-chunk",
@@ -241,25 +285,20 @@ STEP = (
             "            buffer.zero()\n"
             "            buffer.data.copy_(kept)\n"
         ),
+        seen="LS-09",
+    ),
+    _training(
+        name="step-zeroed-before-each-microbatch",
+        wrong="Gradients are zeroed before each microbatch.",
+        snippet=_FORWARD,
+        replacement=f"self.data_parallel.zero_gradients()\n            {_FORWARD}",
+        seen="LS-09",
     ),
     _training(
         name="step-reduced-too-soon",
         wrong="A bucket is reduced from the first microbatch's backward pass on.",
         snippet="with self.data_parallel.no_sync():",
         replacement="with nullcontext():",
-        seen="DP-03",
-    ),
-    _training(
-        name="step-evaluation-drops",
-        wrong="An evaluation drops as training does.",
-        snippet="        self.chunks.eval()\n",
-        replacement="",
-    ),
-    _training(
-        name="step-evaluation-does-not-end",
-        wrong="After an evaluation nothing is dropped any more.",
-        snippet="        self.chunks.train()\n",
-        replacement="",
     ),
     _training(
         name="step-receives-whole-sequences",
@@ -280,21 +319,62 @@ STEP = (
         wrong="The stage whose gradients overflow skips the step alone.",
         snippet="for group in (self.groups.tp_dp_cp, self.groups.pp):",
         replacement="for group in (self.groups.tp_dp_cp,):",
-        seen="DP-07",
     ),
     _gradients(
         name="step-tied-not-summed",
         wrong="Each copy of a tied embedding follows its own part of the gradient.",
         snippet="if copies and group is not None:",
         replacement="if copies and group is None:",
-        seen="PP-02",
+    ),
+    _training(
+        name="step-tied-summed-after-the-update",
+        wrong="The gradients of a tied embedding are summed when it has been updated.",
+        snippet=_UPDATED,
+        replacement=_UPDATED.replace(_EMBEDDING, "").replace(
+            "return TrainResult(means[0], means[1:], tokens, self.optimizer.step())",
+            "result = TrainResult(means[0], means[1:], tokens, self.optimizer.step())\n"
+            "        from impl.gradients import finish_tied_gradients\n\n"
+            "        own = self.data_parallel.parameters\n"
+            "        finish_tied_gradients(own, group=self.groups.embedding)\n"
+            "        return result",
+        ),
+        seen="EMB-04",
     ),
     _parallel(
         name="step-tied-shards-apart",
         wrong="The copies of a tied embedding are in buffers with others, their shards elsewhere.",
         snippet="of_expert(parameter), of_tied_embedding(parameter)\n",
         replacement="of_expert(parameter), False\n",
-        seen="megatron/core/distributed/param_and_grad_buffer.py, shared_embedding",
+        seen="EMB-01",
+    ),
+)
+EVALUATION = (
+    _training(
+        name="step-evaluation-drops",
+        wrong="An evaluation drops as training does.",
+        snippet="        self.chunks.eval()\n",
+        replacement="",
+    ),
+    _training(
+        name="step-evaluation-does-not-end",
+        wrong="After an evaluation nothing is dropped any more.",
+        snippet="        self.chunks.train()\n",
+        replacement="",
+        seen="RNG-05",
+    ),
+    _training(
+        name="step-evaluation-by-own-tokens",
+        wrong="The loss of an evaluation is divided by the tokens of this rank.",
+        snippet="losses[0] / self._tokens(microbatches).clamp_min(1)",
+        replacement="losses[0] / sum(each.mask.sum() for each in microbatches).clamp_min(1)",
+        seen="CP-17",
+    ),
+    _training(
+        name="step-evaluation-not-packed",
+        wrong="An evaluation takes packed sequences for one.",
+        snippet=_FORWARD,
+        replacement=_FORWARD.replace("[m].packed", "[m].packed if chunk.training else None"),
+        seen="CP-17",
     ),
 )
 PACKED = (
@@ -332,115 +412,6 @@ PACKED = (
         seen="ATT-09",
     ),
 )
-MULTI_TOKEN = (
-    _ahead(
-        name="multi-token-one-too-few",
-        wrong="Tokens and targets of a depth are those one place nearer.",
-        snippet="ahead = mine + k",
-        replacement="ahead = mine + k - 1",
-    ),
-    _ahead(
-        name="multi-token-rolled-in-the-chunk",
-        wrong="Each rank rolls its own chunks of the sequence.",
-        snippet=_AHEAD,
-        replacement="yield rows.roll(-k, -1), ahead < ends",
-        seen="CP-04",
-    ),
-    _ahead(
-        name="multi-token-contiguous",
-        wrong="What is gathered of zigzag chunks is taken for the sequence.",
-        snippet="gathered[..., torch.cat(order).argsort().to(rows.device)]",
-        replacement="gathered",
-    ),
-    _further(
-        name="multi-token-last-counts",
-        wrong="The last tokens of a sequence, which nothing follows, are in the loss.",
-        snippet="counts * inside",
-        replacement="counts",
-    ),
-    _further(
-        name="multi-token-targets-stay",
-        wrong="Tokens are those of the depth, targets those of the main loss.",
-        snippet="torch.stack([tokens, targets, counts * inside])",
-        replacement="torch.stack([tokens, rows[1], counts * inside])",
-    ),
-    _further(
-        name="multi-token-each-of-the-model",
-        wrong="Every depth begins with the model's hidden states, not those of the one before.",
-        snippet=_ONE_BY_ONE,
-        replacement="""states = module.final_norm(module(h, embedded, packed=packed))
-            yield states, """,
-    ),
-    _further(
-        name="multi-token-normalised-on",
-        wrong="A depth hands on states that are normalised for the logits.",
-        snippet=_HANDED_ON,
-        replacement="h = states",
-    ),
-    _model(
-        name="multi-token-before-the-norm",
-        wrong="The first module is given states before the last norm, whatever it is to be given.",
-        snippet="ended if self.config.multi_token_normalised else h,",
-        replacement="h,",
-    ),
-    _further(
-        name="multi-token-halves-exchanged",
-        wrong="The embedding has the columns of the weight that are for hidden states.",
-        snippet="[self.hidden_norm(h), self.embedding_norm(embedded)]",
-        replacement="[self.embedding_norm(embedded), self.hidden_norm(h)]",
-    ),
-    _further(
-        name="multi-token-weight-not-marked",
-        wrong="The gradient of the weight that joins both is not summed over tp.",
-        snippet="2 * config.hidden, init=init, sequence_parallel=parallel, **made",
-        replacement="2 * config.hidden, init=init, **made",
-        seen="SP-01",
-    ),
-    _further(
-        name="multi-token-embedding-not-trained",
-        wrong="The embedding gets no gradient of the tokens further on.",
-        snippet="            h = module(h, embedded, packed=packed)\n",
-        replacement="            h = module(h, embedded.detach(), packed=packed)\n",
-    ),
-    _ahead(
-        name="multi-token-across-sequences",
-        wrong="Tokens further on are also those of the next of several packed sequences.",
-        snippet="ends = [sum(each) for",
-        replacement="ends = [whole.total for",
-        seen="CP-04",
-    ),
-    _ahead(
-        name="multi-token-padding-follows",
-        wrong="What pads a sequence is taken for tokens that follow.",
-        snippet="zip(whole.starts, whole.lengths,",
-        replacement="zip(whole.starts, whole.padded_lengths,",
-    ),
-    _further(
-        name="multi-token-layers-not-packed",
-        wrong="The layers of further tokens take packed sequences for one.",
-        snippet="linear(joined, self.weight), packed=packed)",
-        replacement="linear(joined, self.weight))",
-    ),
-    _model(
-        name="multi-token-copy-apart",
-        wrong="The copy of an embedding that is not tied follows its own gradient.",
-        snippet=_NEEDED,
-        replacement="self.config.tied, self.config.tied",
-        seen="PP-02",
-    ),
-    _training(
-        name="multi-token-sum-of-depths",
-        wrong="The losses of the depths are added, not averaged.",
-        snippet=" / max(self.config.multi_token_layers, 1)",
-        replacement="",
-    ),
-    _training(
-        name="multi-token-not-scaled",
-        wrong="Further tokens count as much as the next one.",
-        snippet="self.config.multi_token_scaling / max",
-        replacement="1.0 / max",
-    ),
-)
 REFUSALS = (
     _training(
         name="step-refused-by-the-first-stage",
@@ -449,4 +420,4 @@ REFUSALS = (
         replacement="",
     ),
 )
-MUTANTS = (*MODEL, *STEP, *PACKED, *MULTI_TOKEN, *REFUSALS)
+MUTANTS = (*MODEL, *STEP, *EVALUATION, *PACKED, *REFUSALS)

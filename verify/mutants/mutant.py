@@ -13,8 +13,9 @@ class Mutant:
     """A named defect. `wrong` says in a sentence what is computed instead.
 
     `snippet` occurs exactly once in the source of `module`; `replacement` takes its place.
-    `caught_by` names the concepts of which at least one must fail. `seen` is an entry of the list
-    of known bugs, or where else the like was seen, or `invented`.
+    `caught_by` names concepts each of which must fail, whatever else does. `seen` is the identifier
+    of a published defect (`verify.mutants.published`) whose mistake it makes, maybe in another
+    place, or where else the like was seen, or `invented`.
     """
 
     name: str

@@ -31,7 +31,7 @@ MUTANTS = (
         snippet=_MARK,
         replacement='"sequence_parallel": sequence_parallel,',
         caught_by=("qk_norm",),
-        seen="SP-09",
+        seen="megatron/core/distributed/finalize_model_grads.py, qk_layernorm",
     ),
     _mutant(
         name="norm-not-marked",
@@ -39,7 +39,7 @@ MUTANTS = (
         snippet=_MARK,
         replacement='"sequence_parallel": sharded_heads,',
         caught_by=("norm",),
-        seen="SP-01",
+        seen="SP-02",
     ),
     _mutant(
         name="norm-always-marked",

@@ -63,13 +63,27 @@ _RULES = (
         wrong="All groups have the same learning rate.",
         snippet="rate * group.lr_multiplier",
         replacement="rate",
-        seen="CK-03",
     ),
     _step(
         name="step-one-decay-for-all",
         wrong="All groups have the same weight decay.",
         snippet="self.weight_decay * each.group.weight_decay_multiplier",
         replacement="self.weight_decay",
+    ),
+    _step(
+        name="step-groups-by-decay",
+        wrong="Of groups that decay alike, all have the learning rate of the last.",
+        snippet="""\
+        by_group = dict(zip(map(id, self.parameter_groups), rates, strict=True))
+        for each in self.slots:
+            self._update(each, lr=by_group[id(each.group)])
+""",
+        replacement="""\
+        decays = [each.weight_decay_multiplier for each in self.parameter_groups]
+        by_decay = dict(zip(decays, rates, strict=True))
+        for each in self.slots:
+            self._update(each, lr=by_decay[each.group.weight_decay_multiplier])
+""",
         seen="CK-03",
     ),
     _step(
@@ -77,7 +91,6 @@ _RULES = (
         wrong="Main parameters are updated, and those of the model stay.",
         snippet="if each.main is not each.share.values:",
         replacement="if each.main is each.share.values:",
-        seen="DO-02",
     ),
     _step(
         name="step-groups-overlap",
@@ -140,6 +153,14 @@ _NORMS = (
         seen="NORM-13",
     ),
     _clip(
+        name="norm-of-what-a-stage-has",
+        wrong="A stage without experts leaves out the sum over experts that the others wait in.",
+        snippet="for expert in (False, True):",
+        replacement="for expert in sorted({False, *(of_expert(s.parameter) for s in shares)}):",
+        caught_by=("gpt_training",),
+        seen="HANG-02",
+    ),
+    _clip(
         name="norm-of-experts-over-tp",
         wrong="Experts on other ranks of ep do not count.",
         snippet="groups.etp_ep_pp if expert else groups.tp_pp",
@@ -152,6 +173,16 @@ _NORMS = (
         snippet="(norms**order).sum()",
         replacement="norms.sum() ** order",
     ),
+    _step(
+        name="norm-of-the-first-step",
+        wrong="The norm is kept, and gradients that have changed since are clipped by it.",
+        snippet="        if self.max_norm is not None:\n",
+        replacement="""\
+        self.kept = norm = getattr(self, "kept", norm)
+        if self.max_norm is not None:
+""",
+        seen="NORM-11",
+    ),
 )
 _SCALES = (
     _step(
@@ -159,7 +190,6 @@ _SCALES = (
         wrong="A rank of tp goes on where another skips.",
         snippet="(self.groups.tp_dp_cp, self.groups.pp)",
         replacement="(self.groups.dp_cp, self.groups.pp)",
-        seen="DP-07",
     ),
     _step(
         name="skip-not-agreed-over-shards",

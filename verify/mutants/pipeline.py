@@ -28,6 +28,16 @@ _OWN_CHUNK = "return (transfer.chunk * self.schedule.pp + transfer.peer + step)"
 _BEGUN = "return dist.batch_isend_irecv(list(operations)) if operations else []"
 _STARTED = "index, chunks = self.link.stage, range(self.schedule.vpp)"
 
+_ADDED = "total = compute() if total is None else total + compute()"
+_SUMMED = f"""\
+            for compute in left.pop(parameter, []):
+                {_ADDED}
+            if parameter in found:
+                own = found.pop(parameter)
+                total = own if total is None else total + own
+            torch.autograd.backward([parameter], [total])
+"""
+
 TABLES = (
     _table(
         name="schedule-warmup-too-short",
@@ -155,13 +165,28 @@ RUNS = (
         wrong="A chunk's gradients are called complete when its last input gradient is.",
         snippet=_COMPLETING,
         replacement='completing = ("backward", "input")',
-        seen="PP-06",
     ),
     _refused(
         name="pipeline-complete-after-first-backward",
         wrong="A chunk's gradients are called complete after its first backward.",
         snippet="for action in reversed(self.actions(stage))",
         replacement="for action in self.actions(stage)",
+    ),
+    _refused(
+        name="pipeline-complete-after-as-many-as-microbatches",
+        wrong="A chunk's gradients are called complete when its stage has done as many backwards as"
+        " there are microbatches, of whatever chunk.",
+        snippet="""\
+        return next(
+            action
+            for action in reversed(self.actions(stage))
+            if action.chunk == chunk and action.work in completing
+        )
+""",
+        replacement="""\
+        done = [action for action in self.actions(stage) if action.work in completing]
+        return next(each for each in done[self.microbatches - 1 :] if each.chunk == chunk)
+""",
         seen="PP-06",
     ),
     _run(
@@ -205,7 +230,6 @@ RUNS = (
         wrong="Every activation is received into a buffer of the first microbatch's shape.",
         snippet="known = self.shape if activation else",
         replacement="known = tuple(self.inputs[0].shape) if activation else",
-        seen="PP-07",
     ),
     _run(
         name="pipeline-arrivals-forgotten",
@@ -298,13 +322,46 @@ WEIGHTS = (
         replacement=(
             "WeightPass([each.requires_grad_() for each in self.stage.parameters[chunk]])"
         ),
-        seen="TPL-01",
     ),
     _late(
         name="weight-pass-done-twice",
         wrong="A weight pass adds its gradients twice.",
         snippet="torch.autograd.backward([parameter], [total])",
         replacement="torch.autograd.backward([parameter, parameter], [total, total])",
+    ),
+    _late(
+        name="weight-pass-for-each-use",
+        wrong="A weight that is used twice gets the sum of both gradients twice.",
+        snippet=_SUMMED,
+        replacement=_SUMMED.replace(
+            "for compute in left.pop(parameter, []):",
+            "uses = left.pop(parameter, [])\n            for compute in uses:",
+        )
+        .replace("own = found.pop(parameter)", "uses, own = [*uses, None], found.pop(parameter)")
+        .replace("torch.autograd", "for _ in uses:\n                torch.autograd"),
+        caught_by=("pipeline", "gpt_training"),
+        seen="EMB-06",
+    ),
+    _late(
+        name="weight-pass-complete-at-first-use",
+        wrong="The gradient of a weight that is used twice is called complete at the first.",
+        snippet=_ADDED,
+        replacement="""\
+if total is not None:
+                    torch.autograd.backward([parameter], [total])
+                total = compute()""",
+        caught_by=("gpt_training",),
+        seen="EMB-07",
+    ),
+    _late(
+        name="weight-pass-to-no-gradient-only",
+        wrong="A weight pass gives nothing to a parameter that has a gradient already.",
+        snippet="            torch.autograd.backward([parameter], [total])\n",
+        replacement=(
+            "            if parameter.grad is None:\n"
+            "                torch.autograd.backward([parameter], [total])\n"
+        ),
+        seen="DP-03",
     ),
     _late(
         name="weight-pass-of-a-later-input",

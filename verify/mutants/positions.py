@@ -34,7 +34,6 @@ MUTANTS = (
             "first = chunks[0].position if chunks else 0\n"
             "    parts = [torch.arange(first, first + sum(c.length for c in chunks))]"
         ),
-        seen="ATT-09",
     ),
     _where(
         name="places-run-on",
@@ -149,7 +148,6 @@ MUTANTS = (
         wrong="The gradient under sequence parallelism is of this rank's tokens.",
         snippet="            init=init,\n            sequence_parallel=sequence_parallel,\n",
         replacement="            init=init,\n",
-        seen="SP-01",
     ),
     _learned(
         name="learned-positions-along-the-batch",

@@ -25,6 +25,7 @@ from typing import Any
 
 from verify.errors import HarnessError
 from verify.mutants.generated import Generated
+from verify.mutants.history import Historic
 from verify.mutants.mutant import Mutant
 
 _LOCK = RLock()
@@ -35,7 +36,7 @@ _CODES: dict[tuple[str, int], CodeType] = {}
 Change = Callable[[str], str]
 
 
-def import_mutated(module: str, mutant: Mutant | Generated) -> ModuleType:
+def import_mutated(module: str, mutant: Mutant | Generated | Historic) -> ModuleType:
     """A private copy of `module`, a target's, and of all that it and the mutant's module belong to,
     with the mutant in it.
 

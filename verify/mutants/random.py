@@ -166,7 +166,6 @@ MUTANTS = (
         wrong="Outside of training elements are dropped too.",
         snippet="if not (training and p):",
         replacement="if not p:",
-        seen="RNG-05",
     ),
     _dropout(
         name="dropout-keeps-with-p",

@@ -90,7 +90,7 @@ MUTANTS = (
         wrong="The states that are put back are those at the start of backward.",
         snippet=_REPLAY,
         replacement="        with self._tracker.replaying(self._tracker.snapshot()):\n",
-        seen="CP-08",
+        seen="REC-02",
     ),
     _mutant(
         name="recompute-keeps-all",
@@ -160,14 +160,12 @@ MUTANTS = (
         wrong="Layers that are not computed again are left out.",
         snippet="    return _Run(layers[recomputed:])(x)",
         replacement="    return x",
-        seen="REC-05",
     ),
     _mutant(
         name="recompute-runs-twice",
         wrong="Forward runs the function twice, as if to be sure.",
         snippet=_RUN,
         replacement=("    with torch.no_grad():\n        function(x, *args)\n" + _RUN),
-        seen="REC-03",
     ),
     _mutant(
         name="recompute-any-number-of-layers",

@@ -9,7 +9,7 @@ from verify.mutants.mutant import Mutant
 _of = partial(Mutant, family="routing")
 _router = partial(_of, module="impl.moe.router", caught_by=("moe_router",))
 _balance = partial(_of, module="impl.moe.balance", caught_by=("moe_router",))
-_bias = partial(_of, module="impl.moe.balance", caught_by=("moe_expert_bias",), seen="MOE-08")
+_bias = partial(_of, module="impl.moe.balance", caught_by=("moe_expert_bias",))
 
 _ROUTER = (
     _router(
@@ -162,6 +162,7 @@ _LOSSES = (
         wrong="The bias of experts follows this rank's tokens.",
         snippet="counts = all_reduce(self.counts, group=self.group)",
         replacement="counts = self.counts.clone()",
+        seen="MOE-08",
     ),
     _bias(
         name="bias-counts-kept",
@@ -174,12 +175,14 @@ _LOSSES = (
         wrong="Tokens count in evaluation too.",
         snippet="if self.training and torch.is_grad_enabled():",
         replacement="if torch.is_grad_enabled():",
+        seen="MOE-08",
     ),
     _bias(
         name="bias-counts-twice",
         wrong="Tokens count again when a forward pass is recomputed.",
         snippet="if self.training and torch.is_grad_enabled():",
         replacement="if self.training:",
+        seen="REC-03",
     ),
     _bias(
         name="bias-other-way",

@@ -59,14 +59,14 @@ MUTANTS = (
         wrong="The gradient of the second norm is not summed over tp under sequence parallelism.",
         snippet="self.mlp_norm = norm(config.hidden, sequence_parallel=parallel)",
         replacement="self.mlp_norm = norm(config.hidden)",
-        seen="SP-01",
+        seen="SP-02",
     ),
     _mutant(
         name="layer-norm-of-heads-as-of-tokens",
         wrong="Norms of heads are marked under sequence parallelism only.",
         snippet="sharded_heads=True)",
         replacement="sequence_parallel=parallel)",
-        seen="SP-09",
+        seen="megatron/core/distributed/finalize_model_grads.py, qk_layernorm",
     ),
     _mutant(
         name="layer-one-norm-of-heads",
@@ -96,7 +96,6 @@ MUTANTS = (
         wrong="Positions are those of contiguous chunks, whatever the placement.",
         snippet='"placement": self.config.placement}\n        where',
         replacement='"placement": "contiguous"}\n        where',
-        seen="ATT-08",
     ),
     _mutant(
         name="layer-rotary-of-one-sequence",
@@ -152,7 +151,7 @@ MUTANTS = (
         wrong="Recomputation draws numbers from another tracker, which knows nothing of forward.",
         snippet=_AGAIN,
         replacement=_AGAIN.replace("self.tracker", "RandomTracker()"),
-        seen="CP-08",
+        seen="REC-02",
     ),
     _mutant(
         name="layer-recomputes-nothing",
@@ -211,7 +210,6 @@ MUTANTS = (
         wrong="The layer takes marks of padding and does not tell attention.",
         snippet=_GIVEN,
         replacement=_GIVEN.replace(": padding}", ": None}"),
-        seen="ATT-06",
     ),
     _mutant(
         name="layer-distributes-over-cp",
@@ -230,7 +228,7 @@ MUTANTS = (
         wrong="The gradient of a latent's norm is not summed over tp under sequence parallelism.",
         snippet="made[name] = norm(sizes[rank], sequence_parallel=parallel)",
         replacement="made[name] = norm(sizes[rank])",
-        seen="SP-01",
+        seen="SP-02",
     ),
     _core(
         name="layer-no-distance-over-cp",
@@ -243,6 +241,5 @@ MUTANTS = (
         wrong="All heads of a rank have the slope of its first.",
         snippet="alibi_slopes(heads, group=tp_group)",
         replacement="alibi_slopes(heads, group=tp_group)[:1].expand(heads // tp_group.size())",
-        seen="ATT-03",
     ),
 )

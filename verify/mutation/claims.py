@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from verify.mutants import AnyMutant, Mutant
 from verify.mutants.generated import Generated
-from verify.mutants.mutant import Mutant
+from verify.mutants.history import Historic
 from verify.mutants.operators.conditions import accept
 from verify.mutants.packages import modules_of
 from verify.mutation.trials import Surveyed
@@ -30,7 +31,7 @@ class Claim:
     telling: frozenset[int] = NONE
 
 
-def claims(mutant: Mutant | Generated, surveyed: Iterable[Surveyed]) -> list[Claim]:
+def claims(mutant: AnyMutant, surveyed: Iterable[Surveyed]) -> list[Claim]:
     """The properties about a mutant. Those come first whose examples reach what it changes, or, of
     a condition for a refusal, are refused; and among these, by turns of the checks they are asked,
     those of which most do and that cost least.
@@ -39,9 +40,12 @@ def claims(mutant: Mutant | Generated, surveyed: Iterable[Surveyed]) -> list[Cla
     condition does not hold."""
     lines = _lines_of(mutant)
     refusing = _refusals(mutant, lines)
+    at = (mutant.place, mutant.family) if isinstance(mutant, Historic) else None
     found: list[tuple[bool, bool, float, str, Claim]] = []
     for each in surveyed:
         telling, raising = (_reaching(each, mutant.module, some) for some in (lines, refusing))
+        if at is not None:
+            telling = each.communicated.get(at, NONE)
         reached, refused = len(telling), len(raising)
         about = reached
         if isinstance(mutant, Mutant):
@@ -70,17 +74,19 @@ def _by_turns(found: Iterable[tuple[bool, bool, float, str, Claim]]) -> list[Cla
     return [claim for *_, claim in sorted(turns, key=lambda each: each[:3])]
 
 
-def _leaves_out_a_refusal(mutant: Mutant | Generated) -> bool:
+def _leaves_out_a_refusal(mutant: AnyMutant) -> bool:
     return isinstance(mutant, Generated) and mutant.family == accept.__name__
 
 
-def _lines_of(mutant: Mutant | Generated) -> Sequence[int]:
+def _lines_of(mutant: AnyMutant) -> Sequence[int]:
+    if isinstance(mutant, Historic):
+        return ()
     if isinstance(mutant, Generated):
         return mutant.lines
     return mutant.lines(_source(mutant.module))
 
 
-def _refusals(mutant: Mutant | Generated, lines: Sequence[int]) -> list[int]:
+def _refusals(mutant: AnyMutant, lines: Sequence[int]) -> list[int]:
     """The lines that raise what the conditions in these lines are for."""
     if isinstance(mutant, Generated) and len(lines) > 2:
         # Of a parameter: all that the function does.

@@ -24,6 +24,11 @@ DEFAULT_PROFILE = "ci"
     "--generated", is_flag=True, help="Mutants generated from the source, not the hand-made ones."
 )
 @click.option(
+    "--history",
+    is_flag=True,
+    help="Mutants generated from what examples communicate, at every place.",
+)
+@click.option(
     "--unlisted",
     is_flag=True,
     help="Of generated ones only those that are not listed as equivalent.",
@@ -47,19 +52,20 @@ DEFAULT_PROFILE = "ci"
 @click.option(
     "--json",
     "json_path",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="All of it, as JSON.",
 )
 @click.option(
     "--report",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
     help="That as DIR/mutants.json, and in DIR/failures what `shardproof repro` takes.",
 )
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def mutants(
     generated: bool,
+    history: bool,
     unlisted: bool,
     sample: int | None,
     shrink: bool,
@@ -86,6 +92,8 @@ def mutants(
     A sample of what can be generated, in two modules, and in all but a package:
         shardproof mutants --generated --module linear,mappings --sample 50 --no-shrink
         shardproof mutants --generated --without pretrain --sample 50 --no-shrink
+    A sample of what can go wrong with what is communicated, at any of its places:
+        shardproof mutants --history --sample 50 --no-shrink
     A first look at many, without waiting for what none will catch:
         shardproof mutants --generated --module moe --no-shrink --within 20 --unlisted
     """
@@ -94,6 +102,7 @@ def mutants(
     lists = ("classes", "names", "modules", "without")
     selection = Selection(
         generated=generated,
+        history=history,
         unlisted=unlisted,
         sample=sample,
         **{name: _names(name, given.pop(name)) for name in lists},

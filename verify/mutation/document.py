@@ -10,8 +10,8 @@ from typing import Any
 
 import jsonschema
 
+from verify.mutants import AnyMutant, Mutant
 from verify.mutants.generated import Generated
-from verify.mutants.mutant import Mutant
 from verify.mutation.outcome import Fate, Outcome
 from verify.provenance import machine, shardproof_version, target_facts, versions
 from verify.runner.options import RunOptions
@@ -19,7 +19,7 @@ from verify.runner.options import RunOptions
 FORMAT, FORMAT_VERSION = "shardproof mutants", 2
 _SCHEMA = Path(__file__).with_name("schema.json")
 
-Examined = tuple[Mutant | Generated, Outcome, str]
+Examined = tuple[AnyMutant, Outcome, str]
 
 
 def describe(
@@ -77,7 +77,7 @@ def complaints(document: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _row(mutant: Mutant | Generated, outcome: Outcome, equivalent: str) -> dict[str, Any]:
+def _row(mutant: AnyMutant, outcome: Outcome, equivalent: str) -> dict[str, Any]:
     record = outcome.record
     finding = record.findings[0] if record and record.findings else None
     return {

@@ -11,7 +11,7 @@ from enum import Enum
 
 from verify.errors import BadArgument, HarnessError
 from verify.mutation.claims import NONE, Claim
-from verify.mutation.trials import Surveyed, Trials
+from verify.mutation.trials import Surveyed, Trial, Trials
 from verify.runner.options import RunOptions
 from verify.runner.record import Record
 from verify.targets import load_target
@@ -34,7 +34,8 @@ class Fate(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A mutant's fate.
+    """A mutant's fate, and what is to be said of it: why it is unknown, or that what caught it does
+    not fail every time.
 
     `properties` ran, in this order; the last is the one that caught it, if one did, and `record`
     is what is known of that. `examples` and `seconds` are until the first that failed, of all these
@@ -83,7 +84,8 @@ def examine(
     left = {each.property: each.telling for each in claimed}
     ran = 0
     verdicts: list[Verdict] = []
-    reasons: list[str] = []
+    unclear: list[tuple[str, Trial]] = []
+    passed: set[str] = set()
     ended: set[str] = set()
     most = math.inf if within is None else within
     some_are_near = any(each.near for each in claimed)
@@ -111,6 +113,7 @@ def examine(
                     properties=(*others, name),
                     examples=ran,
                     seconds=so_far + trial.seconds,
+                    reason=trial.record.reason,
                     record=trial.record,
                 )
             if only:
@@ -119,11 +122,19 @@ def examine(
                 left[name] = frozenset(number for number in only if number >= so_many)
                 continue
             examples[name] = trial.record.examples
-            verdicts.append(trial.record.verdict)
             if trial.record.verdict is Verdict.UNKNOWN:
-                reasons.append(f"{name}: {trial.record.reason}")
+                unclear.append((name, trial))
+            else:
+                verdicts.append(trial.record.verdict)
+                passed |= {name} if trial.record.verdict is Verdict.PASSED else set()
             if trial.ended:
                 ended.add(name)
+    # A few examples in a row may all be such that nothing can be said of them.
+    reasons = [
+        f"{name}: {trial.record.reason}"
+        for name, trial in unclear
+        if trial.broke or name not in passed
+    ]
     if ended != {each.property for each in claimed}:
         reasons.insert(0, f"not caught within {most:g} s")
     survived = not reasons and worst(verdicts) is Verdict.PASSED

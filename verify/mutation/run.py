@@ -6,21 +6,23 @@ import json
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from verify.console import console_of_stdout
 from verify.errors import BadArgument
-from verify.mutants import CATALOGUE
+from verify.mutants import CATALOGUE, AnyMutant
 from verify.mutants.equivalent import Equivalents
 from verify.mutants.generated import PREFIX, Generated, generate, is_in, require_modules
-from verify.mutants.mutant import Mutant
+from verify.mutants.history import PREFIX as HISTORY
+from verify.mutants.history import mutants_of
 from verify.mutation.display import Progression, print_score
 from verify.mutation.document import complaints, validate
 from verify.mutation.outcome import Outcome
 from verify.mutation.pool import number_of_workers
-from verify.mutation.score import TARGET, score
-from verify.mutation.trials import WORLD_SIZE
+from verify.mutation.score import TARGET, Choice, score
+from verify.mutation.trials import WORLD_SIZE, Surveyed
 from verify.report.document import RunFacts, describe_failure
 from verify.report.files import write, write_text
 from verify.runner.options import RunOptions
@@ -33,12 +35,13 @@ FAILURES = "failures"
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which mutants: hand-made or generated ones, of these classes, names and modules, all if
-    empty, but not of the modules in `without`; a package stands for all modules in it. Of generated
-    ones those only that are not listed as equivalent, if they are to be `unlisted`. At most
-    `sample` of them, by the seed."""
+    """Which mutants: hand-made ones, ones `generated` from the source, or from the `history` of
+    what is communicated; of these classes, names and modules, all if empty, but not of the modules
+    in `without`; a package stands for all modules in it. Of generated ones those only that are not
+    listed as equivalent, if they are to be `unlisted`. At most `sample` of them, by the seed."""
 
     generated: bool = False
+    history: bool = False
     unlisted: bool = False
     classes: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
@@ -103,22 +106,42 @@ def _write_failures(
             write(path, describe_failure(facts, outcome.record))
 
 
-def select(selection: Selection, *, seed: int) -> Sequence[Mutant | Generated]:
-    """The mutants of a selection, in the order of the catalogue or the source. Raises BadArgument
-    for names that there are not, and where nothing is left."""
+def select(selection: Selection, *, seed: int) -> Sequence[AnyMutant] | Choice:
+    """The mutants of a selection, in the order of the catalogue or the source; of a history they
+    are chosen when it is known. Raises BadArgument for names that there are not, and where nothing
+    is left."""
     for option, given in (("--module", selection.modules), ("--without", selection.without)):
         require_modules(TARGET, given, option=option)
-    known: list[Any] = list(CATALOGUE[TARGET].values())
     if selection.unlisted and not selection.generated:
-        raise BadArgument("--unlisted: hand-made mutants are not listed; give --generated too")
-    if selection.generated:
-        known, listed = list(generate(TARGET, selection.modules)), Equivalents.read()
-        if stale := listed.stale(known):
-            raise BadArgument(f"verify/mutants/equivalent.toml: {stale[0]}; change the entry")
-    names = tuple(
-        f"{PREFIX}{name.removeprefix(PREFIX)}" if selection.generated else name
-        for name in selection.names
-    )
+        raise BadArgument("--unlisted: only generated mutants are listed; give --generated too")
+    if selection.history and selection.generated:
+        raise BadArgument("--history: mutants are generated from it or from the source; give one")
+    if selection.history:
+        return partial(_of_history, selection, seed)
+    if not selection.generated:
+        return _selected(selection, seed, list(CATALOGUE[TARGET].values()))
+    known, listed = generate(TARGET, selection.modules), Equivalents.read()
+    if stale := listed.stale(known):
+        raise BadArgument(f"verify/mutants/equivalent.toml: {stale[0]}; change the entry")
+    return _selected(selection, seed, known, PREFIX, listed if selection.unlisted else None)
+
+
+def _of_history(
+    selection: Selection, seed: int, surveyed: Sequence[Surveyed]
+) -> Sequence[AnyMutant]:
+    places = (place for each in surveyed for place in each.communicated)
+    return _selected(selection, seed, mutants_of(TARGET, places), HISTORY)
+
+
+def _selected(
+    selection: Selection,
+    seed: int,
+    known: Sequence[AnyMutant],
+    prefix: str = "",
+    listed: Equivalents | None = None,
+) -> Sequence[AnyMutant]:
+    """Those of `known` that are asked for, and not listed."""
+    names = [f"{prefix}{name.removeprefix(prefix)}" for name in selection.names]
     _require("--name", names, {each.name for each in known})
     _require("--class", selection.classes, {each.family for each in known})
     modules, without = (
@@ -132,7 +155,7 @@ def select(selection: Selection, *, seed: int) -> Sequence[Mutant | Generated]:
         and (not selection.classes or each.family in selection.classes)
         and (not modules or any(is_in(each.module, name) for name in modules))
         and not any(is_in(each.module, name) for name in without)
-        and not (selection.unlisted and listed.reason(each))
+        and not (listed and isinstance(each, Generated) and listed.reason(each))
     ]
     if selection.sample is not None and selection.sample < len(chosen):
         kept = set(random.Random(seed).sample([each.name for each in chosen], selection.sample))

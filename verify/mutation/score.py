@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any, Protocol
 
 from verify.errors import HarnessError
+from verify.mutants import AnyMutant
 from verify.mutants.equivalent import Equivalents
 from verify.mutants.generated import Generated
-from verify.mutants.mutant import Mutant
 from verify.mutation.claims import Claim, claims
 from verify.mutation.document import describe
 from verify.mutation.outcome import Fate, Outcome, examine, survey
@@ -30,6 +30,10 @@ _DRAWN, _TRACED = 20, 12
 _SEVERAL = 20
 
 
+# What is chosen of what the properties' examples communicate.
+Choice = Callable[[Sequence[Surveyed]], Sequence[AnyMutant]]
+
+
 class Watcher(Protocol):
     """Is told how it goes."""
 
@@ -44,7 +48,7 @@ class Watcher(Protocol):
 
 
 def score(
-    mutants: Sequence[Mutant | Generated],
+    chosen: Sequence[AnyMutant] | Choice,
     options: RunOptions,
     *,
     workers: int,
@@ -52,14 +56,19 @@ def score(
     within: float | None,
     watcher: Watcher,
 ) -> tuple[dict[str, Any], dict[str, Outcome]]:
-    """The document of a run of these mutants of one kind, and what came of each, by name. Raises
-    HarnessError where properties cannot be surveyed, because then nothing can be said."""
+    """The document of a run of these mutants of one kind, or of those that are chosen by what the
+    survey found, and what came of each, by name. Raises HarnessError where properties cannot be
+    surveyed, because then nothing can be said."""
     began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    mutants = () if callable(chosen) else chosen
     for each in mutants:
         # One that does not fit the source is told before anything is surveyed.
         claims(each, ())
+    traced = callable(chosen) or len(mutants) >= _SEVERAL or isinstance(mutants[0], Generated)
     with Pool(workers, timeout=_SECONDS_OF_A_MUTANT) as pool:
-        known = _surveyed(mutants, options, pool, watcher)
+        known = _surveyed(options, pool, watcher, traced=traced)
+        if callable(chosen):
+            mutants = chosen(known)
         if within is not None and not shrink:
             pool.timeout = min(within + _SECONDS_OF_AN_EXAMPLE, _SECONDS_OF_A_MUTANT)
         by_mutant = {each.name: claims(each, known) for each in mutants}
@@ -78,7 +87,7 @@ def score(
     return document, outcomes
 
 
-def _equivalent(mutants: Sequence[Mutant | Generated]) -> dict[str, str]:
+def _equivalent(mutants: Sequence[AnyMutant]) -> dict[str, str]:
     generated = [each for each in mutants if isinstance(each, Generated)]
     if not generated:
         return {}
@@ -86,9 +95,7 @@ def _equivalent(mutants: Sequence[Mutant | Generated]) -> dict[str, str]:
     return {each.name: listed.reason(each) for each in generated}
 
 
-def _surveyed(
-    mutants: Sequence[Mutant | Generated], options: RunOptions, pool: Pool, watcher: Watcher
-) -> list[Surveyed]:
+def _surveyed(options: RunOptions, pool: Pool, watcher: Watcher, *, traced: bool) -> list[Surveyed]:
     """What the properties of the wanted suites are about."""
     names = [
         f"{suite.name}.{name}"
@@ -96,7 +103,6 @@ def _surveyed(
         for name in suite.properties
         if not options.suites or suite.name in options.suites
     ]
-    traced = len(mutants) >= _SEVERAL or any(isinstance(each, Generated) for each in mutants)
     examples, trace = (_TRACED, TARGET) if traced else (_DRAWN, None)
     tasks = {
         name: partial(survey, name, options, target=TARGET, trace=trace, examples=examples)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Set
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,9 @@ from hypothesis import Phase
 
 from verify.case import Case
 from verify.cluster import open_cluster
+from verify.cluster.sim.defects import OPERATORS, Path, listening
+from verify.cluster.sim.exchange import Call
+from verify.mutants.history import DEPTH, Place, place_of, root_of
 from verify.mutation.lines import Line, Lines
 from verify.runner.draws import use_profile
 from verify.runner.exercise import Recorded, check_case
@@ -39,14 +42,16 @@ _SECONDS_OF_A_RUN = 20.0
 @dataclass(frozen=True)
 class Surveyed:
     """What the examples of a property are about: how many there were, how many of them draw each
-    concept and are to be refused, and which, by number, reach each line of the target; `seconds` is
-    what an example takes, and `check` what is mostly asked of one."""
+    concept and are to be refused, and which, by number, reach each line of the target, and
+    communicate at each place of it what each operator fits; `seconds` is what an example takes, and
+    `check` what is mostly asked of one."""
 
     property: str
     examples: int = 0
     seconds: float = 0.0
     concepts: Counter[str] = field(default_factory=Counter)
     lines: Mapping[Line, frozenset[int]] = field(default_factory=dict)
+    communicated: Mapping[tuple[Place, str], frozenset[int]] = field(default_factory=dict)
     refusals: int = 0
     check: str = ""
 
@@ -54,12 +59,14 @@ class Surveyed:
 @dataclass(frozen=True)
 class Trial:
     """What came of a property: its record, the seconds until its first failure or until it stopped,
-    whether nothing of it is left to run, and how many examples did, not only drawn."""
+    whether nothing of it is left to run, how many examples did, not only drawn, and whether
+    something was raised."""
 
     record: Record
     seconds: float
     ended: bool
     ran: int
+    broke: bool = False
 
 
 class _Enough(BaseException):
@@ -145,13 +152,15 @@ class Trials:
         error = _called(self._function(name), check, recorder)
         ended = not isinstance(error, _Enough)
         record = recorder.conclude(error if ended else None)
-        return Trial(record, stamps[-1] - began, ended, len(ran))
+        broke = ended and error is not None
+        return Trial(record, stamps[-1] - began, ended, len(ran), broke)
 
     def survey(self, name: str, *, target: str, examples: int) -> Surveyed:
         """What the first examples of a property are about. They run on the target if lines are
         traced, and are only drawn otherwise."""
         concepts, checks = Counter[str](), Counter[str]()
         reached: dict[Line, set[int]] = defaultdict(set)
+        heard: dict[tuple[Path, str], set[int]] = defaultdict(set)
         recorder = Recorder(name, must_check=True, on_example=lambda *told: None)
 
         def check(which: str, case: Case) -> None:
@@ -173,10 +182,15 @@ class Trials:
             for line in self.lines.reached:
                 reached[line].add(recorder.examples)
 
-        began = time.monotonic()
+        def hear(call: Call, path: Path) -> None:
+            for operator in (name for name, each in OPERATORS.items() if each.fits(call)):
+                heard[path, operator].add(recorder.examples)
+
         # Its import is nobody's example.
         load_target(target)
-        error = _called(self._function(name), check, recorder)
+        began = time.monotonic()
+        with listening(root_of(target), DEPTH, hear) if self.lines else nullcontext():
+            error = _called(self._function(name), check, recorder)
         if error is not None and not isinstance(error, _Enough):
             raise error
         count = recorder.examples
@@ -189,8 +203,12 @@ class Trials:
             line: kept.setdefault(numbers, numbers)
             for line, numbers in ((line, frozenset(each)) for line, each in reached.items())
         }
+        communicated = {
+            (place_of(target, path), operator): frozenset(numbers)
+            for (path, operator), numbers in heard.items()
+        }
         mostly = max(checks, key=lambda each: checks[each], default="")
-        return Surveyed(name, count, seconds, concepts, lines, refusals, mostly)
+        return Surveyed(name, count, seconds, concepts, lines, communicated, refusals, mostly)
 
     def _function(self, name: str) -> Callable[..., Any]:
         suite, _, function = name.partition(".")

@@ -21,6 +21,7 @@ from torch.futures import Future
 
 from verify.cluster.sim.callsite import call_site
 from verify.cluster.sim.collectives import Reduction
+from verify.cluster.sim.defects import meet
 from verify.cluster.sim.exchange import Call, Exchange
 from verify.cluster.sim.scheduler import HERE
 from verify.errors import HarnessError
@@ -287,8 +288,11 @@ class SimGroup(_Group):
         asynchronous: bool,
         own: tuple[Any, ...] = (),
     ) -> Call:
-        rank, site = self._ranks[self._member], call_site(sys._getframe(2))
-        return Call(kind, rank, inputs, outputs, settings, site, own, asynchronous)
+        frame = sys._getframe(2)
+        rank, site = self._ranks[self._member], call_site(frame)
+        call = Call(kind, rank, inputs, outputs, settings, site, own, asynchronous)
+        meet(call, frame)
+        return call
 
     def _all(self, works: Sequence[SimWork]) -> SimWork:
         """The work of several calls together."""

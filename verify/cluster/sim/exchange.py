@@ -56,7 +56,8 @@ class Call:
     own tensors. `settings` are what
     the kind needs besides and what must agree (a reduction, a root); `own` is what need not (split
     sizes). `operation` is what it is part of until that is done; `source` the group rank whose
-    message was received; `number` is its place in the history of its rank, where one is kept.
+    message was received; `number` is its place in the history of its rank, where one is kept;
+    `defect` is what is done in its place, where one is planted.
     """
 
     kind: str
@@ -73,6 +74,7 @@ class Call:
     source: int | None = None
     deliver: Callable[[], None] | None = None
     number: int = 0
+    defect: Callable[[Sequence[Call]], None] | None = None
 
     def describe(self) -> str:
         """What this rank waits for, and whom."""
@@ -157,6 +159,8 @@ class Channel:
         self.receives: dict[int, deque[Message]] = {}
         # Symmetric operations that members called from different places, by group rank.
         self.mixed: list[list[tuple[str, CallSite | None]]] = []
+        # What was sent last from a rank to another, where a defect wants to know.
+        self.passed: dict[tuple[int, int], Sequence[Tensor]] = {}
 
     def disorder(self) -> CollectiveMismatch | None:
         """Whether two members called the same operations from the same places in different orders:
@@ -330,8 +334,9 @@ class Exchange:
         site = calls[0].site
         if any(call.site != site for call in calls) and kind.symmetric:
             channel.mixed.append([(call.text(), call.site) for call in calls])
+        defects = (call.defect for call in calls)
         with _unseen():
-            kind.perform(calls)
+            next(filter(None, defects), kind.perform)(calls)
         self._finish(calls)
 
     def _pass(self, sent: Message, received: Message) -> None:
@@ -340,6 +345,9 @@ class Exchange:
                 self._differ(sent.channel, sent.call, received.call, "the tensors differ")
             with _unseen():
                 other.data.copy_(one.reshape(other.shape))
+        if received.call.defect is not None:
+            with _unseen():
+                received.call.defect([sent.call, received.call])
         received.call.source = sent.source
         self._finish([sent.call, received.call])
 
