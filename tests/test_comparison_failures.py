@@ -7,7 +7,7 @@ import torch
 from observed import Scene, scene
 
 from verify.case import Case
-from verify.errors import HarnessError
+from verify.errors import BeyondRange, HarnessError
 from verify.layout import Layout
 from verify.oracle.contract import Contract, TensorSpec
 
@@ -19,6 +19,8 @@ LENSES = [
     ("native", "float16"),
 ]
 EVERY_LENS = pytest.mark.parametrize(("lens", "dtype"), LENSES)
+BAD = [float("nan"), float("inf"), -float("inf")]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64]
 LARGE = {"sequence": 40, "batch": 12, "in_features": 8, "out_features": 144}
 
 
@@ -41,21 +43,60 @@ def of_function(function, shape=(4, 3), lens="fp64", dtype="float64", **options)
     return Scene(case, contract, {})
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_reference_that_is_not_finite_is_no_expectation(bad):
-    """On the reference's side only, or on both: the harness cannot say, whatever the candidate."""
-    for candidate in (0.0, bad):
-        right = of_function(lambda x: x * 1.0)
-        right.spoil("y", lambda y, rank, value=candidate: torch.full_like(y, value))
-        bad_contract = of_function(lambda x: x * 1.0).contract
-        bad_contract = replace(bad_contract, reference=lambda i, p: {"y": i["x"] * bad})
-        right.references[""] = replace(right.references[""], contract=bad_contract)
-        with pytest.raises(HarnessError, match=r"y of .* is not finite"):
-            right.compare()
+def not_finite(lens, dtype, way):
+    """A scene whose reference is `way` of what it should be, and whose candidates are right."""
+    found = of_function(lambda x: x * 1.0, lens=lens, dtype=dtype)
+    contract = replace(found.contract, reference=lambda i, p: {"y": way(i["x"] * 1.0)})
+    found.references[""] = replace(found.references[""], contract=contract)
+    return found
+
+
+def everywhere(bad):
+    return lambda y: y * 0 + bad
+
+
+def in_one_place(bad):
+    there = torch.zeros(4, 3, dtype=torch.bool)
+    there[2, 1] = True
+    return lambda y: y.masked_fill(there, bad)
 
 
 @EVERY_LENS
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", [everywhere, in_one_place])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_reference_that_is_not_finite_is_no_expectation(lens, dtype, where, bad):
+    """On the reference's side only, or on both in the same place: the harness cannot say, whatever
+    the candidate."""
+    way = where(bad)
+    for both in (False, True):
+        spoilt = not_finite(lens, dtype, way)
+        if both:
+            spoilt.spoil("y", lambda y, rank: way(y))
+            assert not spoilt.tensors[0]["y"].isfinite().all()
+        with pytest.raises(HarnessError, match=r"y of .* is not finite"):
+            spoilt.compare()
+
+
+@EVERY_LENS
+@pytest.mark.parametrize("bad", BAD)
+def test_one_element_of_a_candidate_that_is_not_finite_is_wrong(lens, dtype, bad):
+    spoilt = of_function(lambda x: x * 1.0, lens=lens, dtype=dtype)
+    spoilt.spoil("y", lambda y, rank: in_one_place(bad)(y))
+    (found,) = spoilt.compare().divergences
+    assert (found.tensor, found.kind, found.index) == ("y", "value", (2, 1))
+
+
+@pytest.mark.parametrize("bad", [1.0, float("inf")])
+def test_what_overflows_in_the_dtype_only_is_no_expectation(bad):
+    """A reference that is finite in float64 and not in float16, whatever the candidate."""
+    large = of_function(lambda x: x * 1e6, lens="native", dtype="float16")
+    large.spoil("y", lambda y, rank: torch.full_like(y, bad))
+    with pytest.raises(BeyondRange, match="y, grad x overflows"):
+        large.compare()
+
+
+@EVERY_LENS
+@pytest.mark.parametrize("bad", BAD)
 def test_a_candidate_that_is_wholly_not_finite_is_wrong_on_every_rank(lens, dtype, bad):
     spoilt = scene(lens, dtype).spoil("y", lambda y, rank: torch.full_like(y, bad))
     (found,) = spoilt.compare().divergences
@@ -80,14 +121,35 @@ def test_something_for_zeros_is_wrong(lens, dtype, power):
     assert (found.kind, found.ranks, found.reference) == ("value", (1,), 0.0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_denormals_are_numbers(dtype):
-    """Where the reference is denormal, so is the candidate; another scale of it is wrong."""
-    info = torch.finfo(getattr(torch, dtype))
-    tiny = of_function(lambda x: x * (info.tiny / 4), lens="native", dtype=dtype)
-    assert 0 < float(tiny.full("y").abs().max()) < 4 * info.tiny
-    assert tiny.compare().divergences == []
-    spoilt = tiny.spoil("y", lambda y, rank: y * 64)
+def denormal(lens, dtype):
+    """A scene of denormal results: in the exact lens the magnitude of what is given makes them."""
+    tiny = torch.finfo(getattr(torch, dtype)).tiny
+    if lens == "exact":
+        options = {"magnitude": tiny / 16, "zeros": "grad y"}
+        return of_function(lambda x: x * 1.0, lens=lens, dtype=dtype, **options)
+    return of_function(lambda x: x * (tiny / 4), lens=lens, dtype=dtype)
+
+
+@EVERY_LENS
+def test_denormals_are_numbers(lens, dtype):
+    """Where the reference is denormal, so is the candidate."""
+    found = denormal(lens, dtype)
+    assert 0 < float(found.full("y").abs().min()) < torch.finfo(getattr(torch, dtype)).tiny
+    assert found.compare().divergences == []
+
+
+@EVERY_LENS
+@pytest.mark.parametrize("way", [lambda y: y * 64, torch.zeros_like], ids=["scaled", "flushed"])
+def test_only_fp64_takes_a_denormal_for_another(lens, dtype, way):
+    """By design: its bound is measured in float32, which ends long before float64 loses digits, and
+    so cannot be less than the smallest normal number; and its norms square what is below that."""
+    spoilt = denormal(lens, dtype).spoil("y", lambda y, rank: way(y))
+    wrong = [] if lens == "fp64" else ["y"]
+    assert [each.tensor for each in spoilt.compare().divergences] == wrong
+
+
+def test_fp64_takes_no_more_than_that():
+    spoilt = denormal("fp64", "float64").spoil("y", lambda y, rank: y + 2.0**-500)
     assert [each.tensor for each in spoilt.compare().divergences] == ["y"]
 
 
@@ -143,17 +205,20 @@ def test_an_empty_tensor_is_right_where_it_should_be_empty_and_nowhere_else(lens
     assert [each.kind for each in found] == ["shape"]
 
 
-@pytest.mark.parametrize("other", [torch.float32, torch.float16, torch.int64])
-def test_equal_values_of_another_dtype_are_wrong(other):
-    ones = of_function(lambda x: x * 0 + 1)
-    (found,) = ones.spoil("y", lambda y, rank: y.to(other)).compare().divergences
-    assert (found.tensor, found.kind) == ("y", "dtype")
+@EVERY_LENS
+@pytest.mark.parametrize("other", DTYPES)
+def test_equal_values_of_another_dtype_are_wrong(lens, dtype, other):
+    ones = of_function(lambda x: x * 0 + 1, lens=lens, dtype=dtype)
+    own = getattr(torch, dtype)
+    found = ones.spoil("y", lambda y, rank: y.to(other)).compare().divergences
+    assert [(each.tensor, each.kind) for each in found] == [("y", "dtype")] * (other is not own)
 
 
+@EVERY_LENS
 @pytest.mark.parametrize("shape", [(3, 4), (12,), (1, 4, 3), (4, 3, 1)])
-def test_equal_values_of_another_shape_are_wrong(shape):
-    same = of_function(lambda x: x * 2).spoil("y", lambda y, rank: y.reshape(shape))
-    (found,) = same.compare().divergences
+def test_equal_values_of_another_shape_are_wrong(lens, dtype, shape):
+    same = of_function(lambda x: x * 2, lens=lens, dtype=dtype)
+    (found,) = same.spoil("y", lambda y, rank: y.reshape(shape)).compare().divergences
     assert (found.tensor, found.kind) == ("y", "shape")
 
 

@@ -122,6 +122,45 @@ def test_the_exact_lens_checks_that_it_is_exact():
         _ = Reference(case, contract, generate(case, contract, ranks, "")).results
 
 
+FALSE = {
+    "thirds": lambda x: x / 3,
+    "tenths": lambda x: x * 0.1,
+    "a square root": lambda x: x.abs().sqrt(),
+    "a mean": lambda x: x.mean(0).expand(x.shape),
+    "only its gradient": lambda x: x + (x / 3 - (x / 3).detach()),
+    "the last bit": lambda x: x * (1 + 2.0**-52),
+}
+
+
+def _of(function, **options):
+    case = Case(concept="f", layout=Layout(), lens="exact", options=options)
+    contract = Contract(
+        inputs={"x": TensorSpec((3, 5))},
+        parameters={},
+        outputs={"y": TensorSpec((3, 5))},
+        reference=lambda inputs, parameters: {"y": function(inputs["x"])},
+        linear=True,
+    )
+    return Reference(case, contract, generate(case, contract, RankMap(case.layout, ("tp",)), ""))
+
+
+@pytest.mark.parametrize("way", FALSE)
+def test_a_contract_that_is_not_linear_is_told_by_its_results(way):
+    with pytest.raises(HarnessError, match=r"no multiple of 1; of what its contract calls linear"):
+        _ = _of(FALSE[way]).results
+
+
+@pytest.mark.parametrize("magnitude", [1, 1024, 0.25, 2.0**-20])
+def test_exact_results_are_multiples_of_the_magnitude(magnitude):
+    found = _of(lambda x: x * 3 + x.sum(), magnitude=magnitude).results
+    assert torch.equal(found["y"] / magnitude % 1, torch.zeros(3, 5, dtype=torch.float64))
+    if magnitude < 1:
+        with pytest.raises(HarnessError, match="no multiple of"):
+            _ = _of(lambda x: x / 3, magnitude=magnitude).results
+        with pytest.raises(HarnessError, match="needs every sum below"):
+            _ = _of(lambda x: x + x.detach() * 2.0**50, magnitude=magnitude).results
+
+
 @pytest.mark.parametrize("shape", [(3, 2, 4), (5,), (1, 1, 6), (4, 1)])
 def test_strides(shape):
     values = torch.rand(shape)

@@ -1,10 +1,14 @@
 """Right examples that a property once called wrong, or could not decide, and defects like them."""
 
+from functools import partial
+
 import pytest
 
 from verify.case import Case
 from verify.cluster import open_cluster
+from verify.errors import BadArgument
 from verify.layout import Layout
+from verify.rank_program import contract_of
 from verify.verdict import Verdict, judge
 
 SINGLE = {"lens": "native", "dtype": "float32"}
@@ -162,6 +166,28 @@ def test_what_is_right_passes_and_a_defect_is_still_seen(case, mutant):
         if mutant is not None:
             wrong = judge("equivalence", case, target_name=f"impl@{mutant}", cluster=cluster)
             assert wrong.verdict is Verdict.FAILED
+
+
+def test_what_need_not_overflow_is_not_expected_to():
+    # The first stage has the embedding alone; its first rank may have none of the tokens.
+    sizes = {
+        "microbatches": 1, "sequence": 4, "batch": 1, "hidden": 3, "heads": 2, "groups": 2,
+        "head_size": 2, "ffn": 2, "layers": 1, "vocabulary": 2, "steps": 1,
+    }  # fmt: skip
+    options = {"split": "0,1", "loss_scale": "static", "overflow": 1}
+    made = partial(Case, concept="gpt_training", shape=sizes, seed=0)
+    with pytest.raises(BadArgument, match=r"overflow: the first chunk has no layer"):
+        contract_of(made(layout=Layout(tp=2, pp=2), options=options))
+    with open_cluster("sim", world_size=4) as cluster:
+        for layout, more in (
+            (Layout(tp=2, pp=2), {"split": "1,0"}),
+            (Layout(tp=2, pp=2), {"positions": "learned"}),
+            (Layout(tp=2, pp=2, sequence_parallel=True), {}),
+            (Layout(pp=2), {}),
+        ):
+            case = made(layout=layout, options={**options, **more})
+            found = judge("equivalence", case, target_name="impl", cluster=cluster)
+            assert found.verdict is Verdict.PASSED, found.reason
 
 
 def test_one_number_may_be_far_from_the_spread_that_is_promised():

@@ -13,8 +13,9 @@ from test_cli import shardproof
 
 from verify.campaign import alarms
 from verify.case import Case
+from verify.errors import BadArgument
 from verify.layout import Layout
-from verify.report import read
+from verify.report import read, same
 from verify.runner.draws import use_profile
 from verify.runner.options import RunOptions
 from verify.runner.recorder import Recorder
@@ -22,23 +23,75 @@ from verify.runner.recorder import Recorder
 SUITES = ("--suite", "positions", "--max-examples", "5", "--max-world-size", "6")
 
 
-def _rows(report):
-    document = read(report / "report.json")
-    kept = ("verdict", "examples", "digest", "compared", "layouts", "lenses", "not_supported")
-    rows = {row["property"]: {name: row[name] for name in kept} for row in document["properties"]}
-    return rows, document["coverage"], document["seed"]
+def compared(*reports):
+    """The exit code of the comparison, and what it says."""
+    result = CliRunner().invoke(same.main, [str(each) for each in reports])
+    return result.exit_code, result.output
 
 
-def test_a_profile_draws_the_same_examples_alone_and_spread(tmp_path):
-    runs = []
-    for name, workers in (("alone", ()), ("spread", ("-n", "2"))):
-        done = shardproof("run", *SUITES, *workers, "--report", name, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Reports of a suite: alone, spread over processes, and with another seed."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, how in (("alone", ()), ("spread", ("-n", "2")), ("other", ("--seed", "1"))):
+        done = shardproof("run", *SUITES, *how, "--report", name, cwd=folder)
         assert done.returncode == 0, done.stdout
-        runs.append(_rows(tmp_path / name))
-    assert runs[0] == runs[1]
-    rows, coverage, seed = runs[0]
-    assert (seed, coverage["examples"]) == (0, 5 * len(rows))
-    assert len({row["digest"] for row in rows.values()}) > 1
+    return folder
+
+
+def test_a_profile_draws_the_same_examples_alone_and_spread(runs):
+    assert compared(runs / "alone", runs / "spread/report.json")[0] == 0
+    document = read(runs / "alone/report.json")
+    rows = document["properties"]
+    assert (document["seed"], document["coverage"]["examples"]) == (0, 5 * len(rows))
+    assert len({row["digest"] for row in rows}) > 1
+
+
+def test_runs_of_another_seed_are_of_another_command_and_drew_otherwise(runs):
+    code, said = compared(runs / "alone", runs / "other")
+    assert code == 2
+    assert "report: seed is 0 and 1; compare one command's" in said
+    one, two = (read(runs / name / "report.json") for name in ("alone", "other"))
+    found = [*same.differences(one, {**two, "seed": 0})]
+    assert sum(": digest " in line for line in found) == len(one["properties"])
+    assert any(line.startswith("coverage: layouts ") for line in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"verdict": "unknown"}, ": verdict passed, unknown"),
+        ({"examples": 4}, ": examples 5, 4"),
+        ({"digest": "ab"}, ", ab"),
+        ({"left_out": {"why": 1}}, ": left_out {}, {'why': 1}"),
+        ({"seconds": 1e9, "reason": "elsewhere"}, ""),
+    ],
+)
+def test_whatever_of_a_property_is_not_the_same_is_told(runs, change, line):
+    one = read(runs / "alone/report.json")
+    first, *rest = one["properties"]
+    found = [*same.differences(one, {**one, "properties": [{**first, **change}, *rest]})]
+    assert len(found) == bool(line)
+    assert all(each.startswith(first["property"]) and each.endswith(line) for each in found)
+
+
+def test_a_property_that_was_not_run_and_other_coverage_are_told(runs):
+    one = read(runs / "alone/report.json")
+    first, *rest = one["properties"]
+    found = [*same.differences(one, {**one, "properties": rest})]
+    assert f"{first['property']}: verdict passed, None" in found
+    other = {**one["coverage"], "examples": 7}
+    (line,) = same.differences(one, {**one, "coverage": other})
+    assert line == f"coverage: examples {one['coverage']['examples']}, 7"
+
+
+def test_what_is_no_whole_report_is_not_compared(runs):
+    one = read(runs / "alone/report.json")
+    with pytest.raises(BadArgument, match="did not finish"):
+        [*same.differences(one, {**one, "finished": False})]
+    code, said = compared(runs / "alone", runs / "nowhere")
+    assert code == 2
+    assert "cannot read" in said
 
 
 def _digest(*cases):

@@ -2,12 +2,14 @@
 
 import inspect
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sim_faulty_programs as programs
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from sim_programs import values
 
 from verify.cluster import Cluster, CollectiveMismatch, Deadlock, RankFailures, open_cluster
+from verify.cluster.sim.clock import Clock
 from verify.cluster.sim.scheduler import Run
 from verify.errors import BadArgument, HarnessError
 
@@ -228,6 +231,44 @@ def test_a_loop_ends_with_the_timeout(impatient, program, args, ranks):
     assert only.rank in ranks
     assert f"in {program.__name__}" in only.traceback
     assert "did not" in error.headline
+
+
+def test_seconds_that_the_machine_gives_to_others_do_not_count(monkeypatch):
+    passed = iter([10.0, 10.5, 15.5, 20.5, 80.5, 81.0])
+    computed = iter([3.0, 3.5, 3.75, 3.75, 3.75, 3.78])
+    times = SimpleNamespace(monotonic=lambda: next(passed), process_time=lambda: next(computed))
+    monkeypatch.setattr("verify.cluster.sim.clock.time", times)
+    clock, found = Clock(), []
+    for _ in range(5):
+        clock.look()
+        found.append(clock.seconds)
+    # It computes, alone and then beside others; it sleeps; it was stopped; it computes a little.
+    assert found == pytest.approx([0.5, 0.75, 1.25, 1.75, 1.78])
+
+
+STOPPED = """
+import time
+from verify.cluster import open_cluster
+
+def program():
+    print("begun", flush=True)
+    until = time.process_time() + 0.5
+    while time.process_time() < until:
+        pass
+    return 1
+
+with open_cluster("sim", world_size=1, timeout=2.0) as cluster:
+    print(cluster.run(program, world_size=1))
+"""
+
+
+def test_a_process_that_was_stopped_has_not_taken_longer():
+    with subprocess.Popen([sys.executable, "-c", STOPPED], stdout=subprocess.PIPE) as asked:
+        assert asked.stdout.readline() == b"begun\n"
+        asked.send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        asked.send_signal(signal.SIGCONT)
+        assert asked.stdout.read() == b"[1]\n"
 
 
 def test_a_rank_that_does_not_let_go_is_named_and_leaves_no_thread_once_it_does():

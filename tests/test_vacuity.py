@@ -1,10 +1,13 @@
 """A check never passes a target that shows nothing: empty tensors, frozen parameters, a constant
 loss, or the reference's own results."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from observed import Scene
 from vacuous_targets import WAYS
+from vacuous_trainings import WAYS as OF_TRAININGS
 
 from verify.case import Case
 from verify.checks.vacuity import must_not_vanish
@@ -15,7 +18,8 @@ from verify.runner.record import Record
 from verify.runner.recorder import Recorder
 from verify.verdict import Verdict, judge
 
-CHECKS = ("equivalence", "invariance", "determinism", "communication", "memory")
+CHECKS = ("equivalence", "invariance", "determinism", "communication", "waiting", "memory")
+ORACLES = "vacuous_oracles"
 LINEAR = {"sequence": 2, "batch": 2, "in_features": 4, "out_features": 6}
 CASES = [
     Case(concept="row_linear", layout=Layout(tp=2, dp=2), shape=LINEAR),
@@ -33,6 +37,24 @@ BLOCK = Case(
     shape={"sequence": 2, "batch": 2, "hidden": 4, "ffn": 4, "layers": 1},
     options={"recompute": "uniform-1"},
 )
+STEPS = Case(
+    concept="training_steps",
+    layout=Layout(dp=2),
+    shape={"steps": 2, "rounds": 2, "sequence": 2, "batch": 2, "hidden": 3, "ffn": 2},
+    options={"overlap": True, "bucket": 7},
+)
+GPT = Case(
+    concept="gpt_training",
+    layout=Layout(pp=2, dp=2),
+    shape={
+        "steps": 2, "microbatches": 2, "sequence": 4, "batch": 2, "hidden": 3, "heads": 2,
+        "groups": 2, "head_size": 2, "ffn": 2, "layers": 2, "vocabulary": 4,
+    },
+    options={"overlap": True, "bucket": 20, "norm": "rms", "bias": False},
+)  # fmt: skip
+OF_STEPS = ("equivalence", "invariance", "determinism", "waiting", "traffic")
+TRAININGS = [(check, case) for case in (STEPS, GPT) for check in OF_STEPS]
+TRAININGS += [("recomputation", replace(GPT, options={**GPT.options, "recompute": "full"}))]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +63,14 @@ def sim():
         yield cluster
 
 
-def verdict(check, case, way, cluster):
-    return judge(check, case, target_name=f"vacuous_targets:{way}", cluster=cluster)
+def verdict(check, case, way, cluster, module="vacuous_targets"):
+    return judge(check, case, target_name=f"{module}:{way}", cluster=cluster)
+
+
+def _fails(judged):
+    assert judged.verdict is Verdict.FAILED
+    assert judged.finding is not None
+    assert "Replay:" in judged.reason
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -51,14 +79,51 @@ def test_the_unspoilt_target_passes(sim, check, case):
     assert verdict(check, case, "Unspoilt", sim).verdict is Verdict.PASSED
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "Stolen"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.concept)
 def test_a_target_that_shows_nothing_never_passes(sim, check, case, way):
-    judged = verdict(check, case, way, sim)
-    assert judged.verdict is Verdict.FAILED
-    assert judged.finding is not None
-    assert "Replay:" in judged.reason
+    _fails(verdict(check, case, way, sim))
+
+
+@pytest.mark.parametrize(("check", "case"), TRAININGS)
+def test_an_unspoilt_training_passes(sim, check, case):
+    assert verdict(check, case, "Unspoilt", sim).verdict is Verdict.PASSED
+
+
+@pytest.mark.parametrize("way", OF_TRAININGS)
+@pytest.mark.parametrize("check", OF_STEPS)
+def test_steps_that_show_nothing_never_pass(sim, check, way):
+    _fails(verdict(check, STEPS, way, sim, "vacuous_trainings"))
+
+
+@pytest.mark.parametrize("way", ["Still", "Flat", "Untold", "ZeroOnOne"])
+@pytest.mark.parametrize(("check", "case"), TRAININGS[len(OF_STEPS) :])
+def test_a_whole_model_that_shows_nothing_never_passes(sim, check, case, way):
+    _fails(verdict(check, case, way, sim, "vacuous_trainings"))
+
+
+@pytest.mark.parametrize("way", ["EmptyOnOne", "ZeroOnOne"])
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("case", CASES[::2], ids=lambda case: case.concept)
+def test_every_rank_has_to_show_its_part(sim, check, case, way):
+    assert verdict(check, case, way, sim, "vacuous_trainings").verdict is Verdict.FAILED
+
+
+@pytest.mark.parametrize(
+    ("way", "text"),
+    [
+        ("Still", "gradient mlp.fc1.weight is zero throughout on ranks 0, 1; it should not be"),
+        ("Flat", "norm is zero throughout on ranks 0, 1; it should not be"),
+        ("Untold", "loss is [0] on ranks 0, 1; it should be [2]"),
+        ("EmptyOnOne", "gradient mlp.fc1.weight is [0, 2, 3] on rank 1; it should be [2, 2, 3]"),
+        ("ZeroOnOne", "loss is zero throughout on rank 1; it should not be"),
+    ],
+)
+@pytest.mark.parametrize("check", ["waiting", "traffic"])
+def test_what_is_said_of_a_training(sim, check, way, text):
+    judged = verdict(check, STEPS, way, sim, "vacuous_trainings")
+    assert text in " ".join(judged.reason.split())
 
 
 @pytest.mark.parametrize("way", ["Empty", "Detached", "Zero"])
@@ -93,11 +158,19 @@ def test_what_the_oracle_refuses_for_a_target_is_no_refusal(sim):
     assert "ran into an error while building" in " ".join(judged.reason.split())
 
 
-def test_results_that_are_the_references_own_are_told_from_equal_ones(sim):
-    case = Case(concept="column_linear", layout=Layout(), shape=LINEAR)
-    judged = verdict("equivalence", case, "Stolen", sim)
+@pytest.mark.parametrize("check", ["equivalence", "invariance"])
+def test_while_a_target_runs_there_is_no_reference_to_be_found(sim, check):
+    case = Case(concept="column_linear", layout=Layout(), shape=LINEAR, seed=8 * 1009 + 1)
+    _fails(verdict(check, case, "Found", sim, ORACLES))
+
+
+@pytest.mark.parametrize("way", ["Copying", "HandedOn"])
+@pytest.mark.parametrize("check", ["equivalence", "determinism"])
+def test_copies_of_what_the_reference_computes_are_noticed_by_the_calls(sim, check, way):
+    """On whichever rank: the sum over tp of a row-parallel layer is alike on all of them."""
+    judged = verdict(check, replace(CASES[0], layout=Layout(tp=4), seed=16), way, sim, ORACLES)
     assert judged.verdict is Verdict.FAILED
-    assert "y on rank 0 is the reference's own tensor" in " ".join(judged.reason.split())
+    assert "it has the reference compute: verify.lens." in " ".join(judged.reason.split())
 
 
 def test_a_result_that_has_to_be_zero_may_be():

@@ -64,16 +64,15 @@ def equivalence(case: Case, *, target_name: str, cluster: Cluster) -> int:
     bench = Bench("equivalence", case, target_name, cluster)
     contract, ranks = _admit(bench)
     problems = {name: generate(case, contract, ranks, name) for name in ranks.replicas}
-    expectations = {}
-    if not contract.masks:
-        expectations = {n: _expect(Reference(case, contract, p)) for n, p in problems.items()}
     observations = bench.run(observe, target_name, case, world_size=case.layout.world_size)
     if details := moved_by_backward(observations):
         raise bench.mismatch("random state", details=details)
     masks = _masks(bench, contract, ranks, observations)
-    for name, problem in problems.items() if contract.masks else ():
-        given = problem.with_masks(masks.full(name))
-        expectations[name] = _expect(Reference(case, contract, given))
+    # Only now: while a target runs there is no result of the reference that it could find.
+    expectations = {
+        name: _expect(Reference(case, contract, problem.with_masks(masks.full(name))))
+        for name, problem in problems.items()
+    }
     return _judge(bench, contract, ranks, expectations, observations)
 
 
@@ -88,12 +87,16 @@ def invariance(case: Case, *, target_name: str, cluster: Cluster) -> int:
     whole = dataclasses.replace(case, layout=alone)
     bench.require_support(whole)
     check_fits(whole, contract_of(whole), RankMap(alone, contract.axes))
-    expectations = {}
+    singles = {}
     for replica in ranks.replicas:
-        reference = Reference(case, contract, generate(case, contract, ranks, replica))
-        (single,) = bench.run(observe, target_name, whole, Source(case, replica), world_size=1)
-        expectations[replica] = _expect_same(bench, reference, single)
+        (singles[replica],) = bench.run(
+            observe, target_name, whole, Source(case, replica), world_size=1
+        )
     observations = bench.run(observe, target_name, case, world_size=case.layout.world_size)
+    expectations = {}
+    for replica, single in singles.items():
+        reference = Reference(case, contract, generate(case, contract, ranks, replica))
+        expectations[replica] = _expect_same(bench, reference, single)
     return _judge(bench, contract, ranks, expectations, observations)
 
 

@@ -121,7 +121,7 @@ def observe(
         theirs = contract_of(source.case)
         others = RankMap(source.case.layout, theirs.axes)
         given = generate(source.case, theirs, others, source.replica).whole()
-    borrowed = Borrowed(contract, looks=is_looked_at(case, rank))
+    borrowed = Borrowed(contract, looks=is_looked_at(case))
     with session_of(target, case.layout) as session:
         with target_code(f"building {case.concept}"), borrowed.watching():
             subject = session.build(case)

@@ -62,7 +62,7 @@ class Reference:
         if not self._may_vanish() and not any(value.any() for value in results.values()):
             raise HarnessError(f"reference: every result of {self.case} is zero; it shows nothing")
         if self.case.lens == "exact":
-            self._check_exact()
+            self._check_exact(results)
         return results
 
     @cached_property
@@ -173,10 +173,12 @@ class Reference:
         classes = [spec.high for spec in self.contract.inputs.values() if spec.high is not None]
         return asked or any(high == 1 for high in classes)
 
-    def _check_exact(self) -> None:
+    def _check_exact(self, results: Results) -> None:
         """The results of the absolute values of everything bound every partial sum of the real
-        ones, in whatever order it is taken. Raises HarnessError where one is not representable."""
-        limit = 2 / torch.finfo(torch.float64).eps
+        ones, in whatever order it is taken; and all are integers of one unit, as terms are products
+        of what is given. Raises HarnessError where a sum may not be representable."""
+        unit = self._unit()
+        limit = unit * 2 / torch.finfo(torch.float64).eps
         largest = self.evaluate(torch.float64, lambda name, given: given.magnitude)
         for name, value in largest.items():
             if value.numel() and float(value.max()) >= limit:
@@ -184,6 +186,20 @@ class Reference:
                     f"lens: {name} of {self.case} reaches {float(value.max()):.3g}; the exact lens"
                     f" needs every sum below {limit:.3g}"
                 )
+            for each in (value, results[name]):
+                if bool((broken := each.double() % unit).any()):
+                    found = float(each[broken != 0][0])
+                    raise HarnessError(
+                        f"lens: {name} of {self.case} has {found!r}, no multiple of {unit:g}; of"
+                        " what its contract calls linear every term is a product of what is given"
+                    )
+
+    def _unit(self) -> float:
+        """What every term is an integer multiple of: what is given are integers, inputs times the
+        option `magnitude`, and no term has one of them twice."""
+        magnitude = float(self.case.options.get("magnitude") or 1)
+        scaled = [each for each in self.problem.inputs.values() if each.full.is_floating_point()]
+        return min(magnitude, 1.0) ** len(scaled)
 
 
 def _halves(upstream: Tensor, given: Generated) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from verify.cluster.sim.backend import (
     every_backend_is_simulated,
     register,
 )
+from verify.cluster.sim.clock import acquired
 from verify.cluster.sim.exchange import Exchange
 from verify.cluster.sim.isolation import C10dWorld, DefaultDtype, RandomGenerator
 from verify.cluster.sim.opponent import Opponent
@@ -41,10 +42,11 @@ _ONE_RUN = threading.Lock()
 class SimCluster:
     """Rank threads, made on first use and reused for every run of any size up to the maximum.
 
-    `timeout` bounds a run in seconds; a deadlock needs no timeout. Each rank has its own process
-    groups, default dtype, default random generator (seeded with 0) and what `rank_states` names;
-    arguments are copied for every rank where they could be changed. The generators of Python's
-    `random` and of NumPy are shared.
+    `timeout` bounds a run in seconds, which on a busy machine are those that the ranks have of a
+    processor (`verify.cluster.sim.clock`); a deadlock needs no timeout. Each rank has its own
+    process groups, default dtype, default random generator (seeded with 0) and what `rank_states`
+    names; arguments are copied for every rank where they could be changed. The generators of
+    Python's `random` and of NumPy are shared.
 
     With `device` "cuda" all ranks are on one GPU, which is then their current and default device;
     each has a generator of it, and their kernels follow each other in its default stream. Raises
@@ -163,7 +165,7 @@ class SimCluster:
         """Wait for the end of a run, and bring it about where it does not come."""
         ended = False
         try:
-            ended = run.finished.acquire(timeout=self.timeout)
+            ended = acquired(run.finished, within=self.timeout)
             return None if ended else run.force()
         except BaseException:
             if not ended:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from verify.cluster.base import Deadlock, RankFailure, RankFailures
 from verify.cluster.history import mark
+from verify.cluster.sim.clock import acquired
 from verify.cluster.sim.isolation import reset_thread_state
 from verify.cluster.sim.processor import stay_on
 from verify.errors import HarnessError
@@ -222,7 +223,7 @@ class Run:
         self.stopping = True
         self._threads[rank].interrupt()
         again = True
-        while not self.finished.acquire(timeout=_GRACE):
+        while not acquired(self.finished, within=_GRACE):
             with self._ending:
                 current = self._ranks[self.current]
                 if current.done:

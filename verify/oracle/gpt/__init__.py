@@ -47,8 +47,9 @@ def gpt_training(case: Case) -> Contract:
     before it, with `multi_token_normalised` behind their last norm, as logits are made of them.
 
     In the step that is to `overflow`, the rank with the number that the seed is modulo their number
-    multiplies the gradient of what its first chunk gives by infinity. `skipped` says of each step
-    if it was: it has a norm and gradients of zero, and changes nothing but the scale.
+    multiplies the gradient of what its first chunk gives by infinity, so that some parameter's is
+    not finite: a part of an embedding alone, without positions, need not have one. `skipped` says
+    of each step if it was: it has a norm and gradients of zero, and changes nothing but the scale.
 
     Options: those of `transformer_layer` but marks of padding, with `layer_scaling` instead of a
     number, and the sizes of latents where it has them; of `training_steps`, the order of the norm

@@ -109,8 +109,9 @@ class Model:
         batch = -(-case.shape["batch"] // case.layout.dp)
         transformer_layer(dataclasses.replace(plain, shape={**plain.shape, "batch": batch}))
         _check_schedule(case)
-        if case.options.get("overflow") and case.options.get("frozen") == "embedding":
-            raise BadArgument("case.options.overflow: no gradient passes a frozen embedding")
+        counts = _counts(case)
+        if case.options.get("overflow"):
+            _check_overflow(case, positions, counts[0])
         return Model(
             case=case,
             layer=Layer.of(plain),
@@ -120,7 +121,7 @@ class Model:
             tied=given["tied"],
             every=every,
             padded=-(-case.shape["vocabulary"] // unit) * unit,
-            counts=_counts(case),
+            counts=counts,
             depths=whole_number(case, "multi_token", least=0) or 0,
             scaling=_scaling(case),
             normalised=given["multi_token_normalised"],
@@ -217,6 +218,20 @@ def _check_schedule(case: Case) -> None:
         raise BadArgument(
             f"case.shape.microbatches: {case.shape['microbatches']} are no multiple of"
             f" pp={layout.pp}, which interleaved needs"
+        )
+
+
+def _check_overflow(case: Case, positions: str, layers: int) -> None:
+    """Raise BadArgument unless some gradient must overflow with that of what any chunk gives: of
+    the first one, which has so many layers."""
+    if case.options.get("frozen") == "embedding":
+        raise BadArgument("case.options.overflow: no gradient passes a frozen embedding")
+    # Layers sum gradients over tp, and the beginning of sequence parallelism gathers them.
+    apart = case.layout.tp > 1 and not case.layout.sequence_parallel
+    if apart and not layers and positions != "learned":
+        raise BadArgument(
+            "case.options.overflow: the first chunk has no layer, and a rank's part of the"
+            f" vocabulary, of tp={case.layout.tp}, may have none of the tokens"
         )
 
 
