@@ -155,7 +155,7 @@ def other_root(calls: Calls) -> None:
     """What the first member has that is not the root, for what the root has."""
     (root,) = calls[0].settings
     given = [_copied(each) for each in calls]
-    other = int(root == 0)
+    other = min(int(root == 0), len(given) - 1)
     for call in (each for member, each in enumerate(given) if member != root):
         for output, value in zip(call.outputs, given[other].inputs, strict=True):
             write(output, value)
