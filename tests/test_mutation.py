@@ -235,11 +235,11 @@ def _trial(verdict, examples, *, ran=1, ended=False, reason="", broke=False):
 def test_properties_take_turns_until_one_fails(monkeypatch):
     passed, failed, unknown = Verdict.PASSED, Verdict.FAILED, Verdict.UNKNOWN
 
-    def examined(claim=None, **trials):
+    def examined(claim=None, every=False, **trials):
         told = _Told(**trials)
         monkeypatch.setattr(_Present, "trials", lambda *options, **more: told)
         claimed = [claim if claim and claim.property == n else Claim(n) for n in trials]
-        return examine("impl", claimed, RunOptions(), shrink=False), told.asked
+        return examine("impl", claimed, RunOptions(), shrink=False, every=every), told.asked
 
     found, asked = examined(
         a=[_trial(passed, 9, ran=9, ended=True)], b=[_trial(passed, 1), _trial(failed, 4, ran=3)]
@@ -253,6 +253,15 @@ def test_properties_take_turns_until_one_fails(monkeypatch):
     assert examined(a=[nothing, _trial(unknown, 2, ended=True)])[0].fate is Fate.UNKNOWN
     ended = _trial(unknown, 2, ended=True, broke=True)
     assert examined(a=[_trial(passed, 1), ended])[0].fate is Fate.UNKNOWN
+    # What fails first has caught it, and others run on where every one is to.
+    trials = {
+        "a": [_trial(passed, 1), _trial(failed, 2)],
+        "b": [_trial(failed, 1)],
+        "c": [_trial(passed, 4, ended=True)],
+    }
+    found, _ = examined(**trials, every=True)
+    assert (found.caught_by, found.failing, found.examples) == ("b", ("b", "a"), 2)
+    assert found.properties == ("a", "c", "b")
     # What few examples reach is looked at with these, which may take several turns.
     telling = Claim("b", telling=some(2))
     seen = [_trial(passed, 1), _trial(passed, 2), _trial(passed, 3, ran=3, ended=True)]
@@ -297,6 +306,7 @@ def described(*examined):
         seconds=3.0,
         workers=2,
         shrink=True,
+        every=False,
         within=None,
     )
     validate(document)
@@ -351,6 +361,25 @@ def test_the_command_catches_a_mutant_and_writes_the_case_that_shows_it(tmp_path
         code, said, _ = in_process(capsys, "repro", path)
         assert code == 1
         assert "fails again, in the same way" in said
+
+
+def test_the_command_tells_which_properties_catch_what(tmp_path, capsys):
+    names = "row-bias-before-sum,gradients-not-summed"
+    given = ("--suite", "linear", "--max-examples", 10, "--no-shrink", "--every")
+    written = tmp_path / "all.json"
+    code, said, _ = in_process(capsys, "mutants", "--name", names, *given, "--json", written)
+    assert code == 0
+    assert max(map(len, said.splitlines())) <= 100
+    document = json.loads(written.read_text())
+    validate(document)
+    for row in document["mutants"]:
+        assert row["failing"][0] == row["caught_by"] == row["properties"][-1]
+        assert set(row["failing"]) <= set(row["properties"])
+    (bias,) = (row for row in document["mutants"] if row["name"] == "row-bias-before-sum")
+    assert len(bias["properties"]) > len(bias["failing"]) > 1
+    lines = [line.split() for line in said.splitlines()]
+    failing = sum("linear.row_parallel" in row["failing"] for row in document["mutants"])
+    assert ["linear.row_parallel", "2", str(failing)] in [line[:3] for line in lines]
 
 
 def test_a_mutant_that_no_property_catches_closes_the_gate(tmp_path, capsys):

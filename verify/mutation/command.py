@@ -43,6 +43,11 @@ DEFAULT_PROFILE = "ci"
     "--shrink/--no-shrink", default=True, help="Whether cases that fail are made smaller."
 )
 @click.option(
+    "--every",
+    is_flag=True,
+    help="Run every property about a mutant, not only up to the first that fails.",
+)
+@click.option(
     "--within",
     type=click.FloatRange(min=0, min_open=True),
     metavar="S",
@@ -69,6 +74,7 @@ def mutants(
     unlisted: bool,
     sample: int | None,
     shrink: bool,
+    every: bool,
     within: float | None,
     workers: str | None,
     json_path: Path | None,
@@ -77,7 +83,7 @@ def mutants(
 ) -> int:
     """Check the properties: which of them catches which deliberate defect of impl, and how soon.
 
-    Runs on every mutant the properties that are about it, up to the first that fails. Exits with 0
+    Runs on each mutant the properties that are about it, up to the first that fails. Exits with 0
     if all mutants are caught, or listed as equivalent in verify/mutants/equivalent.toml; with 1 if
     one survives, nothing is known of it, or it is listed and caught; with 2 if the command is
     wrong.
@@ -89,6 +95,8 @@ def mutants(
     One of them, and the case that shows it again:
         shardproof mutants --name row-bias-before-sum --report mutants
         shardproof repro mutants/failures/row-bias-before-sum.json
+    Which properties catch those of one class, and which would be missed:
+        shardproof mutants --class linear --every --max-examples 25 --no-shrink
     A sample of what can be generated, in two modules, and in all but a package:
         shardproof mutants --generated --module linear,mappings --sample 50 --no-shrink
         shardproof mutants --generated --without pretrain --sample 50 --no-shrink
@@ -113,6 +121,7 @@ def mutants(
         options,
         workers=workers,
         shrink=shrink,
+        every=every,
         within=within,
         json_path=json_path,
         report=report,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,6 +79,9 @@ def print_score(console: Console, document: Mapping[str, Any]) -> None:
     """The kill matrix, the sums, and what is not as it should be."""
     console.print(_matrix(document))
     console.print()
+    if document["every"]:
+        console.print(_catchers(document))
+        console.print()
     console.print(_sums(document))
     console.print()
     for line in complaints(document):
@@ -106,6 +110,26 @@ def _matrix(document: Mapping[str, Any]) -> Table:
             how = Text.assemble((row["fate"], STYLES[row["fate"]]), "\n", (why, "dim"))
         seconds = f"{row['seconds']:.1f} s"
         table.add_row(Text(row["name"]), row["class"], how, str(row["examples"]), seconds)
+    return table
+
+
+def _catchers(document: Mapping[str, Any]) -> Table:
+    """How many mutants each property catches of those that it was run on, and which it alone."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("property", overflow="fold")
+    for name in ("run on", "fails on", "alone"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("which are", overflow="fold")
+    ran, failing = Counter[str](), Counter[str]()
+    alone: dict[str, list[str]] = {}
+    for row in document["mutants"]:
+        ran.update(row["properties"])
+        failing.update(row["failing"])
+        if len(row["failing"]) == 1:
+            alone.setdefault(row["failing"][0], []).append(row["name"])
+    for name in sorted(ran, key=lambda each: (-failing[each], each)):
+        own = alone.get(name, [])
+        table.add_row(name, str(ran[name]), str(failing[name]), str(len(own)), ", ".join(own))
     return table
 
 

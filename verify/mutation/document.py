@@ -16,7 +16,7 @@ from verify.mutation.outcome import Fate, Outcome
 from verify.provenance import machine, shardproof_version, target_facts, versions
 from verify.runner.options import RunOptions
 
-FORMAT, FORMAT_VERSION = "shardproof mutants", 2
+FORMAT, FORMAT_VERSION = "shardproof mutants", 3
 _SCHEMA = Path(__file__).with_name("schema.json")
 
 Examined = tuple[AnyMutant, Outcome, str]
@@ -31,6 +31,7 @@ def describe(
     seconds: float,
     workers: int,
     shrink: bool,
+    every: bool,
     within: float | None,
 ) -> dict[str, Any]:
     """The document of mutants, what came of each, and why it is equivalent if it is said to be."""
@@ -48,6 +49,7 @@ def describe(
         "seed": options.seed,
         "suites": list(options.suites),
         "shrunk": shrink,
+        "every": every,
         "within": within,
         "workers": workers,
         "started": started,
@@ -93,6 +95,7 @@ def _row(mutant: AnyMutant, outcome: Outcome, equivalent: str) -> dict[str, Any]
         "fate": outcome.fate.value,
         "caught_by": outcome.caught_by,
         "properties": list(outcome.properties),
+        "failing": list(outcome.failing),
         "examples": outcome.examples,
         "seconds": round(outcome.seconds, 3),
         "case": finding.case.to_json() if finding else None,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from verify.errors import BadArgument, HarnessError
@@ -37,9 +37,10 @@ class Outcome:
     """A mutant's fate, and what is to be said of it: why it is unknown, or that what caught it does
     not fail every time.
 
-    `properties` ran, in this order; the last is the one that caught it, if one did, and `record`
-    is what is known of that. `examples` and `seconds` are until the first that failed, of all these
-    properties, the time to load the mutant included; without one, until the end.
+    `properties` ran, in this order; the last is the one that caught it first, if one did, and
+    `record` is what is known of that. `failing` are all that were seen to fail. `examples` and
+    `seconds` are until the first that failed, of all these properties, the time to load the mutant
+    included; without one, until the end.
     """
 
     fate: Fate
@@ -48,11 +49,17 @@ class Outcome:
     seconds: float = 0.0
     reason: str = ""
     record: Record | None = None
+    failing: tuple[str, ...] = ()
 
     @property
     def caught_by(self) -> str | None:
         """The property that caught it."""
         return self.properties[-1] if self.fate is Fate.CAUGHT else None
+
+    def by(self, failing: Sequence[str], *, ran: Iterable[str]) -> Outcome:
+        """The same, of these that fail, the first one first, and of those that ran."""
+        others = (each for each in ran if each != failing[0])
+        return replace(self, properties=(*others, failing[0]), failing=tuple(failing))
 
 
 def examine(
@@ -61,10 +68,11 @@ def examine(
     options: RunOptions,
     *,
     shrink: bool,
+    every: bool = False,
     within: float | None = None,
 ) -> Outcome:
-    """Run properties on a target that has a mutant in it, up to the first that fails, or until so
-    many seconds have passed.
+    """Run properties on a target that has a mutant in it, up to the first that fails, or `every`
+    one to its end, or until so many seconds have passed.
 
     The properties take turns, in rounds that are longer each time: most mutants show at once, if
     not in the first property, and what takes long for an example must not keep others waiting. A
@@ -87,6 +95,8 @@ def examine(
     unclear: list[tuple[str, Trial]] = []
     passed: set[str] = set()
     ended: set[str] = set()
+    caught: Outcome | None = None
+    failing: list[str] = []
     most = math.inf if within is None else within
     some_are_near = any(each.near for each in claimed)
     for rounds, turn in enumerate((*_ROUNDS, math.inf)):
@@ -107,15 +117,18 @@ def examine(
             )
             ran += trial.ran
             if trial.record.verdict is Verdict.FAILED:
-                others = [each for each in examples if each != name]
-                return Outcome(
+                caught = caught or Outcome(
                     fate=Fate.CAUGHT,
-                    properties=(*others, name),
                     examples=ran,
                     seconds=so_far + trial.seconds,
                     reason=trial.record.reason,
                     record=trial.record,
                 )
+                failing.append(name)
+                if not every:
+                    return caught.by(failing, ran=examples)
+                ended.add(name)
+                continue
             if only:
                 # They run once more when the property runs from its first example on.
                 so_many = math.inf if trial.ended else trial.record.examples
@@ -129,6 +142,8 @@ def examine(
                 passed |= {name} if trial.record.verdict is Verdict.PASSED else set()
             if trial.ended:
                 ended.add(name)
+    if caught is not None:
+        return caught.by(failing, ran=examples)
     # A few examples in a row may all be such that nothing can be said of them.
     reasons = [
         f"{name}: {trial.record.reason}"

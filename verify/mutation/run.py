@@ -56,6 +56,7 @@ def run(
     *,
     workers: str | None,
     shrink: bool,
+    every: bool,
     within: float | None,
     json_path: Path | None,
     report: Path | None,
@@ -71,7 +72,13 @@ def run(
     progress = Progression(console)
     try:
         document, outcomes = score(
-            chosen, options, workers=size, shrink=shrink, within=within, watcher=progress
+            chosen,
+            options,
+            workers=size,
+            shrink=shrink,
+            every=every,
+            within=within,
+            watcher=progress,
         )
     finally:
         progress.stop()

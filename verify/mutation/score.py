@@ -53,6 +53,7 @@ def score(
     *,
     workers: int,
     shrink: bool,
+    every: bool,
     within: float | None,
     watcher: Watcher,
 ) -> tuple[dict[str, Any], dict[str, Outcome]]:
@@ -72,7 +73,8 @@ def score(
         if within is not None and not shrink:
             pool.timeout = min(within + _SECONDS_OF_AN_EXAMPLE, _SECONDS_OF_A_MUTANT)
         by_mutant = {each.name: claims(each, known) for each in mutants}
-        outcomes = dict(_outcomes(by_mutant, options, shrink, within, pool, watcher))
+        how: dict[str, Any] = {"shrink": shrink, "every": every, "within": within}
+        outcomes = dict(_outcomes(by_mutant, options, how, pool, watcher))
     reasons = _equivalent(mutants)
     document = describe(
         [(each, outcomes[each.name], reasons.get(each.name, "")) for each in mutants],
@@ -81,8 +83,7 @@ def score(
         started=started,
         seconds=time.monotonic() - began,
         workers=workers,
-        shrink=shrink,
-        within=within,
+        **how,
     )
     return document, outcomes
 
@@ -121,13 +122,12 @@ def _surveyed(options: RunOptions, pool: Pool, watcher: Watcher, *, traced: bool
 def _outcomes(
     by_mutant: dict[str, list[Claim]],
     options: RunOptions,
-    shrink: bool,
-    within: float | None,
+    how: dict[str, Any],
     pool: Pool,
     watcher: Watcher,
 ) -> Iterator[tuple[str, Outcome]]:
     tasks: dict[str, Callable[[], Outcome]] = {
-        name: partial(examine, f"{TARGET}@{name}", claimed, options, shrink=shrink, within=within)
+        name: partial(examine, f"{TARGET}@{name}", claimed, options, **how)
         for name, claimed in by_mutant.items()
     }
     watcher.phase("mutants", len(tasks))
