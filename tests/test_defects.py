@@ -3,6 +3,8 @@
 import itertools
 
 import pytest
+import torch
+import torch.distributed as dist
 from test_cli import in_process
 
 from verify.cluster import open_cluster
@@ -23,6 +25,17 @@ def all_reduce(op=dist.ReduceOp.SUM):
 
 def largest():
     return all_reduce(dist.ReduceOp.MAX)
+
+def average():
+    return all_reduce(dist.ReduceOp.AVG)
+
+def least():
+    return all_reduce(dist.ReduceOp.MIN)
+
+def reduce():
+    x = own()
+    dist.reduce(x, 0)
+    return x
 
 def all_gather():
     x = [torch.empty(1) for _ in range(3)]
@@ -84,7 +97,7 @@ def twice(name):
     first = globals()[name]()
     return [first, globals()[name]()]
 """
-ALL = [OWN] * 3
+ALL, AVERAGE = [OWN] * 3, round(7 / 3, 4)
 TO_ALL = [list(each) for each in zip(*PARTS, strict=True)]
 NUMBERS = itertools.count()
 CASES = {
@@ -93,7 +106,7 @@ CASES = {
         "drop": [[1.0], [2.0], [4.0]],
         "repeat": [[21.0]] * 3,
         "maximum": [[4.0]] * 3,
-        "average": [[7 / 3]] * 3,
+        "average": [[AVERAGE]] * 3,
         "without-last": [[3.0], [3.0], [4.0]],
     },
     "largest": {
@@ -102,6 +115,26 @@ CASES = {
         "minimum": [[1.0]] * 3,
         "total": [[7.0]] * 3,
         "without-last": [[2.0], [2.0], [4.0]],
+    },
+    "least": {
+        "": [[1.0]] * 3,
+        "drop": [[1.0], [2.0], [4.0]],
+        "total": [[7.0]] * 3,
+        "without-last": [[1.0], [1.0], [4.0]],
+    },
+    "average": {
+        "": [[AVERAGE]] * 3,
+        "drop": [[1.0], [2.0], [4.0]],
+        "maximum": [[4.0]] * 3,
+        "total": [[7.0]] * 3,
+        "without-last": [[1.0], [1.0], [round(4 / 3, 4)]],
+    },
+    "reduce": {
+        "": [[7.0], [2.0], [4.0]],
+        "drop": [[1.0], [2.0], [4.0]],
+        "maximum": [[4.0], [2.0], [4.0]],
+        "average": [[AVERAGE], [2.0], [4.0]],
+        "without-last": [[3.0], [2.0], [4.0]],
     },
     "all_gather": {
         "": ALL,
@@ -169,8 +202,9 @@ def compiled(file, label):
 
 
 def ran(cluster, program, name):
+    """What ranks get the first time and the second, to four digits."""
     results = cluster.run(lambda: [each.tolist() for each in program["twice"](name)], world_size=3)
-    return [[result[i] for result in results] for i in range(2)]
+    return [[[round(x, 4) for x in result[i]] for result in results] for i in range(2)]
 
 
 def line_of(text):
@@ -202,17 +236,39 @@ def test_what_is_wrong_at_one_place_and_right_at_another(cluster, tmp_path, name
     assert ran(cluster, right, name) == [expected[""]] * 2
     fitting = heard(cluster, right, name, root=root)
     assert {each for each, paths in fitting.items() if paths} == set(expected) - {""}
+    everywhere = {path for paths in fitting.values() for path in paths}
     for operator in set(expected) - {""}:
         label = f"defect {next(NUMBERS)}"
         wrong = compiled(file, label)
         # It is labelled, and nothing is planted yet.
         assert ran(cluster, wrong, name) == [expected[""]] * 2
         path = next(each for each in fitting[operator] if (str(file), FIRST) in each)
-        plant(label, Defect(root, path, OPERATORS[operator]))
+        plant(label, Defect(root, path, DEPTH, OPERATORS[operator]))
         first, again = ran(cluster, wrong, name)
-        assert first == [pytest.approx(each) for each in expected[operator]]
+        assert first == expected[operator]
         assert again == expected[""]
+        # A path that others begin with is another one.
+        plant(label, Defect(root, path[:-1], DEPTH, OPERATORS[operator]))
+        assert path[:-1] not in everywhere
+        assert ran(cluster, wrong, name) == [expected[""]] * 2
         assert ran(cluster, right, name) == [expected[""]] * 2
+
+
+def test_sizes_of_what_is_sent_next_are_left_alone(cluster, tmp_path):
+    def sends():
+        """Sizes and bytes, as of objects; counts of what is exchanged; numbers that are added."""
+        dist.broadcast_object_list([dist.get_rank()], 0)
+        dist.all_to_all_single(torch.empty(3, dtype=torch.int64), torch.arange(3))
+        dist.all_reduce(torch.arange(3))
+
+    found = set()
+
+    def hear(call, path):
+        found.update((call.kind, name) for name, each in OPERATORS.items() if each.fits(call))
+
+    with listening(f"{tmp_path}/", DEPTH, hear):
+        cluster.run(sends, world_size=3)
+    assert {kind for kind, _ in found} == {"all_reduce"}
 
 
 def test_every_operator_has_a_case():
@@ -229,9 +285,14 @@ def test_names_are_of_places_and_operators():
     assert mutant.defect.path[0][0].startswith(root_of("impl"))
     for wrong, words in (
         ("collectives:46:lose", "'lose' is not one of drop, repeat"),
-        ("collective:46:drop", "'collective:46' is no MODULE:LINE of it, with modules as collect"),
+        (
+            "collective:46:drop",
+            "'collective:46' is no MODULE:LINE of a call in it, with mod",
+        ),
         ("collectives:drop", "'collectives' is no MODULE:LINE"),
         ("drop", "'' is no MODULE:LINE"),
+        ("collectives:1:drop", "'collectives:1' is no MODULE:LINE of a call"),
+        ("collectives:99999:drop", "'collectives:99999' is no MODULE:LINE of a call"),
     ):
         with pytest.raises(BadArgument, match=words):
             find_historic("impl", wrong)
@@ -257,4 +318,3 @@ def test_mutants_of_both_kinds_are_not_asked_for_together(capsys):
     code, _, error = in_process(capsys, "mutants", "--history", "--generated")
     assert (code, error.count("\n")) == (2, 1)
     assert "--history: mutants are generated from it or from the source" in error
-    assert DEPTH > 1

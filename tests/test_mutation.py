@@ -261,7 +261,12 @@ def test_properties_take_turns_until_one_fails(monkeypatch):
     }
     found, _ = examined(**trials, every=True)
     assert (found.caught_by, found.failing, found.examples) == ("b", ("b", "a"), 2)
-    assert found.properties == ("a", "c", "b")
+    assert (found.properties, found.undecided) == (("a", "c", "b"), ())
+    monkeypatch.setattr("verify.mutation.outcome._SECONDS_OF_EVERY", -1.0)
+    trials["d"] = [_trial(unknown, 1, ended=True, broke=True)]
+    found, _ = examined(**trials, every=True)
+    assert (found.failing, found.undecided) == (("b",), ("a", "c", "d"))
+    monkeypatch.undo()
     # What few examples reach is looked at with these, which may take several turns.
     telling = Claim("b", telling=some(2))
     seen = [_trial(passed, 1), _trial(passed, 2), _trial(passed, 3, ran=3, ended=True)]
@@ -446,6 +451,8 @@ def test_wrong_options_are_one_line(capsys):
         (("--within", "0"), "Invalid value for '--within'"),
         (("--profile", "none"), "--profile: 'none'"),
         (("--unlisted",), "give --generated too"),
+        (("--history", "--name", "linear:1:drop"), "'linear:1' is no MODULE:LINE of a call"),
+        (("--history", "--class", "lose"), "--class: 'lose'"),
         (("--json", "."), "File '.' is a directory"),
         (("--report", __file__), "is a file"),
     ):

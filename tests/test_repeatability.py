@@ -89,6 +89,8 @@ def test_what_is_no_whole_report_is_not_compared(runs):
     one = read(runs / "alone/report.json")
     with pytest.raises(BadArgument, match="did not finish"):
         [*same.differences(one, {**one, "finished": False})]
+    with pytest.raises(BadArgument, match="'shardproof failure' is not 'shardproof report'"):
+        [*same.differences(one, {**one, "format": "shardproof failure"})]
     code, said = compared(runs / "alone", runs / "nowhere")
     assert code == 2
     assert "cannot read" in said

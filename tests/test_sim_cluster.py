@@ -19,7 +19,7 @@ import torch.distributed as dist
 from sim_programs import values
 
 from verify.cluster import Cluster, CollectiveMismatch, Deadlock, RankFailures, open_cluster
-from verify.cluster.sim.clock import Clock
+from verify.cluster.sim.clock import Clock, delayed
 from verify.cluster.sim.scheduler import Run
 from verify.errors import BadArgument, HarnessError
 
@@ -235,15 +235,34 @@ def test_a_loop_ends_with_the_timeout(impatient, program, args, ranks):
 
 def test_seconds_that_the_machine_gives_to_others_do_not_count(monkeypatch):
     passed = iter([10.0, 10.5, 15.5, 20.5, 80.5, 81.0])
-    computed = iter([3.0, 3.5, 3.75, 3.75, 3.75, 3.78])
-    times = SimpleNamespace(monotonic=lambda: next(passed), process_time=lambda: next(computed))
+    late = iter([1.0, 1.0, 5.75, 5.75, 5.75, 2.0])
+    times = SimpleNamespace(monotonic=lambda: next(passed))
     monkeypatch.setattr("verify.cluster.sim.clock.time", times)
-    clock, found = Clock(), []
+    monkeypatch.setattr("verify.cluster.sim.clock.delayed", lambda: next(late))
+    clock, found = Clock(0.5), []
     for _ in range(5):
         clock.look()
         found.append(clock.seconds)
-    # It computes, alone and then beside others; it sleeps; it was stopped; it computes a little.
-    assert found == pytest.approx([0.5, 0.75, 1.25, 1.75, 1.78])
+    # It runs, alone and then beside others; it waits; it was stopped; a thread that waited ended.
+    assert found == pytest.approx([1.0, 1.25, 1.75, 2.25, 2.75])
+
+
+def test_threads_that_wait_for_a_processor_are_delayed():
+    if not Path("/proc/self/schedstat").exists():
+        pytest.skip("this system does not tell how long threads wait for a processor")
+    mine = os.sched_getaffinity(0)
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        for process in (other.pid, 0):
+            os.sched_setaffinity(process, {min(mine)})
+        before, until = delayed(), time.monotonic() + 1
+        while time.monotonic() < until:
+            pass
+        assert delayed() - before > 0.1
+    finally:
+        os.sched_setaffinity(0, mine)
+        other.kill()
+        other.wait()
 
 
 STOPPED = """

@@ -16,7 +16,7 @@ from verify.runner.pytest_run import known_findings
 from verify.runner.record import file_name, total
 from verify.verdict import Verdict, opens_gate, worst
 
-FORMAT, FORMAT_VERSION = "shardproof campaign", 1
+FORMAT, FORMAT_VERSION = "shardproof campaign", 2
 # From what says most of a known finding to what says least.
 _STATES = ("fails", "fails when its case is run", "no longer fails", "not seen")
 _HEAD = (

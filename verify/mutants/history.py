@@ -11,6 +11,7 @@ a target each is `impl@history:NAME`.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -56,17 +57,17 @@ def mutants_of(package: str, communicated: Iterable[tuple[Place, str]]) -> list[
 
 def find_historic(package: str, name: str) -> Historic:
     """The mutant of a name without its prefix. Raises BadArgument where the name is none of a place
-    and an operator."""
+    and an operator, of which each line belongs to a call."""
     text, _, operator = name.rpartition(":")
     known = _modules(package)
     place = []
     for each in text.split(_ABOVE):
         module, _, line = each.partition(":")
-        if module not in known or not line.isdecimal():
+        if module not in known or not line.isdecimal() or int(line) not in _calls(known[module]):
             close = get_close_matches(module, known, n=3) or sorted(known)[:3]
             raise BadArgument(
                 f"target: {package} has no mutant {PREFIX}{name!r}: {each!r} is no MODULE:LINE of"
-                f" it, with modules as {', '.join(close)}"
+                f" a call in it, with modules as {', '.join(close)}"
             )
         place.append((module, int(line)))
     if operator not in OPERATORS:
@@ -109,15 +110,22 @@ def _made(package: str, place: Place, operator: str) -> Historic:
         module=package if module == "__init__" else f"{package}.{module}",
         place=place,
         snippet="\n".join(_line(file, line) for file, line in path),
-        defect=Defect(root_of(package), path, OPERATORS[operator]),
+        defect=Defect(root_of(package), path, DEPTH, OPERATORS[operator]),
     )
 
 
 def _line(file: str, line: int) -> str:
-    lines = _lines(file)
-    return lines[line - 1].strip() if 0 < line <= len(lines) else ""
+    return _lines(file)[line - 1].strip()
 
 
 @cache
 def _lines(file: str) -> list[str]:
     return Path(file).read_text(encoding="utf-8").splitlines()
+
+
+@cache
+def _calls(file: str) -> frozenset[int]:
+    """The lines of a file that belong to a call."""
+    nodes = ast.walk(ast.parse("\n".join(_lines(file))))
+    calls = [each for each in nodes if isinstance(each, ast.Call)]
+    return frozenset(n for c in calls for n in range(c.lineno, (c.end_lineno or c.lineno) + 1))

@@ -114,7 +114,8 @@ def _matrix(document: Mapping[str, Any]) -> Table:
 
 
 def _catchers(document: Mapping[str, Any]) -> Table:
-    """How many mutants each property catches of those that it was run on, and which it alone."""
+    """How many mutants each property catches of those that it was run on, and which it alone, as
+    far as all others have passed."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("property", overflow="fold")
     for name in ("run on", "fails on", "alone"):
@@ -125,7 +126,7 @@ def _catchers(document: Mapping[str, Any]) -> Table:
     for row in document["mutants"]:
         ran.update(row["properties"])
         failing.update(row["failing"])
-        if len(row["failing"]) == 1:
+        if len(row["failing"]) == 1 and not row["undecided"]:
             alone.setdefault(row["failing"][0], []).append(row["name"])
     for name in sorted(ran, key=lambda each: (-failing[each], each)):
         own = alone.get(name, [])

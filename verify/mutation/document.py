@@ -96,6 +96,7 @@ def _row(mutant: AnyMutant, outcome: Outcome, equivalent: str) -> dict[str, Any]
         "caught_by": outcome.caught_by,
         "properties": list(outcome.properties),
         "failing": list(outcome.failing),
+        "undecided": list(outcome.undecided),
         "examples": outcome.examples,
         "seconds": round(outcome.seconds, 3),
         "case": finding.case.to_json() if finding else None,

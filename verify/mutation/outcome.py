@@ -20,6 +20,8 @@ from verify.verdict import Verdict, worst
 # The seconds of a property in each round but the last, which has all its examples. A round is as
 # long as all before it: others have about twice the time that the one needs which fails, at most.
 _ROUNDS = (0.25, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+# After so many nothing more is begun on a mutant that was caught, where every property is to run.
+_SECONDS_OF_EVERY = 300.0
 # In the first of them run only properties with examples that are known to reach what is changed.
 _NEAR = 4
 
@@ -38,9 +40,10 @@ class Outcome:
     not fail every time.
 
     `properties` ran, in this order; the last is the one that caught it first, if one did, and
-    `record` is what is known of that. `failing` are all that were seen to fail. `examples` and
-    `seconds` are until the first that failed, of all these properties, the time to load the mutant
-    included; without one, until the end.
+    `record` is what is known of that. `failing` are all that were seen to fail, and of a mutant
+    that is caught `undecided` those of which nobody knows. `examples` and `seconds` are until the
+    first that failed, of all these properties, the time to load the mutant included; without one,
+    until the end.
     """
 
     fate: Fate
@@ -50,16 +53,24 @@ class Outcome:
     reason: str = ""
     record: Record | None = None
     failing: tuple[str, ...] = ()
+    undecided: tuple[str, ...] = ()
 
     @property
     def caught_by(self) -> str | None:
         """The property that caught it."""
         return self.properties[-1] if self.fate is Fate.CAUGHT else None
 
-    def by(self, failing: Sequence[str], *, ran: Iterable[str]) -> Outcome:
+    def by(
+        self, failing: Sequence[str], *, ran: Iterable[str], undecided: Iterable[str] = ()
+    ) -> Outcome:
         """The same, of these that fail, the first one first, and of those that ran."""
         others = (each for each in ran if each != failing[0])
-        return replace(self, properties=(*others, failing[0]), failing=tuple(failing))
+        return replace(
+            self,
+            properties=(*others, failing[0]),
+            failing=tuple(failing),
+            undecided=tuple(undecided),
+        )
 
 
 def examine(
@@ -104,7 +115,8 @@ def examine(
             name = claim.property
             if name in ended or (some_are_near and not claim.near and rounds < _NEAR):
                 continue
-            if (so_far := time.monotonic() - began) > most:
+            so_far = time.monotonic() - began
+            if so_far > (most if caught is None else min(most, _SECONDS_OF_EVERY)):
                 break
             examples.setdefault(name, 0)
             only = left[name] if turn < math.inf else NONE
@@ -142,14 +154,14 @@ def examine(
                 passed |= {name} if trial.record.verdict is Verdict.PASSED else set()
             if trial.ended:
                 ended.add(name)
-    if caught is not None:
-        return caught.by(failing, ran=examples)
     # A few examples in a row may all be such that nothing can be said of them.
-    reasons = [
-        f"{name}: {trial.record.reason}"
-        for name, trial in unclear
-        if trial.broke or name not in passed
-    ]
+    said = [(name, trial) for name, trial in unclear if trial.broke or name not in passed]
+    if caught is not None:
+        unknown = {name for name, _ in said}.union(
+            each.property for each in claimed if each.property not in ended
+        )
+        return caught.by(failing, ran=examples, undecided=sorted(unknown))
+    reasons = [f"{name}: {trial.record.reason}" for name, trial in said]
     if ended != {each.property for each in claimed}:
         reasons.insert(0, f"not caught within {most:g} s")
     survived = not reasons and worst(verdicts) is Verdict.PASSED

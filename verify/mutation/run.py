@@ -10,13 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from verify.cluster.sim.defects import OPERATORS
 from verify.console import console_of_stdout
 from verify.errors import BadArgument
 from verify.mutants import CATALOGUE, AnyMutant
 from verify.mutants.equivalent import Equivalents
 from verify.mutants.generated import PREFIX, Generated, generate, is_in, require_modules
 from verify.mutants.history import PREFIX as HISTORY
-from verify.mutants.history import mutants_of
+from verify.mutants.history import find_historic, mutants_of
 from verify.mutation.display import Progression, print_score
 from verify.mutation.document import complaints, validate
 from verify.mutation.outcome import Outcome
@@ -124,6 +125,9 @@ def select(selection: Selection, *, seed: int) -> Sequence[AnyMutant] | Choice:
     if selection.history and selection.generated:
         raise BadArgument("--history: mutants are generated from it or from the source; give one")
     if selection.history:
+        for name in selection.names:
+            find_historic(TARGET, name.removeprefix(HISTORY))
+        _require("--class", selection.classes, OPERATORS)
         return partial(_of_history, selection, seed)
     if not selection.generated:
         return _selected(selection, seed, list(CATALOGUE[TARGET].values()))

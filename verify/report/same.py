@@ -19,7 +19,7 @@ import click
 from verify.errors import BadArgument
 from verify.report.files import read
 
-_SHOWN = 60
+_SHOWN, _REPORT = 60, "shardproof report"
 # Of a property, what the machine decides: seconds, and the words and places of an error.
 _INCIDENTAL = ("seconds", "reason")
 
@@ -42,6 +42,9 @@ def main(one: Path, two: Path) -> None:
 def differences(one: Mapping[str, Any], two: Mapping[str, Any]) -> Iterator[str]:
     """A line for each property, and each part of the coverage, that is not the same in two reports.
     Raises BadArgument where they are not of one command, or not whole."""
+    for each in (one, two):
+        if each["format"] != _REPORT:
+            raise BadArgument(f"report: {each['format']!r} is not {_REPORT!r}; give that of a run")
     for name, of_one, of_two in _told(one, two):
         if of_one != of_two:
             raise BadArgument(f"report: {name} is {of_one} and {of_two}; compare one command's")
@@ -55,7 +58,7 @@ def differences(one: Mapping[str, Any], two: Mapping[str, Any]) -> Iterator[str]
 
 def _told(one: Mapping[str, Any], two: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """What says which command was run, in both."""
-    for name in ("format", "target", "cluster", "profile", "seed"):
+    for name in ("target", "cluster", "profile", "seed"):
         yield name, one[name], two[name]
     for name in one["options"]:
         if name != "workers":

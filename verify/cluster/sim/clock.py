@@ -3,36 +3,51 @@
 from __future__ import annotations
 
 import time
-from threading import Lock, Semaphore
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
 
 # How often it is looked at. What takes longer, as this process was stopped, counts as so much.
 _LOOK = 0.5
-# Of the processor: with less, ranks compute nothing, and wait for what is outside, or for nothing.
-_IDLE = 0.02
+_TASKS = Path("/proc/self/task")
+
+
+def delayed() -> float:
+    """The seconds that threads of this process could have run in and did not get a processor; 0
+    where the system does not tell (Linux: Documentation/scheduler/sched-stats.rst)."""
+    found = 0.0
+    for each in _TASKS.glob("*/schedstat"):
+        # The thread may have ended, or the system may count nothing.
+        with suppress(OSError, IndexError):
+            found += int(each.read_text().split()[1]) / 1e9
+    return found
 
 
 class Clock:
-    """Counts seconds since it was made. While this process computes they are those that it had of
-    a processor, of which on a busy machine it has a part only; while it does not, as where a rank
-    sleeps, they are those that pass."""
+    """Counts on from so many seconds: those that pass, without those in which a thread waited for
+    a processor that had other work."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._passed, self._computed = time.monotonic(), time.process_time()
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._passed, self._delayed = time.monotonic(), delayed()
 
     def look(self) -> None:
         """Count on; to be called every half second."""
-        passed, computed = time.monotonic(), time.process_time()
-        waited, worked = passed - self._passed, computed - self._computed
-        self.seconds += min(waited, worked if worked > _IDLE * waited else _LOOK)
-        self._passed, self._computed = passed, computed
+        passed, late = time.monotonic(), delayed()
+        # The delays of a thread are gone with it.
+        lost = max(late - self._delayed, 0.0)
+        self.seconds += min(max(passed - self._passed - lost, 0.0), _LOOK)
+        self._passed, self._delayed = passed, late
 
 
-def acquired(lock: Lock | Semaphore, *, within: float) -> bool:
-    """Whether a lock was released within so many seconds that count."""
-    clock = Clock()
+def acquired(lock: Lock, *, within: float) -> bool:
+    """Whether a lock was released within so many seconds that count; half a second always does."""
+    look = min(_LOOK, within)
+    if lock.acquire(timeout=look):
+        return True
+    clock = Clock(look)
     while clock.seconds < within:
-        if lock.acquire(timeout=min(_LOOK, within)):
+        if lock.acquire(timeout=look):
             return True
         clock.look()
     return False

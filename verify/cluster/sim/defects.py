@@ -3,8 +3,9 @@
 A place is a path of calls: the innermost line of a package that communicates, and those that led
 there. The code of its innermost module has to be compiled under the name of its file with `@LABEL`
 behind it, the label under which the defect is `planted`; so a program in which it is and one in
-which it is not live in one process. All ranks go on as if nothing was wrong: members meet, shapes
-fit, nothing waits for ever, only the values that arrive are others.
+which it is not live in one process. All ranks go on as if nothing was wrong: members meet and
+shapes fit, only the values that arrive are others. Whole numbers that are exchanged or sent are
+left alone: they are sizes of what is sent next.
 """
 
 from __future__ import annotations
@@ -189,11 +190,32 @@ class Operator:
 
 
 def _of(*kinds: str) -> Callable[[Call], bool]:
-    return lambda call: call.kind in kinds
+    return lambda call: call.kind in kinds and _can_be_other(call)
 
 
 def _reducing(*names: str) -> Callable[[Call], bool]:
     return lambda call: call.kind in _REDUCING and call.settings[0].name in names
+
+
+def _can_be_other(call: Call) -> bool:
+    """Whether other values are no other sizes, and parts have one shape where they change places;
+    and of a reduction, whether it takes one of what is given, or adds."""
+    if call.kind in _REDUCING:
+        return call.settings[0].name in (*_SUMS, "max", "min")
+    if call.kind in _GATHERING:
+        return call.kind != "all_gather" or _even(call)
+    return all(each.is_floating_point() for each in (*call.inputs, *call.outputs))
+
+
+def _even(call: Call) -> bool:
+    """Whether all that is given and got has one shape."""
+    return len({each.shape for each in (*call.inputs, *call.outputs)}) == 1
+
+
+def _can_be_repeated(call: Call) -> bool:
+    if call.kind == "all_reduce":
+        return bool(call.settings[0].name == "sum")
+    return call.kind in _EXCHANGING and _can_be_other(call) and _even(call) and not any(call.own)
 
 
 OPERATORS: Mapping[str, Operator] = {
@@ -205,10 +227,7 @@ OPERATORS: Mapping[str, Operator] = {
     "repeat": Operator(
         repeat,
         "It is done twice.",
-        lambda call: (
-            (call.kind == "all_reduce" and call.settings[0].name == "sum")
-            or (call.kind in _EXCHANGING and not any(call.own))
-        ),
+        _can_be_repeated,
     ),
     "maximum": Operator(maximum, "The greatest is taken for the sum.", _reducing("sum", "avg")),
     "minimum": Operator(minimum, "The least is taken for the greatest.", _reducing("max")),
@@ -232,10 +251,12 @@ OPERATORS: Mapping[str, Operator] = {
 
 @dataclass(frozen=True)
 class Defect:
-    """What is wrong with the calls at `path` below the folder `root`."""
+    """What is wrong with the calls at `path`, which is of at most `depth` lines below the folder
+    `root`."""
 
     root: str
     path: Path
+    depth: int
     operator: Operator
 
 
@@ -269,7 +290,7 @@ def meet(call: Call, frame: FrameType) -> None:
     defect = _planted.get(_file_of(call.site[0])[1])
     if defect is None or not defect.operator.fits(call):
         return
-    if _path(frame, defect.root, len(defect.path)) == defect.path:
+    if _path(frame, defect.root, defect.depth) == defect.path:
         call.defect = defect.operator.carry
 
 
