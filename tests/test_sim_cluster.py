@@ -21,6 +21,7 @@ from sim_programs import values
 from verify.cluster import Cluster, CollectiveMismatch, Deadlock, RankFailures, open_cluster
 from verify.cluster.sim.clock import Clock, delayed
 from verify.cluster.sim.scheduler import Run
+from verify.disk import Disk
 from verify.errors import BadArgument, HarnessError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -263,6 +264,21 @@ def test_threads_that_wait_for_a_processor_are_delayed():
         os.sched_setaffinity(0, mine)
         other.kill()
         other.wait()
+
+
+def test_what_a_cluster_reads_is_nothing_that_ranks_do(tmp_path):
+    disk = Disk(tmp_path)
+    with disk.watching():
+        (tmp_path / "written").write_text("by a rank")
+        before = len(disk._calls)
+        delayed()
+        assert len(disk._calls) == before
+        # Its files are its own, whoever opens one: to look takes long, and opens what is there.
+        looks = []
+        disk._look = lambda *said: looks.append(said)
+        delayed()
+        assert not looks
+        del disk._look
 
 
 STOPPED = """

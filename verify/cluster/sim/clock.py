@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
-from pathlib import Path
+
+# Those of the system, also while somebody looks at what the ranks open (`verify.disk`).
+from os import close as _close
+from os import open as _open
+from os import read as _read
 from threading import Lock
 
 # How often it is looked at. What takes longer, as this process was stopped, counts as so much.
 _LOOK = 0.5
-_TASKS = Path("/proc/self/task")
+_TASKS = "/proc/self/task"
+_MOST = 128
 
 
 def delayed() -> float:
     """The seconds that threads of this process could have run in and did not get a processor; 0
     where the system does not tell (Linux: Documentation/scheduler/sched-stats.rst)."""
     found = 0.0
-    for each in _TASKS.glob("*/schedstat"):
+    for each in os.listdir(_TASKS) if os.path.isdir(_TASKS) else ():
         # The thread may have ended, or the system may count nothing.
         with suppress(OSError, IndexError):
-            found += int(each.read_text().split()[1]) / 1e9
+            found += int(_text(f"{_TASKS}/{each}/schedstat").split()[1]) / 1e9
     return found
+
+
+def _text(path: str) -> bytes:
+    file = _open(path, os.O_RDONLY)
+    try:
+        return _read(file, _MOST)
+    finally:
+        _close(file)
 
 
 class Clock:
