@@ -1,12 +1,14 @@
 """Defects of communication: what simulated ranks get at the place that is wrong, and elsewhere."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from test_cli import in_process
 
+from impl import linear_cross_entropy
 from verify.cluster import open_cluster
 from verify.cluster.sim.defects import OPERATORS, Defect, listening, plant
 from verify.errors import BadArgument
@@ -271,6 +273,13 @@ def test_sizes_of_what_is_sent_next_are_left_alone(cluster, tmp_path):
     assert {kind for kind, _ in found} == {"all_reduce"}
 
 
+def test_a_place_may_be_any_line_of_a_function():
+    """That one communicates from a loop's head, say, is known from its history."""
+    lines = Path(linear_cross_entropy.__file__).read_text().splitlines()
+    line = next(i for i, each in enumerate(lines, 1) if each.lstrip().startswith("for "))
+    assert find_historic("impl", f"linear_cross_entropy:{line}:drop").snippet.startswith("for ")
+
+
 def test_every_operator_has_a_case():
     assert {each for case in CASES.values() for each in case} - {""} == set(OPERATORS)
 
@@ -287,12 +296,12 @@ def test_names_are_of_places_and_operators():
         ("collectives:46:lose", "'lose' is not one of drop, repeat"),
         (
             "collective:46:drop",
-            "'collective:46' is no MODULE:LINE of a call in it, with mod",
+            "'collective:46' is no MODULE:LINE of a function in it, with",
         ),
         ("collectives:drop", "'collectives' is no MODULE:LINE"),
         ("drop", "'' is no MODULE:LINE"),
-        ("collectives:1:drop", "'collectives:1' is no MODULE:LINE of a call"),
-        ("collectives:99999:drop", "'collectives:99999' is no MODULE:LINE of a call"),
+        ("collectives:1:drop", "'collectives:1' is no MODULE:LINE of a function"),
+        ("collectives:99999:drop", "'collectives:99999' is no MODULE:LINE of a function"),
     ):
         with pytest.raises(BadArgument, match=words):
             find_historic("impl", wrong)

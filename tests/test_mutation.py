@@ -451,7 +451,7 @@ def test_wrong_options_are_one_line(capsys):
         (("--within", "0"), "Invalid value for '--within'"),
         (("--profile", "none"), "--profile: 'none'"),
         (("--unlisted",), "give --generated too"),
-        (("--history", "--name", "linear:1:drop"), "'linear:1' is no MODULE:LINE of a call"),
+        (("--history", "--name", "linear:1:drop"), "'linear:1' is no MODULE:LINE of a function"),
         (("--history", "--class", "lose"), "--class: 'lose'"),
         (("--json", "."), "File '.' is a directory"),
         (("--report", __file__), "is a file"),

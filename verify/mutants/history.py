@@ -11,12 +11,12 @@ a target each is `impl@history:NAME`.
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from types import CodeType
 
 from verify.cluster.sim.defects import OPERATORS, Defect, plant
 from verify.errors import BadArgument
@@ -57,17 +57,17 @@ def mutants_of(package: str, communicated: Iterable[tuple[Place, str]]) -> list[
 
 def find_historic(package: str, name: str) -> Historic:
     """The mutant of a name without its prefix. Raises BadArgument where the name is none of a place
-    and an operator, of which each line belongs to a call."""
+    and an operator, of which each line is one of a function."""
     text, _, operator = name.rpartition(":")
     known = _modules(package)
     place = []
     for each in text.split(_ABOVE):
         module, _, line = each.partition(":")
-        if module not in known or not line.isdecimal() or int(line) not in _calls(known[module]):
+        if module not in known or not line.isdecimal() or int(line) not in _code(known[module]):
             close = get_close_matches(module, known, n=3) or sorted(known)[:3]
             raise BadArgument(
                 f"target: {package} has no mutant {PREFIX}{name!r}: {each!r} is no MODULE:LINE of"
-                f" a call in it, with modules as {', '.join(close)}"
+                f" a function in it, with modules as {', '.join(close)}"
             )
         place.append((module, int(line)))
     if operator not in OPERATORS:
@@ -124,8 +124,15 @@ def _lines(file: str) -> list[str]:
 
 
 @cache
-def _calls(file: str) -> frozenset[int]:
-    """The lines of a file that belong to a call."""
-    nodes = ast.walk(ast.parse("\n".join(_lines(file))))
-    calls = [each for each in nodes if isinstance(each, ast.Call)]
-    return frozenset(n for c in calls for n in range(c.lineno, (c.end_lineno or c.lineno) + 1))
+def _code(file: str) -> frozenset[int]:
+    """The lines of a file at which a function may be."""
+    whole = compile("\n".join(_lines(file)), file, "exec", dont_inherit=True)
+    return frozenset(line for code in _functions(whole) for *_, line in code.co_lines() if line)
+
+
+def _functions(code: CodeType) -> Iterator[CodeType]:
+    """The code within code."""
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            yield each
+            yield from _functions(each)
