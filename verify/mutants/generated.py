@@ -19,7 +19,7 @@ from typing import Any
 
 from verify.errors import BadArgument, HarnessError
 from verify.mutants.operators import OPERATORS
-from verify.mutants.packages import modules_of
+from verify.mutants.packages import full_name, short_modules_of
 from verify.mutants.source import Edit, Source
 
 PREFIX = "generated:"
@@ -55,10 +55,9 @@ class Generated:
 def generate(package: str, modules: tuple[str, ...] = ()) -> list[Generated]:
     """The mutants of a package, or of these modules and packages in it, in the order of the source.
     They are named without the package."""
-    known = {_short(package, name): path for name, path in modules_of(package).items()}
     return [
         mutant
-        for name, path in known.items()
+        for name, path in short_modules_of(package).items()
         if not modules or any(is_in(name, each) for each in modules)
         for mutant in _of_module(package, name, path).values()
     ]
@@ -67,7 +66,7 @@ def generate(package: str, modules: tuple[str, ...] = ()) -> list[Generated]:
 def require_modules(package: str, names: Iterable[str], *, option: str) -> None:
     """Raise BadArgument, of this option, for a name of no module of a package, nor of a package in
     it; they are named without the package."""
-    known = [_short(package, name) for name in modules_of(package)]
+    known = short_modules_of(package)
     for name in names:
         if not any(is_in(each, name) for each in known):
             close = get_close_matches(name, known, n=3) or sorted(known)
@@ -82,7 +81,7 @@ def is_in(module: str, name: str) -> bool:
 def find_generated(package: str, name: str) -> Generated:
     """The mutant of a name without its prefix. Raises BadArgument where there is none."""
     module = name.partition(":")[0]
-    known = {_short(package, each): path for each, path in modules_of(package).items()}
+    known = short_modules_of(package)
     found = _of_module(package, module, known[module]) if module in known else {}
     if name not in found:
         close = get_close_matches(name, found, n=3, cutoff=0.5)
@@ -91,10 +90,6 @@ def find_generated(package: str, name: str) -> Generated:
         )
         raise BadArgument(f"target: {package} has no generated mutant {name!r}; {hint}")
     return found[name]
-
-
-def _short(package: str, module: str) -> str:
-    return module.removeprefix(package).removeprefix(".") or "__init__"
 
 
 @cache
@@ -120,7 +115,7 @@ def _of_module(package: str, short: str, path: Path) -> dict[str, Generated]:
             name=f"{PREFIX}{name}",
             family=operator,
             wrong=edit.wrong,
-            module=package if short == "__init__" else f"{package}.{short}",
+            module=full_name(package, short),
             function=function,
             line=line,
             nth=counts[alike],

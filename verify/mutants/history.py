@@ -20,7 +20,7 @@ from types import CodeType
 
 from verify.cluster.sim.defects import OPERATORS, Defect, plant
 from verify.errors import BadArgument
-from verify.mutants.packages import modules_of
+from verify.mutants.packages import full_name, modules_of, short_modules_of
 
 PREFIX = "history:"
 DEPTH = 5
@@ -92,10 +92,7 @@ def place_of(package: str, path: Iterable[tuple[str, int]]) -> Place:
 @cache
 def _modules(package: str) -> dict[str, str]:
     """The files of a package by the names of modules without it."""
-    return {
-        name.removeprefix(package).removeprefix(".") or "__init__": str(path)
-        for name, path in modules_of(package).items()
-    }
+    return {name: str(path) for name, path in short_modules_of(package).items()}
 
 
 def _made(package: str, place: Place, operator: str) -> Historic:
@@ -107,7 +104,7 @@ def _made(package: str, place: Place, operator: str) -> Historic:
         name=f"{PREFIX}{where}:{operator}",
         family=operator,
         wrong=OPERATORS[operator].wrong,
-        module=package if module == "__init__" else f"{package}.{module}",
+        module=full_name(package, module),
         place=place,
         snippet="\n".join(_line(file, line) for file, line in path),
         defect=Defect(root_of(package), path, DEPTH, OPERATORS[operator]),

@@ -21,6 +21,10 @@ _LAST_NORM = """sequence_parallel=parallel,
         )
         self.output"""
 _LAYER = "str(index): TransformerLayer(config.layer_at(index), layer_number=index + 1, **own)"
+_IN_CHUNK = """\
+index - layers_of(
+                        config, layout=layout, stage=stage, chunk=chunk
+                    ).start"""
 _NEEDED = "self.config.tied, self.config.tied or self.config.multi_token_layers > 0"
 _LOSSES = "last.losses(h, **vars(microbatches[m]))"
 _EMBEDDING = "            embedding_group=self.groups.embedding,\n"
@@ -107,11 +111,7 @@ MODEL = (
         snippet=_LAYER,
         replacement=_LAYER.replace(
             "layer_at(index)",
-            "layer_at(\n"
-            "                    index - layers_of(\n"
-            "                        config, layout=layout, stage=stage, chunk=chunk\n"
-            "                    ).start\n"
-            "                )",
+            f"layer_at(\n                    {_IN_CHUNK}\n                )",
         ),
         seen="ATT-01",
     ),
@@ -121,10 +121,7 @@ MODEL = (
         snippet=_LAYER,
         replacement=_LAYER.replace(
             "layer_at(index)",
-            "layer_at(\n"
-            "                    index - layers_of(\n"
-            "                        config, layout=layout, stage=stage, chunk=chunk\n"
-            "                    ).start\n"
+            f"layer_at(\n                    {_IN_CHUNK}\n"
             "                    + config.layers * (chunk * layout.pp + stage)\n"
             "                    // (layout.pp * layout.vpp)\n"
             "                )",

@@ -20,3 +20,14 @@ def modules_of(package: str) -> dict[str, Path]:
         parts = [package, *path.relative_to(root).with_suffix("").parts]
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
+
+
+def short_modules_of(package: str) -> dict[str, Path]:
+    """The same by names without the package, which is `__init__` itself."""
+    known = modules_of(package).items()
+    return {name.removeprefix(package).removeprefix(".") or "__init__": at for name, at in known}
+
+
+def full_name(package: str, short: str) -> str:
+    """The name of a module of a package by that without it."""
+    return package if short == "__init__" else f"{package}.{short}"
