@@ -11,7 +11,7 @@ name all six, its replicas being the stages, or all of them and pp.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -116,3 +116,8 @@ class RankMap:
             key = tuple(self.coordinates[rank][axis] for axis in axes)
             found[key] = (*found.get(key, ()), rank)
         return list(found.values())
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """`rank 3`, or `ranks 0, 1`."""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

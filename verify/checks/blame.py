@@ -19,6 +19,7 @@ from verify.cluster.history import History
 from verify.errors import HarnessError, Mismatch, NotSupported
 from verify.finding import Finding, Kind
 from verify.rank_program import what_the_target_did
+from verify.replica import ranks_text
 from verify.target import Target
 from verify.targets import load_target
 
@@ -115,10 +116,7 @@ def _describe(failures: Sequence[RankFailure]) -> tuple[str, ...]:
     found: dict[str, list[int]] = {}
     for failure in failures:
         found.setdefault(_said(failure), []).append(failure.rank)
-    return tuple(
-        f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}{said}"
-        for said, ranks in found.items()
-    )
+    return tuple(f"{ranks_text(ranks)}{said}" for said, ranks in found.items())
 
 
 def _said(failure: RankFailure) -> str:

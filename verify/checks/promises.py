@@ -9,6 +9,7 @@ from verify.cluster.history import History, Record
 from verify.layout import Layout
 from verify.oracle.contract import Contract, Step
 from verify.rank_program import Observation
+from verify.replica import ranks_text
 
 PHASES = ("forward", "backward", "finish")
 # By another name the same exchange.
@@ -108,10 +109,7 @@ def _kind(group: tuple[int, ...], layout: Layout, rank: int) -> str:
 
 def by_ranks(lines: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
     """`ranks 0, 1 did this`, of what each line says of ranks."""
-    return tuple(
-        f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} {line}"
-        for line, ranks in lines.items()
-    )
+    return tuple(f"{ranks_text(ranks)} {line}" for line, ranks in lines.items())
 
 
 def _text(steps: Counted, what: str) -> str:

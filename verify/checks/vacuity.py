@@ -22,7 +22,7 @@ from verify.oracle.contract import Contract
 from verify.placement import Partial, shard
 from verify.rank_program import Observation
 from verify.reference import Reference, result_names
-from verify.replica import RankMap
+from verify.replica import RankMap, ranks_text
 from verify.tolerance import Tolerance
 
 
@@ -46,7 +46,7 @@ def unshown(
             if lines := [*looking.misshapen(name, members)]:
                 yield from lines
             elif zero := looking.zero(name, members):
-                yield f"{name} is zero throughout on {_on(zero)}; it should not be"
+                yield f"{name} is zero throughout on {ranks_text(zero)}; it should not be"
 
 
 @dataclass
@@ -74,7 +74,7 @@ class _Looking:
                 continue
             lines.setdefault(said, []).append(rank)
         for (what, rest), own in lines.items():
-            yield f"{name} {what} on {_on(own)}{rest}"
+            yield f"{name} {what} on {ranks_text(own)}{rest}"
 
     def zero(self, name: str, members: Sequence[int]) -> list[int]:
         """Of these ranks, those whose part of a result is zero, or a sum of parts, and must not
@@ -132,7 +132,3 @@ def _shape(contract: Contract, name: str) -> tuple[int, ...]:
     if source in contract.inputs:
         return contract.inputs[source].shape
     return contract.parameters[source]
-
-
-def _on(ranks: Sequence[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
