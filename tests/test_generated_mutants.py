@@ -9,9 +9,11 @@ from verify.cluster import open_cluster
 from verify.errors import BadArgument, HarnessError
 from verify.layout import Layout
 from verify.mutants import CATALOGUE
-from verify.mutants.equivalent import Equivalent, Equivalents
+from verify.mutants.equivalent import Equivalent, Equivalents, Indifferent
 from verify.mutants.generated import find_generated, generate
+from verify.mutants.history import mutants_of
 from verify.mutants.operators import OPERATORS
+from verify.mutants.packages import short_modules_of
 from verify.mutants.source import Source
 from verify.mutation.run import Selection, select
 from verify.targets import load_target
@@ -261,15 +263,40 @@ def test_entries_of_equivalent_mutants():
         assert said.endswith("no mutant is so")
 
 
+def test_entries_of_what_is_communicated_are_of_all_that_passes_a_line():
+    line = impl_line("gradients", "all_reduce(")
+    places = [(("collectives", 46), ("gradients", line), *above) for above in ((), (("norm", 60),))]
+    mutants = mutants_of("impl", [(place, name) for place in places for name in ("drop", "total")])
+    other = mutants_of("impl", [((("collectives", 46),), "drop")])
+    _, (module, text) = mutants[0].lines[:2]
+    assert (module, "all_reduce(" in text) == ("impl.gradients", True)
+    right = Indifferent(module, text, "drop", "It is.")
+    listed = Equivalents([right])
+    assert [listed.reason(each) for each in mutants] == ["It is.", "", "It is.", ""]
+    assert [listed.reason(each) for each in other] == [""]
+    assert listed.without_a_line("impl") == listed.stale(generate("impl", ("gradients",))) == []
+    for wrong in ({"line": "no line"}, {"module": "impl.none"}, {"operator": "none"}):
+        (said,) = Equivalents([dataclasses.replace(right, **wrong)]).without_a_line("impl")
+        assert said.endswith("nothing is so")
+
+
+def impl_line(module, text):
+    lines = short_modules_of("impl")[module].read_text().splitlines()
+    return next(number for number, each in enumerate(lines, 1) if text in each)
+
+
 def test_the_entries_that_there_are_fit_the_source():
-    assert Equivalents.read().stale(generate("impl")) == []
+    listed = Equivalents.read()
+    assert listed.stale(generate("impl")) == listed.without_a_line("impl") == []
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("[", "cannot read"),
-        ('[[equivalent]]\nmodule = "impl.mlp"\n', "entry 1 lacks"),
+        ('[[equivalent]]\nmodule = "impl.mlp"\n', "equivalent 1 lacks"),
+        ('[[history]]\nmodule = "impl.mlp"\nnth = 2\n', "history 1 lacks .* has .'nth'. too many"),
+        ("[[other]]\nreason = ''\n", "has .'other'. too many"),
     ],
 )
 def test_a_wrong_file_of_equivalents(tmp_path, text, words):

@@ -450,7 +450,7 @@ def test_wrong_options_are_one_line(capsys):
         (("--sample", "0"), "Invalid value for '--sample'"),
         (("--within", "0"), "Invalid value for '--within'"),
         (("--profile", "none"), "--profile: 'none'"),
-        (("--unlisted",), "give --generated too"),
+        (("--unlisted",), "give --generated or --history"),
         (("--history", "--name", "linear:1:drop"), "'linear:1' is no MODULE:LINE of a function"),
         (("--history", "--class", "lose"), "--class: 'lose'"),
         (("--json", "."), "File '.' is a directory"),

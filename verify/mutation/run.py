@@ -15,7 +15,7 @@ from verify.console import console_of_stdout
 from verify.errors import BadArgument
 from verify.mutants import CATALOGUE, AnyMutant
 from verify.mutants.equivalent import Equivalents
-from verify.mutants.generated import PREFIX, Generated, generate, is_in, require_modules
+from verify.mutants.generated import PREFIX, generate, is_in, require_modules
 from verify.mutants.history import PREFIX as HISTORY
 from verify.mutants.history import find_historic, mutants_of
 from verify.mutation.display import Progression, print_score
@@ -38,8 +38,9 @@ FAILURES = "failures"
 class Selection:
     """Which mutants: hand-made ones, ones `generated` from the source, or from the `history` of
     what is communicated; of these classes, names and modules, all if empty, but not of the modules
-    in `without`; a package stands for all modules in it. Of generated ones those only that are not
-    listed as equivalent, if they are to be `unlisted`. At most `sample` of them, by the seed."""
+    in `without`; a package stands for all modules in it. Of the latter two, those only that are
+    not listed as equivalent if they are to be `unlisted`. At most `sample` of them, by the
+    seed."""
 
     generated: bool = False
     history: bool = False
@@ -120,28 +121,34 @@ def select(selection: Selection, *, seed: int) -> Sequence[AnyMutant] | Choice:
     is left."""
     for option, given in (("--module", selection.modules), ("--without", selection.without)):
         require_modules(TARGET, given, option=option)
-    if selection.unlisted and not selection.generated:
-        raise BadArgument("--unlisted: only generated mutants are listed; give --generated too")
+    if selection.unlisted and not (selection.generated or selection.history):
+        raise BadArgument("--unlisted: hand-made mutants are not; give --generated or --history")
     if selection.history and selection.generated:
         raise BadArgument("--history: mutants are generated from it or from the source; give one")
     if selection.history:
         for name in selection.names:
             find_historic(TARGET, name.removeprefix(HISTORY))
         _require("--class", selection.classes, OPERATORS)
-        return partial(_of_history, selection, seed)
+        listed = Equivalents.read()
+        _require_fresh(listed.without_a_line(TARGET))
+        return partial(_of_history, selection, seed, listed)
     if not selection.generated:
         return _selected(selection, seed, list(CATALOGUE[TARGET].values()))
     known, listed = generate(TARGET, selection.modules), Equivalents.read()
-    if stale := listed.stale(known):
+    _require_fresh(listed.stale(known))
+    return _selected(selection, seed, known, PREFIX, listed)
+
+
+def _require_fresh(stale: Sequence[str]) -> None:
+    if stale:
         raise BadArgument(f"verify/mutants/equivalent.toml: {stale[0]}; change the entry")
-    return _selected(selection, seed, known, PREFIX, listed if selection.unlisted else None)
 
 
 def _of_history(
-    selection: Selection, seed: int, surveyed: Sequence[Surveyed]
+    selection: Selection, seed: int, listed: Equivalents, surveyed: Sequence[Surveyed]
 ) -> Sequence[AnyMutant]:
     places = (place for each in surveyed for place in each.communicated)
-    return _selected(selection, seed, mutants_of(TARGET, places), HISTORY)
+    return _selected(selection, seed, mutants_of(TARGET, places), HISTORY, listed)
 
 
 def _selected(
@@ -151,7 +158,7 @@ def _selected(
     prefix: str = "",
     listed: Equivalents | None = None,
 ) -> Sequence[AnyMutant]:
-    """Those of `known` that are asked for, and not listed."""
+    """Those of `known` that are asked for, and not `listed` if they are to be unlisted."""
     names = [f"{prefix}{name.removeprefix(prefix)}" for name in selection.names]
     _require("--name", names, {each.name for each in known})
     _require("--class", selection.classes, {each.family for each in known})
@@ -166,7 +173,7 @@ def _selected(
         and (not selection.classes or each.family in selection.classes)
         and (not modules or any(is_in(each.module, name) for name in modules))
         and not any(is_in(each.module, name) for name in without)
-        and not (listed and isinstance(each, Generated) and listed.reason(each))
+        and not (selection.unlisted and listed and listed.reason(each))
     ]
     if selection.sample is not None and selection.sample < len(chosen):
         kept = set(random.Random(seed).sample([each.name for each in chosen], selection.sample))

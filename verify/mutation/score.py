@@ -77,7 +77,7 @@ def score(
         outcomes = dict(_outcomes(by_mutant, options, how, pool, watcher))
     reasons = _equivalent(mutants)
     document = describe(
-        [(each, outcomes[each.name], reasons.get(each.name, "")) for each in mutants],
+        [(each, outcomes[each.name], reasons[each.name]) for each in mutants],
         options,
         target=TARGET,
         started=started,
@@ -89,11 +89,8 @@ def score(
 
 
 def _equivalent(mutants: Sequence[AnyMutant]) -> dict[str, str]:
-    generated = [each for each in mutants if isinstance(each, Generated)]
-    if not generated:
-        return {}
     listed = Equivalents.read()
-    return {each.name: listed.reason(each) for each in generated}
+    return {each.name: listed.reason(each) for each in mutants}
 
 
 def _surveyed(options: RunOptions, pool: Pool, watcher: Watcher, *, traced: bool) -> list[Surveyed]:

@@ -160,7 +160,7 @@ def resumed_cases(
             experts=_EXPERTS,
             steps=(2, 2, 2, 3),
             # The bounds of float32 take many runs, and it has no main values to be lost.
-            dtypes=("float64", "bfloat16"),
+            dtypes=("float64", "bfloat16", "float16"),
             worlds=worlds,
         )
     )

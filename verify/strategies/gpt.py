@@ -12,7 +12,7 @@ from math import lcm
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from verify.case import Case, Lens, Option
+from verify.case import DTYPES, Case, Lens, Option
 from verify.coverage.steering import CONCEPT, chosen
 from verify.layout import Layout
 from verify.runner.limits import limits
@@ -27,7 +27,6 @@ from verify.strategies.cases import (
 from verify.strategies.context import ALGORITHMS
 from verify.strategies.gpt_choices import (
     DOUBLE,
-    DTYPES,
     LATENT,
     MODEL,
     OPTIMIZING,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from verify.case import DTYPES
 from verify.oracle.gpt.model import FROZEN, POSITIONS
 from verify.oracle.mlp import ACTIVATIONS
 from verify.oracle.norm import KINDS
@@ -9,10 +10,10 @@ from verify.strategies.cases import Choices
 from verify.strategies.context import ALGORITHMS, MASKS, SCORED
 from verify.strategies.training import OPTIONS as _TRAINING
 
-DTYPES = ("float64", "float32", "bfloat16", "float16")
 DOUBLE = DTYPES[:1]
 PLACEMENTS = ("zigzag", "contiguous")
-PIPELINES = ("default", "gpipe", "1f1b", "zb-h1")
+# Weight passes that come late are the one thing that not all of them do alike.
+PIPELINES = ("default", "gpipe", "1f1b", "zb-h1", "zb-h1")
 SCALINGS = (0.1, 0.5)
 _FLAGS = (False, True)
 _STEPS = _TRAINING["training_steps"]

@@ -20,7 +20,15 @@ from verify.layout import Layout
 from verify.oracle.dropout import PROBABILITY, REGIONS
 from verify.oracle.initialise import ACTIVATIONS, LINEAR, RULES, WAYS
 from verify.runner.limits import limits
-from verify.strategies.cases import MAX_SEED, STRIDES, Choices, completed, layouts, with_option
+from verify.strategies.cases import (
+    MAX_SEED,
+    NATIVE_DTYPES,
+    STRIDES,
+    Choices,
+    completed,
+    layouts,
+    with_option,
+)
 from verify.strategies.layouts import layouts_of_every_kind
 
 MAX_WORLD_SIZE = 16
@@ -191,7 +199,7 @@ def _model(
         layout=layout,
         shape=shape,
         lens=lens,
-        dtype="float64" if lens == "fp64" else draw(st.sampled_from(("float32", "bfloat16"))),
+        dtype="float64" if lens == "fp64" else draw(st.sampled_from(NATIVE_DTYPES)),
         seed=draw(st.integers(0, MAX_SEED)),
     )
     case = with_option(case, "way", way, default=WAYS[0])
