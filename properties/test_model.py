@@ -57,8 +57,6 @@ SKIPPED: Choices = {
     "hysteresis": OPTIMIZING["hysteresis"],
     "overflow": (1, 2, 0),
 }
-# Every module uses the weight of the head once more, whose weight passes come late.
-FURTHER: Choices = {"multi_token": (1, 2, 3), "pipeline": ("zb-h1", *MODEL["pipeline"])}
 OVERLAPPED: Choices = {**PLAIN_TRAINING, "overlap": (True,)}
 
 OF_MOST: Mapping[str, Any] = {
@@ -227,7 +225,7 @@ def test_the_same_bits_again(check: CheckCase, case: Case) -> None:
     check("determinism", case)
 
 
-@given(case=model_cases(options=SHARDED, model=FURTHER, uneven=(False,)))
+@given(case=model_cases(options=SHARDED, model={"multi_token": (1, 2, 3)}, uneven=(False,)))
 def test_multi_token_prediction(check: CheckCase, case: Case) -> None:
     """Law 11. Must catch: tokens moved by one place too few, within a rank's chunks, or from the
     next sequence; the last tokens, which nothing follows, in the loss; losses that are not divided
