@@ -163,7 +163,7 @@ def test_tied_embeddings(check: CheckCase, case: Case) -> None:
 )
 def test_stages_of_unequal_length(check: CheckCase, case: Case) -> None:
     """Law 3. Must catch: layers of the stage before; chunks in the order of stages; a first norm
-    or last norm on another stage."""
+    or last norm on another stage; experts in other layers, as if all chunks had as many."""
     check("equivalence", case)
 
 

@@ -16,6 +16,7 @@ from verify.mutants.operators import OPERATORS
 from verify.mutants.packages import short_modules_of
 from verify.mutants.source import Source
 from verify.mutation.run import Selection, select
+from verify.mutation.trials import Surveyed
 from verify.targets import load_target
 from verify.verdict import Verdict, judge
 
@@ -268,16 +269,36 @@ def test_entries_of_what_is_communicated_are_of_all_that_passes_a_line():
     places = [(("collectives", 46), ("gradients", line), *above) for above in ((), (("norm", 60),))]
     mutants = mutants_of("impl", [(place, name) for place in places for name in ("drop", "total")])
     other = mutants_of("impl", [((("collectives", 46),), "drop")])
-    _, (module, text) = mutants[0].lines[:2]
+    _, (module, text) = mutants[0].texts[:2]
     assert (module, "all_reduce(" in text) == ("impl.gradients", True)
     right = Indifferent(module, text, "drop", "It is.")
     listed = Equivalents([right])
     assert [listed.reason(each) for each in mutants] == ["It is.", "", "It is.", ""]
     assert [listed.reason(each) for each in other] == [""]
     assert listed.without_a_line("impl") == listed.stale(generate("impl", ("gradients",))) == []
-    for wrong in ({"line": "no line"}, {"module": "impl.none"}, {"operator": "none"}):
+    for wrong in ({"line": "no line"}, {"line": ""}, {"module": "impl.none"}, {"operator": "none"}):
         (said,) = Equivalents([dataclasses.replace(right, **wrong)]).without_a_line("impl")
         assert said.endswith("nothing is so")
+
+
+def test_mutants_of_a_history_that_are_not_listed():
+    line = impl_line("moe.balance", "all_reduce(self.counts")
+    place = (("collectives", 46), ("collectives", 94), ("moe.balance", line))
+    fitting = {(place, name): frozenset([0]) for name in ("repeat", "drop")}
+    surveyed = [Surveyed("moe.some", communicated=fitting)]
+    for unlisted, left in ((False, ["drop", "repeat"]), (True, ["drop"])):
+        choice = select(Selection(history=True, unlisted=unlisted), seed=0)
+        assert [each.family for each in choice(surveyed)] == left
+
+
+def test_a_stale_entry_of_a_history_is_one_line(monkeypatch):
+    stale = Equivalents([Indifferent("impl.mlp", "no line", "drop", "It is.")])
+    monkeypatch.setattr(Equivalents, "read", lambda: stale)
+    with pytest.raises(
+        BadArgument, match=r"equivalent\.toml: impl\.mlp, drop of 'no line'"
+    ) as caught:
+        select(Selection(history=True), seed=0)
+    assert "\n" not in str(caught.value)
 
 
 def impl_line(module, text):
@@ -296,7 +317,7 @@ def test_the_entries_that_there_are_fit_the_source():
         ("[", "cannot read"),
         ('[[equivalent]]\nmodule = "impl.mlp"\n', "equivalent 1 lacks"),
         ('[[history]]\nmodule = "impl.mlp"\nnth = 2\n', "history 1 lacks .* has .'nth'. too many"),
-        ("[[other]]\nreason = ''\n", "has .'other'. too many"),
+        ("[[other]]\nreason = ''\n", "has tables .'other'., which are none of equivalent, history"),
     ],
 )
 def test_a_wrong_file_of_equivalents(tmp_path, text, words):

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from verify.case import DTYPES
 from verify.diagnose.evidence import Evidence
 from verify.finding import Explanation
 
 _SURE, _SIZED, _WHERE = 0.95, 0.8, 0.0
-_LOWER = ("float32", "bfloat16", "float16")
+_LOWER = DTYPES[1:]
 # A rounding error of a sum lies between a small part and some multiples of one unit roundoff.
 _LEAST, _MOST = 1 / 32, 16
 # The size of the errors of fewer elements tells nothing.

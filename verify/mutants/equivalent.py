@@ -46,8 +46,8 @@ class Equivalent:
 
 @dataclass(frozen=True)
 class Indifferent:
-    """What may be done to all that is communicated through a line like this, whoever calls it, and
-    why that changes nothing."""
+    """What may be done to all that is communicated through a line, whoever calls it, and why that
+    changes nothing. No other line of the module is like it."""
 
     module: str
     line: str
@@ -79,7 +79,10 @@ class Equivalents:
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise HarnessError(f"equivalent mutants: cannot read {path}: {error}") from error
         if more := set(data) - set(TABLES):
-            raise HarnessError(f"equivalent mutants: {path} has {sorted(more)} too many")
+            raise HarnessError(
+                f"equivalent mutants: {path} has tables {sorted(more)}, which are none of"
+                f" {', '.join(TABLES)}"
+            )
         entries = [
             _entry(kind, f"{name} {number}", each)
             for name, kind in TABLES.items()
@@ -96,7 +99,7 @@ class Equivalents:
         if isinstance(mutant, Generated):
             places = [_place(mutant)]
         elif isinstance(mutant, Historic):
-            places = [(*line, mutant.family) for line in mutant.lines]
+            places = [(*line, mutant.family) for line in mutant.texts]
         return next((self.entries[each].reason for each in places if each in self.entries), "")
 
     def stale(self, mutants: Iterable[Generated]) -> list[str]:
@@ -110,7 +113,8 @@ class Equivalents:
         ]
 
     def without_a_line(self, package: str) -> list[str]:
-        """The entries about what a package communicates that are of no line or no operator."""
+        """The entries about what a package communicates that are of no operator, or not of
+        exactly one line."""
         paths = modules_of(package)
         return [
             f"{each.module}, {each.operator} of {each.line!r}: nothing is so"
@@ -119,7 +123,7 @@ class Equivalents:
             and not (
                 each.operator in OPERATORS
                 and each.module in paths
-                and each.line in _lines(paths[each.module])
+                and _lines(paths[each.module]).count(each.line) == 1
             )
         ]
 
@@ -136,8 +140,8 @@ def _place(mutant: Generated) -> tuple[object, ...]:
     )
 
 
-def _lines(path: Path) -> set[str]:
-    return set(map(str.strip, path.read_text(encoding="utf-8").splitlines()))
+def _lines(path: Path) -> list[str]:
+    return [each.strip() for each in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _entry(kind: type[Entry], name: str, data: Mapping[str, Any]) -> Entry:

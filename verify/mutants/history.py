@@ -33,21 +33,21 @@ Place = tuple[tuple[str, int], ...]
 @dataclass(frozen=True, kw_only=True)
 class Historic:
     """A defect of what one place of a target communicates. `family` is the operator; `module` is
-    the one that communicates, `lines` the place as modules and texts of their lines."""
+    the one that communicates, `texts` the place as modules and what their lines say."""
 
     name: str
     family: str
     wrong: str
     module: str
     place: Place
-    lines: tuple[tuple[str, str], ...]
+    texts: tuple[tuple[str, str], ...]
     defect: Defect
     replacement: str = ""
 
     @property
     def snippet(self) -> str:
         """The texts of the lines."""
-        return "\n".join(text for _, text in self.lines)
+        return "\n".join(text for _, text in self.texts)
 
     def applied_to(self, source: str) -> str:
         """The source as it is: that it is a mutant's is what tells the simulated ranks."""
@@ -111,7 +111,7 @@ def _made(package: str, place: Place, operator: str) -> Historic:
         wrong=OPERATORS[operator].wrong,
         module=full_name(package, module),
         place=place,
-        lines=tuple((full_name(package, name), _line(files[name], n)) for name, n in place),
+        texts=tuple((full_name(package, name), _line(files[name], n)) for name, n in place),
         defect=Defect(root_of(package), path, DEPTH, OPERATORS[operator]),
     )
 

@@ -31,7 +31,7 @@ DEFAULT_PROFILE = "ci"
 @click.option(
     "--unlisted",
     is_flag=True,
-    help="Of either kind only those that are not listed as equivalent.",
+    help="Of either of these only those that are not listed as equivalent.",
 )
 @click.option(
     "--sample", type=click.IntRange(min=1), metavar="K", help="K of them, chosen by the seed."

@@ -32,6 +32,7 @@ from verify.runner.suites import suite_names
 
 PASSED, NOT_PASSED = 0, 1
 FAILURES = "failures"
+NONE_LISTED = Equivalents(())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,9 @@ def select(selection: Selection, *, seed: int) -> Sequence[AnyMutant] | Choice:
     for option, given in (("--module", selection.modules), ("--without", selection.without)):
         require_modules(TARGET, given, option=option)
     if selection.unlisted and not (selection.generated or selection.history):
-        raise BadArgument("--unlisted: hand-made mutants are not; give --generated or --history")
+        raise BadArgument(
+            "--unlisted: no hand-made mutant is listed; give --generated or --history"
+        )
     if selection.history and selection.generated:
         raise BadArgument("--history: mutants are generated from it or from the source; give one")
     if selection.history:
@@ -156,7 +159,7 @@ def _selected(
     seed: int,
     known: Sequence[AnyMutant],
     prefix: str = "",
-    listed: Equivalents | None = None,
+    listed: Equivalents = NONE_LISTED,
 ) -> Sequence[AnyMutant]:
     """Those of `known` that are asked for, and not `listed` if they are to be unlisted."""
     names = [f"{prefix}{name.removeprefix(prefix)}" for name in selection.names]
@@ -173,7 +176,7 @@ def _selected(
         and (not selection.classes or each.family in selection.classes)
         and (not modules or any(is_in(each.module, name) for name in modules))
         and not any(is_in(each.module, name) for name in without)
-        and not (selection.unlisted and listed and listed.reason(each))
+        and not (selection.unlisted and listed.reason(each))
     ]
     if selection.sample is not None and selection.sample < len(chosen):
         kept = set(random.Random(seed).sample([each.name for each in chosen], selection.sample))

@@ -62,6 +62,7 @@ def score(
     surveyed, because then nothing can be said."""
     began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     mutants = () if callable(chosen) else chosen
+    listed = Equivalents.read()
     for each in mutants:
         # One that does not fit the source is told before anything is surveyed.
         claims(each, ())
@@ -75,9 +76,8 @@ def score(
         by_mutant = {each.name: claims(each, known) for each in mutants}
         how: dict[str, Any] = {"shrink": shrink, "every": every, "within": within}
         outcomes = dict(_outcomes(by_mutant, options, how, pool, watcher))
-    reasons = _equivalent(mutants)
     document = describe(
-        [(each, outcomes[each.name], reasons[each.name]) for each in mutants],
+        [(each, outcomes[each.name], listed.reason(each)) for each in mutants],
         options,
         target=TARGET,
         started=started,
@@ -86,11 +86,6 @@ def score(
         **how,
     )
     return document, outcomes
-
-
-def _equivalent(mutants: Sequence[AnyMutant]) -> dict[str, str]:
-    listed = Equivalents.read()
-    return {each.name: listed.reason(each) for each in mutants}
 
 
 def _surveyed(options: RunOptions, pool: Pool, watcher: Watcher, *, traced: bool) -> list[Surveyed]:

@@ -16,7 +16,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from verify.adversary import NONE, Adversary
-from verify.case import LENSES, Case, Lens, Option
+from verify.case import DTYPES, LENSES, Case, Lens, Option
 from verify.coverage.steering import CONCEPT, chosen, foresee, note_default
 from verify.errors import BadArgument
 from verify.layout import DEFAULT_ORDER, Layout
@@ -32,7 +32,7 @@ Choices = Mapping[str, Sequence[Option]]
 
 MAX_WORLD_SIZE = 16
 MAX_SEED = 999
-NATIVE_DTYPES = ("float32", "bfloat16", "float16")
+NATIVE_DTYPES = DTYPES[1:]
 STRIDES = ("contiguous", "transposed")
 
 FREE, SPLIT, SEQUENCE = "any size", "a multiple of tp", "a multiple under sequence parallelism"

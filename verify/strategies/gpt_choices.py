@@ -12,7 +12,7 @@ from verify.strategies.training import OPTIONS as _TRAINING
 
 DOUBLE = DTYPES[:1]
 PLACEMENTS = ("zigzag", "contiguous")
-# Weight passes that come late are the one thing that not all of them do alike.
+# Twice what alone has weight passes.
 PIPELINES = ("default", "gpipe", "1f1b", "zb-h1", "zb-h1")
 SCALINGS = (0.1, 0.5)
 _FLAGS = (False, True)
