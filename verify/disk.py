@@ -162,7 +162,7 @@ class Disk:
             moments = [made for made, _ in node.contents]
             turning += [made for made in moments[1:] if made > first >= moments[0]]
         kind = numbers.randrange(8)
-        if kind < 3:
+        if kind < 2:
             return last
         return numbers.choice(turning) if kind < 6 and turning else numbers.randint(first, last)
 
