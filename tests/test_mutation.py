@@ -407,15 +407,19 @@ def test_a_mutant_that_no_property_is_about_closes_the_gate(tmp_path):
     assert "row-bias-before-sum is unknown" in done.stdout
 
 
-def test_properties_about_what_is_communicated_have_examples_that_do():
+def test_properties_about_what_is_communicated_reach_its_lines():
     key = HISTORIC.place, HISTORIC.family
     rare = Surveyed("rare", 10, 1.0, communicated={key: frozenset({7})})
     often = Surveyed("often", 10, 1.0, communicated={key: some(10)})
     other = Surveyed("other", 10, 1.0, communicated={(HISTORIC.place, "repeat"): some(10)})
-    # That its module's lines run says nothing of the place.
-    lines = Surveyed("lines", 10, 1.0, lines={("impl.collectives", 46): some(10)})
-    found = claims(HISTORIC, [rare, often, other, lines])
-    assert found == [Claim("often"), Claim("rare", telling=frozenset({7}))]
+    # That some of its lines run says nothing of the place; all of them may do so by another path.
+    inner, outer = ("impl.collectives", 46), ("impl.linear", 70)
+    lines = Surveyed("lines", 10, 1.0, lines={inner: some(10)})
+    apart = Surveyed("apart", 10, 1.0, lines={inner: some(1), outer: frozenset({7})})
+    passing = Surveyed("passing", 10, 1.0, lines={inner: some(10), outer: frozenset({7})})
+    found = claims(HISTORIC, [passing, rare, often, other, lines, apart])
+    near = [Claim("often"), Claim("rare", telling=frozenset({7}))]
+    assert found == [*near, Claim("passing", near=False)]
 
 
 def test_what_does_not_fail_every_time_is_told(monkeypatch):

@@ -35,19 +35,20 @@ def claims(mutant: AnyMutant, surveyed: Iterable[Surveyed]) -> list[Claim]:
     """The properties about a mutant. Those come first whose examples reach what it changes, or, of
     a condition for a refusal, are refused; and among these, by turns of the checks they are asked,
     those of which most do and that cost least.
-    Those about a hand-made one have cases of its concepts, whatever they reach. Where a refusal is
+    Those about a hand-made one have cases of its concepts, whatever they reach. About a place of a
+    history are those, too, whose examples reach all of its lines by other paths. Where a refusal is
     left out, those are about it whose examples are refused and reach its module: in others its
     condition does not hold."""
     lines = _lines_of(mutant)
     refusing = _refusals(mutant, lines)
-    at = (mutant.place, mutant.family) if isinstance(mutant, Historic) else None
     found: list[tuple[bool, bool, float, str, Claim]] = []
     for each in surveyed:
         telling, raising = (_reaching(each, mutant.module, some) for some in (lines, refusing))
-        if at is not None:
-            telling = each.communicated.get(at, NONE)
+        about = len(telling)
+        if isinstance(mutant, Historic):
+            telling = each.communicated.get((mutant.place, mutant.family), NONE)
+            about = len(telling or _passing(each, mutant))
         reached, refused = len(telling), len(raising)
-        about = reached
         if isinstance(mutant, Mutant):
             about = sum(each.concepts[concept] for concept in mutant.caught_by)
         if _leaves_out_a_refusal(mutant):
@@ -98,6 +99,12 @@ def _refusals(mutant: AnyMutant, lines: Sequence[int]) -> list[int]:
         if source[line].lstrip().startswith(("if ", "elif "))
         and source[line + 1].lstrip().startswith("raise ")
     ]
+
+
+def _passing(surveyed: Surveyed, mutant: Historic) -> frozenset[int]:
+    """Which examples reach all lines of a place, by whatever path."""
+    lines = ((module, at) for (module, _), (_, at) in zip(mutant.texts, mutant.place, strict=True))
+    return frozenset.intersection(*(surveyed.lines.get(line, NONE) for line in lines))
 
 
 def _reaching(surveyed: Surveyed, module: str, lines: Sequence[int]) -> frozenset[int]:
