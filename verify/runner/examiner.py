@@ -34,7 +34,7 @@ from verify.verdict import Judgement, Verdict, judge
 RECORD, RANK_STATE = "shardproof record", "shardproof rank state"
 FAILURES = "failures"
 # Of a property that was offered pairs and has not shown them: so many times so many more examples.
-FURTHER, FURTHER_EXAMPLES = 3, 10
+FURTHER, FURTHER_EXAMPLES = 10, 10
 
 
 def failure_path(report: Path, name: str) -> Path:
