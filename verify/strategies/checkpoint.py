@@ -131,7 +131,7 @@ def damaged_cases(draw: st.DrawFn) -> Case:
 def interrupted_cases(draw: st.DrawFn) -> Case:
     """Cases of `interrupted_save`; where there is no adversary, no machine stops. Many ranks write
     no otherwise than a few."""
-    case = draw(round_trip_cases(concept="interrupted_save", another=(), worlds=(2, 2, 4)))
+    case = draw(round_trip_cases(concept="interrupted_save", another=(), worlds=(2, 2, 2, 4)))
     # There is more to see of a machine.
     possible = (*STOPPED, STOPPED[1]) if limits().adversaries else STOPPED[:1]
     return with_option(case, "stopped", chosen(draw, "stopped", possible), default=STOPPED[0])
