@@ -17,7 +17,7 @@ from verify.cluster.sim.defects import OPERATORS
 from verify.errors import HarnessError
 from verify.mutants.catalogue import AnyMutant
 from verify.mutants.generated import Generated
-from verify.mutants.history import Historic
+from verify.mutants.history import Historic, texts_of
 from verify.mutants.packages import modules_of
 
 PATH = Path(__file__).with_name("equivalent.toml")
@@ -123,7 +123,7 @@ class Equivalents:
             and not (
                 each.operator in OPERATORS
                 and each.module in paths
-                and _lines(paths[each.module]).count(each.line) == 1
+                and texts_of(str(paths[each.module])).count(each.line) == 1
             )
         ]
 
@@ -138,10 +138,6 @@ def _place(mutant: Generated) -> tuple[object, ...]:
         " ".join(mutant.replacement.split()),
         mutant.nth,
     )
-
-
-def _lines(path: Path) -> list[str]:
-    return [each.strip() for each in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _entry(kind: type[Entry], name: str, data: Mapping[str, Any]) -> Entry:

@@ -111,24 +111,22 @@ def _made(package: str, place: Place, operator: str) -> Historic:
         wrong=OPERATORS[operator].wrong,
         module=full_name(package, module),
         place=place,
-        texts=tuple((full_name(package, name), _line(files[name], n)) for name, n in place),
+        texts=tuple((full_name(package, name), texts_of(files[name])[n - 1]) for name, n in place),
         defect=Defect(root_of(package), path, DEPTH, OPERATORS[operator]),
     )
 
 
-def _line(file: str, line: int) -> str:
-    return _lines(file)[line - 1].strip()
-
-
 @cache
-def _lines(file: str) -> list[str]:
-    return Path(file).read_text(encoding="utf-8").splitlines()
+def texts_of(file: str) -> tuple[str, ...]:
+    """What the lines of a file say, without their indentation."""
+    lines = Path(file).read_text(encoding="utf-8").splitlines()
+    return tuple(map(str.strip, lines))
 
 
 @cache
 def _code(file: str) -> frozenset[int]:
     """The lines of a file at which a function may be."""
-    whole = compile("\n".join(_lines(file)), file, "exec", dont_inherit=True)
+    whole = compile(Path(file).read_text(encoding="utf-8"), file, "exec", dont_inherit=True)
     return frozenset(line for code in _functions(whole) for *_, line in code.co_lines() if line)
 
 
